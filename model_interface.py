@@ -1,0 +1,71 @@
+"""What a plug-in author reads: put ``class Model(ModelInterface)`` into ``models/<name>/__init__.py``."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from tiny_model_server.errors import InvalidInput
+
+__all__ = ["InvalidInput", "ModelInterface"]
+
+
+class ModelInterface(ABC):
+    """A model. Only ``run`` is required; load weights in ``__init__``, which runs once in each worker process.
+
+    Each class attribute below can be set from outside as ``TMS_MODEL_<NAME>_<KEY>``, for instance
+    ``TMS_MODEL_EXAMPLE_WORKERS=2``.
+    """
+
+    max_batch_size: ClassVar[int | None] = None
+    """Most items in one ``run_batch``; None means 32 if the class has a ``run_batch`` of its own, else 1."""
+    max_wait_ms: ClassVar[float] = 0
+    """How long the first item of a batch may wait for company, in milliseconds. 0: never while a worker is idle."""
+    workers: ClassVar[int] = 1
+    """Processes that run this model."""
+    concurrency: ClassVar[int] = 1
+    """Threads in each worker that call ``run`` at once; for models that wait on the network."""
+    timeout_s: ClassVar[float] = 60
+    """Longest time that one batch may take, in seconds; past it the worker is killed and replaced."""
+    load_timeout_s: ClassVar[float] = 300
+    """Longest time for import, ``__init__`` and warm-up, in seconds."""
+    queue_size: ClassVar[int] = 1024
+    """Most items waiting; one more is refused with RESOURCE_EXHAUSTED."""
+    image_mode: ClassVar[str] = "rgb"
+    """What an encoded image (JPEG, PNG, ...) is decoded to: "rgb" or "bgr" (HxWx3 uint8), "gray" (HxW uint8), or
+    "unchanged" (as stored: any depth and channels, colours in BGR order)."""
+    mix_shapes: ClassVar[bool] = False
+    """True lets arrays of different shapes or dtypes share a batch."""
+    metadata: ClassVar[dict[str, Any]] = {}
+    """Facts for callers: "author", "version", "description", "inputs" and "outputs" (lists of {"name", "dtype",
+    "shape"}, -1 for any size). An array that does not fit the only declared input is refused before it queues."""
+    example: ClassVar[Any] = None
+    """An input to run once before the model counts as ready (see ``warmup``)."""
+
+    @abstractmethod
+    def run(self, data: Any, args: dict[str, Any]) -> Any:
+        """Answers one input.
+
+        ``data`` is an image (ndarray, HxW or HxWxC), a text (str) or any tree of JSON values with arrays; ``args`` is
+        the caller's dict, empty if there is none. The answer may be anything that JSON can hold, with numpy arrays and
+        scalars anywhere in it. Raise ``InvalidInput("why")`` for the caller's mistake; any other exception is
+        reported as the model's.
+        """
+
+    def run_batch(self, items: Sequence[Any], args: dict[str, Any]) -> Sequence[Any]:
+        """Answers several inputs at once: one result an item, in order; an exception in an item's place is its alone.
+
+        If this raises, the items are run one by one instead.
+        """
+        return [self.run(item, args) for item in items]
+
+    def get_input_shape(self) -> Sequence[int] | None:
+        """The shape that ``run`` wants, or None when any will do."""
+        return None
+
+    def warmup(self) -> None:
+        """Runs once after ``__init__`` and before the first request; by default it runs ``example``."""
+        if self.example is not None:
+            self.run(self.example, {})
+
+    def close(self) -> None:
+        """Runs when the worker stops in good order."""

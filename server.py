@@ -1,0 +1,8 @@
+"""Starts Tiny Model Server: ``python server.py [serve | check NAME | list]``."""
+
+import sys
+
+from tiny_model_server.launcher import main
+
+if __name__ == "__main__":
+    sys.exit(main())

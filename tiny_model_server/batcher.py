@@ -1,0 +1,174 @@
+"""The bounded queue of one model: items of all callers in, batches out; nobody waits for company while a worker idles."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+
+from tiny_model_server.codec import Packed
+from tiny_model_server.errors import Cancelled, DeadlineExceeded, Overloaded, ServerError
+
+Outcome = Packed | ServerError
+
+
+class Item:
+    """One input on its way through queue and worker; whoever submitted it waits for its outcome."""
+
+    __slots__ = ("_done", "args", "attempts", "deadline", "enqueued", "key", "outcome", "packed", "plain")
+
+    def __init__(self, packed: Packed, args: str, key: Hashable, *, deadline: float | None, plain: bool) -> None:
+        """``args`` is JSON; ``deadline`` is on the monotonic clock; ``plain`` asks for JSON without arrays beside it."""
+        self.packed = packed
+        self.args = args
+        self.key = key
+        self.deadline = deadline
+        self.plain = plain
+        self.attempts = 0
+        self.enqueued = time.monotonic()
+        self.outcome: Outcome | None = None
+        self._done = threading.Lock()
+        self._done.acquire()
+
+    def resolve(self, outcome: Outcome) -> None:
+        """Gives the item its outcome; only the first one counts."""
+        if self.outcome is None:
+            self.outcome = outcome
+            try:
+                self._done.release()
+            except RuntimeError:  # two threads resolved at once; one of the outcomes stands
+                pass
+
+    def wait(self) -> Outcome:
+        """The item's outcome, DeadlineExceeded if its deadline comes first."""
+        remaining = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        if self._done.acquire(timeout=remaining):
+            self._done.release()
+        else:
+            self.resolve(DeadlineExceeded("the deadline passed before the model answered"))
+        assert self.outcome is not None
+        return self.outcome
+
+    @property
+    def dead(self) -> bool:
+        """True when nobody wants the outcome any more."""
+        return self.outcome is not None or (self.deadline is not None and self.deadline < time.monotonic())
+
+
+class Batcher:
+    """A queue that is bounded, grouped by key, and taken from in batches by any number of threads."""
+
+    def __init__(self, queue_size: int) -> None:
+        self.queue_size = queue_size
+        self._changed = threading.Condition()
+        self._groups: dict[Hashable, deque[Item]] = {}
+        self._depth = 0
+        self._closed: ServerError | None = None
+
+    def put(self, items: Sequence[Item]) -> None:
+        """Queues all items or none: Overloaded if they don't fit, the closing error if the queue is closed."""
+        with self._changed:
+            if self._closed:
+                raise self._closed
+            if self._depth + len(items) > self.queue_size:
+                self._drop_dead()
+            if self._depth + len(items) > self.queue_size:
+                raise Overloaded(f"the queue is full: {self._depth} of {self.queue_size} items are waiting")
+            for item in items:
+                self._groups.setdefault(item.key, deque()).append(item)
+            self._depth += len(items)
+            self._changed.notify(len(items))
+
+    def put_back(self, items: Sequence[Item]) -> None:
+        """Queues items of a worker that died again, each to be run alone and before all others."""
+        with self._changed:
+            for item in items:
+                item.key = object()  # equal to no other key
+                self._groups[item.key] = deque([item])
+            self._depth += len(items)
+            self._changed.notify(len(items))
+
+    def take(self, most: int, max_wait_s: float, leave: Callable[[], bool]) -> list[Item] | None:
+        """The next batch, of one key and at most ``most`` items, as soon as there is one.
+
+        None when ``leave()`` becomes true (call ``wake`` then) or the queue is closed and empty.
+        """
+        with self._changed:
+            while not leave():
+                self._drop_dead_heads()
+                if not self._groups:
+                    if self._closed:
+                        return None
+                    self._changed.wait()
+                    continue
+                key = min(self._groups, key=lambda key: self._groups[key][0].enqueued)
+                group = self._groups[key]
+                patience = group[0].enqueued + max_wait_s - time.monotonic()
+                if max_wait_s and len(group) < most and patience > 0 and not self._closed:
+                    self._changed.wait(patience)
+                    continue
+                batch: list[Item] = []
+                while group and len(batch) < most:
+                    item = group.popleft()
+                    self._depth -= 1
+                    if not self._drop(item):
+                        batch.append(item)
+                if not group:
+                    del self._groups[key]
+                if batch:
+                    return batch
+            return None
+
+    def close(self, error: ServerError, *, drain: bool) -> None:
+        """Refuses new items with ``error`` from now on; what is queued is still run (``drain``) or gets it too."""
+        with self._changed:
+            self._closed = error
+            if not drain:
+                for group in self._groups.values():
+                    for item in group:
+                        item.resolve(error)
+                self._groups.clear()
+                self._depth = 0
+            self._changed.notify_all()
+
+    def open(self) -> None:
+        """Accepts items (again)."""
+        with self._changed:
+            self._closed = None
+
+    def wake(self) -> None:
+        """Lets every waiting ``take`` look at its ``leave`` again."""
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def depth(self) -> int:
+        """Items waiting."""
+        return self._depth
+
+    def _drop(self, item: Item) -> bool:
+        if item.dead:
+            item.resolve(DeadlineExceeded("the deadline passed in the queue"))
+            return True
+        return False
+
+    def _drop_dead(self) -> None:
+        for key, group in list(self._groups.items()):
+            alive = deque(item for item in group if not self._drop(item))
+            self._depth -= len(group) - len(alive)
+            if alive:
+                self._groups[key] = alive
+            else:
+                del self._groups[key]
+
+    def _drop_dead_heads(self) -> None:
+        for key, group in list(self._groups.items()):
+            while group and self._drop(group[0]):
+                group.popleft()
+                self._depth -= 1
+            if not group:
+                del self._groups[key]
+
+
+def cancelled() -> Cancelled:
+    """The outcome of an item whose caller has gone."""
+    return Cancelled("the caller went away")

@@ -1,0 +1,143 @@
+"""Binds the protocols' handlers, health and reflection to grpcio's server; the only file that knows that server."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from tiny_model_server import wire
+from tiny_model_server.engine import Call, Engine
+from tiny_model_server.errors import Overloaded, ServerError
+from tiny_model_server.protocols import native
+from tiny_model_server.repository import State
+from tiny_model_server.settings import Settings, SettingsError
+
+log = logging.getLogger("tiny_model_server.grpc")
+
+PROTOCOLS = [native]
+"""Each has SCHEMA, SERVICE and handlers(engine)."""
+
+LIVE_SERVICE = "TinyModelServer"
+"""The health name under which the replica serves once every model was loaded or has failed, until it stops."""
+
+_SPARE_THREADS = 8  # more than the engine admits, so that some are always left for refusals and admin calls
+_LONGEST_MESSAGE = 1000  # characters of an error; a status travels in HTTP/2 headers, which are bounded
+_NO_DEADLINE_S = 1e9
+
+
+class GrpcServer:
+    """The gRPC face of an engine."""
+
+    def __init__(self, engine: Engine, settings: Settings) -> None:
+        """Binds the port; SettingsError if it cannot be had."""
+        self._engine = engine
+        self._health = health.HealthServicer(experimental_non_blocking=True)
+        self._health_lock = threading.Lock()
+        self._server = grpc.server(
+            ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="grpc"),
+            options=[
+                ("grpc.max_receive_message_length", settings.max_message_mb << 20),
+                ("grpc.max_send_message_length", settings.max_message_mb << 20),
+                ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+            ],
+        )
+        for protocol in PROTOCOLS:
+            self._bind(protocol.SCHEMA, protocol.SERVICE, protocol.handlers(engine))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        wire.load("health")
+        names = [protocol.SERVICE for protocol in PROTOCOLS]
+        reflection.enable_server_reflection(
+            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server, pool=wire.pool
+        )
+        address = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host
+        address = address.replace("[[", "[").replace("]]", "]")
+        try:
+            self.port: int = self._server.add_insecure_port(f"{address}:{settings.port}")
+        except RuntimeError:
+            raise SettingsError(
+                f"TMS_HOST={settings.host!r} TMS_PORT={settings.port} cannot be listened on: "
+                "is another server there? Choose another port"
+            ) from None
+        engine.on_change(self._update_health)
+        self._update_health()
+
+    def start(self) -> None:
+        """Accepts calls."""
+        self._server.start()
+
+    def refuse_health(self) -> None:
+        """Says NOT_SERVING under every name, for good, so that clients go elsewhere."""
+        with self._health_lock:
+            self._health.enter_graceful_shutdown()
+
+    def stop(self, grace_s: float | None) -> threading.Event:
+        """Accepts no more calls, cancels those that take longer than ``grace_s``; the event is set when none is left.
+
+        Called again, it hurries.
+        """
+        event: threading.Event = self._server.stop(grace_s)
+        return event
+
+    def _bind(self, schema: str, service: str, handlers: dict[str, Callable[[Any, Call], Any]]) -> None:
+        table = {
+            name: grpc.unary_unary_rpc_method_handler(_unary(method, handlers[name]))
+            for name, method in wire.methods(schema, service).items()
+        }
+        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, table)])
+
+    def _update_health(self) -> None:
+        engine = self._engine
+        serving = {model.name: model.state is State.READY for model in engine.models()}
+        serving[""] = engine.ready
+        serving[LIVE_SERVICE] = engine.started
+        with self._health_lock:
+            for name, good in serving.items():
+                status = health_pb2.HealthCheckResponse
+                self._health.set(name, status.SERVING if good else status.NOT_SERVING)
+
+
+def _unary(method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], bytes]:
+    # Requests arrive here as bytes, because a message that grpcio cannot parse would be answered as INTERNAL.
+    def answer(data: bytes, context: Any) -> bytes:
+        try:
+            request = method.request.FromString(data)
+        except DecodeError:
+            return _abort(context, "INVALID_ARGUMENT", f"the request is no {method.request.DESCRIPTOR.full_name}")
+        try:
+            response: bytes = handler(request, _call(context)).SerializeToString()
+        except ServerError as error:
+            if isinstance(error, Overloaded) and error.retry_after_ms is not None:
+                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
+            return _abort(context, error.status, str(error))
+        except Exception as error:
+            log.exception("%s failed", method.path)
+            return _abort(context, "INTERNAL", f"a fault in the server: {type(error).__name__}: {error}")
+        return response
+
+    return answer
+
+
+def _abort(context: Any, status: str, message: str) -> bytes:
+    if len(message) > _LONGEST_MESSAGE:
+        message = message[:_LONGEST_MESSAGE] + "..."
+    context.abort(grpc.StatusCode[status], message)
+    raise AssertionError  # abort raised
+
+
+def _call(context: Any) -> Call:
+    remaining = context.time_remaining()
+    return Call(
+        deadline=None if remaining is None or remaining > _NO_DEADLINE_S else time.monotonic() + remaining,
+        peer=context.peer(),
+        metadata=dict(context.invocation_metadata()),
+        on_end=context.add_callback,
+    )

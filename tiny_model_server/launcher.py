@@ -1,0 +1,127 @@
+"""The life of a server process: settings, load, serve, drain, stop; and the commands ``check`` and ``list``."""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+from dataclasses import replace
+from typing import Any
+
+from tiny_model_server import codec, logs
+from tiny_model_server.engine import Call, Engine
+from tiny_model_server.errors import ServerError
+from tiny_model_server.grpc_server import GrpcServer
+from tiny_model_server.repository import ServedModel, State, discover
+from tiny_model_server.settings import Settings, SettingsError
+from tiny_model_server.web import WebServer
+
+log = logging.getLogger("tiny_model_server")
+
+_STOP_WORKERS_S = 5.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 good, 1 a model failed, 2 a wrong setting or argument."""
+    parser = argparse.ArgumentParser(prog="server.py", description="Serves every model folder over gRPC.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", help="load every model and serve (what happens without a command)")
+    check = commands.add_parser("check", help="load, warm up and run one model, without serving")
+    check.add_argument("name")
+    commands.add_parser("list", help="tell which models are found")
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings.from_env()
+        logs.configure(settings.log_level, settings.log_format)
+        if options.command == "check":
+            return check_model(settings, options.name)
+        if options.command == "list":
+            return list_models(settings)
+        return serve(settings)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def serve(settings: Settings) -> int:
+    """Serves until SIGTERM, SIGINT or StopServer; a second signal hurries the stop."""
+    log.info("settings: %s", settings.describe())
+    engine = Engine(settings)
+    grpc_server = GrpcServer(engine, settings)
+    web = WebServer(engine, settings) if settings.http_port is not None else None
+    hurry = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if engine.stop_requested.is_set():
+            hurry.set()
+            grpc_server.stop(0)
+        engine.request_stop()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    grpc_server.start()
+    if web:
+        web.start()
+    http = f", HTTP on {settings.host}:{web.port}" if web else ""
+    log.info("listening: gRPC on %s:%d%s, pid %d", settings.host, grpc_server.port, http, os.getpid())
+    failed = threading.Event()
+    threading.Thread(target=_load, args=(engine, settings, failed), name="start").start()
+    engine.stop_requested.wait()
+    log.info("stopping")
+    grpc_server.refuse_health()
+    hurry.wait(settings.drain_delay_s)
+    grpc_server.stop(0 if hurry.is_set() else settings.grace_s).wait()
+    engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
+    if web:
+        web.stop()
+    log.info("stopped")
+    return 1 if failed.is_set() else 0
+
+
+def _load(engine: Engine, settings: Settings, failed: threading.Event) -> None:
+    engine.start()
+    if engine.stop_requested.is_set():
+        return
+    bad = [model.name for model in engine.models() if model.state is not State.READY]
+    good = len(engine.models()) - len(bad)
+    log.info("serving %d models%s", good, f"; FAILED: {', '.join(bad)}" if bad else "")
+    if not engine.models():
+        log.warning("there is no model folder in %s", settings.models_dir.resolve())
+    if bad and settings.strict:
+        log.error("TMS_STRICT=1: stopping, because not every model could be loaded")
+        failed.set()
+        engine.request_stop()
+
+
+def check_model(settings: Settings, name: str) -> int:
+    """Loads and warms up one model and, if it has an ``example``, sends that through a worker and prints the answer."""
+    engine = Engine(replace(settings, strict=True))
+    try:
+        model = engine.model(name)
+        model.load()
+        assert model.loaded
+        print(f"{name}: loaded and warmed up; input shape {model.loaded.input_shape}, {model.loaded.options}")
+        return _round_trip(engine, model)
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        engine.stop(_STOP_WORKERS_S)
+
+
+def _round_trip(engine: Engine, model: ServedModel) -> int:
+    assert model.loaded
+    if model.loaded.example is None:
+        print(f"{model.name}: has no example, so nothing was run; give the class one to have it checked")
+        return 0
+    answer = engine.run(model.name, model.loaded.example, {}, Call())
+    print(f"{model.name}: answers its example with {codec.unpack(answer)!r}")
+    return 0
+
+
+def list_models(settings: Settings) -> int:
+    """Prints the model folders, and what is wrong with those that cannot be loaded."""
+    for name, path, reason in discover(settings.models_dir):
+        print(f"{name}\t{path}{f'  (cannot be loaded: {reason})' if reason else ''}")
+    return 0

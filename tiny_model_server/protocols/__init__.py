@@ -1,0 +1,1 @@
+"""The contracts, one file each: convert the message, call the engine, convert the answer."""

@@ -1,0 +1,160 @@
+"""server.Server: the project's own contract (``server.proto``), wire-compatible with the first Tiny Model Server."""
+
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tiny_model_server import codec, wire
+from tiny_model_server.batcher import Outcome
+from tiny_model_server.codec import EncodedImage, Packed
+from tiny_model_server.engine import Call, Engine
+from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, ServerError, from_status
+
+SCHEMA = "server"
+SERVICE = "server.Server"
+
+_ROOT = '{"$array": 0}'
+
+
+def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
+    """The function that answers each method."""
+    return {
+        name: getattr(_Native(engine), name) for name in wire.methods(SCHEMA, SERVICE)
+    }  # a method without its function is an error at start
+
+
+class _Native:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._response = wire.message(SCHEMA, "server.Response")
+        self._image_response = wire.message(SCHEMA, "server.ImageResponse")
+        self._states = wire.message(SCHEMA, "server.ModelStates")
+
+    def RunText(self, request: Any, call: Call) -> Any:
+        return self._run(request, _text(request.text), call)
+
+    def RunImage(self, request: Any, call: Call) -> Any:
+        return self._run(request, _image(request.image), call)
+
+    def RunBatchText(self, request: Any, call: Call) -> Any:
+        return self._run_batch(request, [_text(text) for text in request.texts], call)
+
+    def RunBatchImage(self, request: Any, call: Call) -> Any:
+        return self._run_batch(request, [_named(_image, i, image) for i, image in enumerate(request.images)], call)
+
+    def RunImageToImage(self, request: Any, call: Call) -> Any:
+        args = codec.parse_args(request.args)
+        value = codec.unpack(self._engine.run(request.model, _image(request.image), args, call))
+        image, rest = value, None
+        if isinstance(value, dict) and isinstance(value.get("image"), np.ndarray):
+            image = value["image"]
+            rest = {key: item for key, item in value.items() if key != "image"} or None
+        try:
+            image = codec.require_image(image)
+        except (InvalidInput, AttributeError):
+            kind = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise ModelUnavailable(
+                f"model {request.model!r} answered with a {kind}, no image (HxW or HxWxC); call it by RunImage"
+            ) from None
+        height, width, channels = (*image.shape, 1)[:3]
+        answer = self._image_response(data=codec.plain_json(rest))
+        fields = {"height": height, "width": width, "channels": channels, "dtype": codec.dtype_name(image.dtype)}
+        answer.image.data = bytes(codec.raw(image))
+        for name, field in fields.items():
+            setattr(answer.image, name, field)
+        return answer
+
+    def Run(self, request: Any, call: Call) -> Any:
+        args = codec.parse_args(request.args)
+        return _fill(self._response(), "data", self._engine.run(request.model, _value(request.data), args, call))
+
+    def RunBatch(self, request: Any, call: Call) -> Any:
+        items = [_named(_value, i, value) for i, value in enumerate(request.items)]
+        args = codec.parse_args(request.args)
+        return self._items(self._engine.run_batch(request.model, items, args, call))
+
+    def ListModels(self, request: Any, call: Call) -> Any:
+        return self._json([model.name for model in self._engine.models()])
+
+    def GetModelStates(self, request: Any, call: Call) -> Any:
+        answer = self._states()
+        for model in self._engine.models():
+            answer.models.add(name=model.name, state=model.state, reason=model.reason)
+        return answer
+
+    def GetInputShape(self, request: Any, call: Call) -> Any:
+        return self._json(self._engine.input_shape(request.data))
+
+    def GetPID(self, request: Any, call: Call) -> Any:
+        return self._json({"pid": os.getpid()})
+
+    def GetNumParallelWorkers(self, request: Any, call: Call) -> Any:
+        # Old clients open channels until they have seen this many pids; one address has one.
+        return self._json({"num_workers": 1})
+
+    def StopServer(self, request: Any, call: Call) -> Any:
+        self._engine.authorize(call)
+        self._engine.request_stop()
+        return self._json({"stopping": True})
+
+    def _run(self, request: Any, data: Packed, call: Call) -> Any:
+        args, plain = codec.parse_args(request.args), not request.accept_arrays
+        return _fill(self._response(), "data", self._engine.run(request.model, data, args, call, plain=plain))
+
+    def _run_batch(self, request: Any, data: list[Packed], call: Call) -> Any:
+        args, plain = codec.parse_args(request.args), not request.accept_arrays
+        outcomes = self._engine.run_batch(request.model, data, args, call, plain=plain)
+        if not plain:
+            return self._items(outcomes)
+        texts = []
+        for index, outcome in enumerate(outcomes):
+            if isinstance(outcome, ServerError):
+                raise from_status(outcome.status, f"item {index}: {outcome}")
+            texts.append(outcome.text)
+        return self._response(data=f"[{', '.join(texts)}]")
+
+    def _items(self, outcomes: list[Outcome]) -> Any:
+        answer = self._response()
+        for outcome in outcomes:
+            item = answer.items.add()
+            if isinstance(outcome, ServerError):
+                item.error.code, item.error.message = CODES[outcome.status], str(outcome)
+            else:
+                _fill(item.value, "json", outcome)
+        return answer
+
+    def _json(self, value: Any) -> Any:
+        return self._response(data=json.dumps(value))
+
+
+def _text(text: str) -> Packed:
+    return codec.pack(text)
+
+
+def _image(image: Any) -> Packed:
+    if image.encoded:
+        return codec.pack(EncodedImage(image.data))
+    return Packed(_ROOT, [codec.image_from(image.height, image.width, image.channels, image.dtype, image.data)])
+
+
+def _value(value: Any) -> Packed:
+    packed = Packed(value.json, [codec.array_from(array.dtype, array.shape, array.data) for array in value.arrays])
+    codec.unpack(packed)  # malformed JSON and references to no array are refused before they queue
+    return packed
+
+
+def _named(convert: Callable[[Any], Packed], index: int, message: Any) -> Packed:
+    try:
+        return convert(message)
+    except InvalidInput as error:
+        raise InvalidInput(f"item {index}: {error}") from None
+
+
+def _fill(message: Any, text_field: str, packed: Packed) -> Any:
+    setattr(message, text_field, packed.text)
+    for array in packed.arrays:
+        message.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=bytes(codec.raw(array)))
+    return message

@@ -1,0 +1,184 @@
+"""All settings, frozen and checked; the only reader of the environment (``TMS_*``)."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+PREFIX = "TMS_"
+MODEL_PREFIX = "TMS_MODEL_"
+Check = Callable[[str], Any]
+
+
+class SettingsError(Exception):
+    """A wrong setting; the message names the variable, the value and what is allowed."""
+
+
+def _number(kind: type[int] | type[float], low: float, high: float = float("inf")) -> Check:
+    def check(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(low - 1)
+        if not low <= value <= high:
+            name = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{name} from {low} to {high}" if high < float("inf") else f"{name}, at least {low}")
+        return value
+
+    return check
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
+        raise ValueError("0 or 1")
+    return text.lower() in ("1", "true", "yes", "on")
+
+
+def _one_of(*allowed: str) -> Check:
+    def check(text: str) -> str:
+        for value in allowed:
+            if text.lower() == value.lower():
+                return value
+        raise ValueError(f"one of {', '.join(allowed)}")
+
+    return check
+
+
+def _port_or_off(text: str) -> int | None:
+    return None if text.lower() == "off" else int(_number(int, 0, 65535)(text))
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError('a JSON object such as {"size": 3}')
+    return value
+
+
+def _setting(default: Any, check: Check, doc: str, secret: bool = False) -> Any:
+    return field(default=default, metadata={"check": check, "doc": doc, "secret": secret}, repr=not secret)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The server's settings; each field is the variable ``TMS_<FIELD>``."""
+
+    host: str = _setting("0.0.0.0", str, "address to listen on; [::] for IPv6 too")
+    port: int = _setting(50000, _number(int, 0, 65535), "gRPC port; 0 takes a free one")
+    http_port: int | None = _setting(8080, _port_or_off, "HTTP port; 0 takes a free one, off opens none")
+    models_dir: Path = _setting(Path("models"), Path, "folder whose subfolders are the models")
+    log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
+    log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
+    max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
+    threads: int = _setting(256, _number(int, 1, 4096), "calls in the server at once; one more is refused")
+    strict: bool = _setting(False, _flag, "1: a model that fails to load stops the start")
+    drain_delay_s: float = _setting(0.0, _number(float, 0), "seconds between NOT_SERVING and refusing calls when stopping")
+    grace_s: float = _setting(30.0, _number(float, 0), "seconds that accepted calls have to finish when stopping")
+    max_image_pixels: int = _setting(1 << 27, _number(int, 1), "largest encoded image that is decoded, in pixels")
+    admin_token: str = _setting("", str, "token that lets other hosts stop the server", secret=True)
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
+        """Reads the environment; SettingsError for a value that is not allowed or a variable that does not exist."""
+        known = {PREFIX + item.name.upper(): item for item in fields(cls)}
+        for name in env:
+            if name.startswith(PREFIX) and not name.startswith(MODEL_PREFIX) and name not in known | _ELSEWHERE:
+                raise SettingsError(f"{name} is no setting of the server; there are {', '.join(sorted(known))}")
+        return cls(**{item.name: _checked(name, env[name], item) for name, item in known.items() if name in env})
+
+    def describe(self) -> str:
+        """All settings in one line, for the log at start; secrets only as set or not."""
+        hidden = {item.name for item in fields(self) if item.metadata["secret"]}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return " ".join(
+            f"{PREFIX}{name.upper()}={('(set)' if value else '(unset)') if name in hidden else value}"
+            for name, value in values.items()
+        )
+
+
+_ELSEWHERE = {"TMS_ADDRESS": None}  # read by the client, and allowed to stand in the same environment
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What ``ModelInterface`` documents as class attributes, after ``TMS_MODEL_<NAME>_<KEY>`` had its say."""
+
+    max_batch_size: int = _setting(1, _number(int, 1, 65536), "most items in one batch")
+    max_wait_ms: float = _setting(0.0, _number(float, 0, 60000), "how long a batch may wait for company")
+    workers: int = _setting(1, _number(int, 1, 256), "worker processes")
+    concurrency: int = _setting(1, _number(int, 1, 64), "threads in a worker that call run at once")
+    timeout_s: float = _setting(60.0, _number(float, 0.001), "longest time of one batch")
+    load_timeout_s: float = _setting(300.0, _number(float, 0.001), "longest time of import, __init__ and warm-up")
+    queue_size: int = _setting(1024, _number(int, 1), "most items waiting")
+    image_mode: str = _setting("rgb", _one_of("rgb", "bgr", "gray", "unchanged"), "what encoded images decode to")
+    mix_shapes: bool = _setting(False, _flag, "1: arrays of different shapes share a batch")
+    args: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"check": _json_object, "doc": "keyword arguments of Model(), as JSON", "secret": False},
+    )
+
+    def declared(self, attributes: Mapping[str, Any]) -> "ModelOptions":
+        """These options with a plug-in's class attributes as defaults; ValueError names a wrong one."""
+        changes = {}
+        for item in fields(self):
+            value = attributes.get(item.name)
+            if value is None:
+                continue
+            try:
+                changes[item.name] = item.metadata["check"](str(int(value) if isinstance(value, bool) else value))
+            except ValueError as error:
+                raise ValueError(f"class attribute {item.name} = {value!r} must be {error}") from None
+        return replace(self, **changes)
+
+    def with_overrides(self, overrides: Mapping[str, Any]) -> "ModelOptions":
+        """These options with values from ``model_overrides`` in the place of their own."""
+        return replace(self, **overrides)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for the worker's process."""
+        return asdict(self)
+
+
+def model_overrides(name: str, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """The options that the environment sets for a model; SettingsError for a value that is not allowed."""
+    prefix = model_prefix(name)
+    options = {prefix + item.name.upper(): item for item in fields(ModelOptions)}
+    return {item.name: _checked(variable, env[variable], item) for variable, item in options.items() if variable in env}
+
+
+def stray_overrides(names: list[str], env: Mapping[str, str] = os.environ) -> list[str]:
+    """The ``TMS_MODEL_*`` variables that no model of these names reads: misspelt, most likely."""
+    keys = [item.name.upper() for item in fields(ModelOptions)]
+    read = {model_prefix(name) + key for name in names for key in keys}
+    return sorted(variable for variable in env if variable.startswith(MODEL_PREFIX) and variable not in read)
+
+
+def model_prefix(name: str) -> str:
+    """TMS_MODEL_MY_NET_ for a model called my-net."""
+    return f"{MODEL_PREFIX}{name.upper().replace('-', '_')}_"
+
+
+def settings_table() -> list[tuple[str, str, str]]:
+    """(variable, default, meaning) of every setting, for the README's table."""
+    rows = [(PREFIX + item.name.upper(), _default(item), item.metadata["doc"]) for item in fields(Settings)]
+    return rows + [
+        (f"{MODEL_PREFIX}<NAME>_{item.name.upper()}", _default(item), item.metadata["doc"])
+        for item in fields(ModelOptions)
+    ]
+
+
+def _default(item: "Field[Any]") -> str:
+    value = {} if item.default is MISSING else item.default
+    return str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _checked(variable: str, text: str, item: "Field[Any]") -> Any:
+    try:
+        return item.metadata["check"](text)
+    except ValueError as error:
+        raise SettingsError(f"{variable}={text!r} must be {error}") from None

@@ -1,0 +1,275 @@
+"""The child process: import, construct, warm up, run. No gRPC in here; it dies and is replaced alone.
+
+Started as ``python -m tiny_model_server.worker FD``; FD is the control socket. On it the front sends the plug-in to
+import, hears what its class declares, sends the options and one socket and two segments for each slot, and hears
+"ready" or "failed". Each slot then takes batches from its own socket until that is closed.
+"""
+
+import ctypes
+import importlib.util
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import types
+import weakref
+from collections.abc import Sequence
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from model_interface import ModelInterface
+from tiny_model_server import codec, logs
+from tiny_model_server.errors import InvalidInput, ModelError, ServerError
+from tiny_model_server.shm import Segment
+from tiny_model_server.settings import ModelOptions
+
+log = logging.getLogger("tiny_model_server.worker")
+
+DEFAULT_BATCH = 32
+"""max_batch_size of a plug-in that has a run_batch of its own and names no size."""
+
+
+def import_plugin(name: str, path: Path) -> type[ModelInterface]:
+    """The class Model of the plug-in folder ``path``, imported as the package ``models.<name>``."""
+    package = types.ModuleType("models")
+    package.__path__ = [str(path.parent)]
+    sys.modules["models"] = package
+    spec = importlib.util.spec_from_file_location(
+        f"models.{name}", path / "__init__.py", submodule_search_locations=[str(path)]
+    )
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    plugin = getattr(module, "Model", None)
+    if not (isinstance(plugin, type) and issubclass(plugin, ModelInterface)):
+        raise TypeError(f"{path / '__init__.py'} must define class Model(ModelInterface)")
+    return plugin
+
+
+def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
+    """The options that the class declares; a batch size of None is resolved here."""
+    options = {name: getattr(plugin, name, None) for name in ModelOptions.__dataclass_fields__ if name != "args"}
+    if options["max_batch_size"] is None:
+        options["max_batch_size"] = 1 if plugin.run_batch is ModelInterface.run_batch else DEFAULT_BATCH
+    return options
+
+
+def describe(error: BaseException, path: Path) -> str:
+    """Why a plug-in could not be loaded, in one line, with the requirements file to install if that may help."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    needs = path / "requirements.txt"
+    if isinstance(error, ImportError) and needs.exists():
+        reason += f" (install what it needs: pip install -r {needs})"
+    return reason
+
+
+class Runner:
+    """Runs batches on one model; slots share it."""
+
+    def __init__(self, name: str, model: ModelInterface, options: ModelOptions) -> None:
+        self._name = name
+        self._model = model
+        self._options = options
+
+    def run(self, packed: Sequence[codec.Packed], args: dict[str, Any]) -> list[Any]:
+        """One outcome an item, in order: the model's value, or a ServerError."""
+        outcomes: list[Any] = [None] * len(packed)
+        groups: dict[Any, list[int]] = {}
+        values: dict[int, Any] = {}
+        for index, item in enumerate(packed):
+            try:
+                value = codec.unpack(item, self._decode_image)
+            except ServerError as error:
+                outcomes[index] = error
+                continue
+            values[index] = value
+            # Items share their shapes already, but for images that were files until now.
+            mixes = self._options.mix_shapes or not isinstance(value, np.ndarray)
+            groups.setdefault(None if mixes else (value.shape, value.dtype.str), []).append(index)
+        for indices in groups.values():
+            for index, outcome in zip(indices, self._run_group([values[i] for i in indices], args), strict=True):
+                outcomes[index] = outcome
+        return outcomes
+
+    def _run_group(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
+        if len(values) > 1:
+            try:
+                results = self._model.run_batch(values, args)
+            except BaseException as error:  # a model may raise anything, SystemExit too
+                log.warning("model %s: run_batch raised, running its %d items one by one: %r", self._name,
+                            len(values), error)  # fmt: skip
+            else:
+                return self._one_each(results, len(values))
+        return [self._run_one(value, args) for value in values]
+
+    def _one_each(self, results: Any, count: int) -> list[Any]:
+        try:
+            listed = list(results)
+        except Exception as error:
+            return [ModelError(f"run_batch of model {self._name!r} must return a sequence: {error}")] * count
+        if len(listed) != count:
+            message = f"run_batch of model {self._name!r} returned {len(listed)} results for {count} items"
+            log.error(message)
+            return [ModelError(message)] * count
+        return [self._error(item) if isinstance(item, BaseException) else item for item in listed]
+
+    def _run_one(self, value: Any, args: dict[str, Any]) -> Any:
+        try:
+            return self._model.run(value, args)
+        except BaseException as error:
+            return self._error(error)
+
+    def _error(self, error: BaseException) -> ServerError:
+        if isinstance(error, InvalidInput):
+            return error
+        log.error("model %s raised", self._name, exc_info=error)
+        return ModelError(f"model {self._name!r} raised {type(error).__name__}: {error}")
+
+    def _decode_image(self, data: bytes) -> Any:
+        try:
+            import cv2
+        except ImportError:
+            raise ModelError(
+                f"model {self._name!r} cannot decode image files: its interpreter lacks opencv-python-headless"
+            ) from None
+        flags = {
+            "rgb": cv2.IMREAD_COLOR_RGB,
+            "bgr": cv2.IMREAD_COLOR,
+            "gray": cv2.IMREAD_GRAYSCALE,
+            "unchanged": cv2.IMREAD_UNCHANGED,
+        }
+        try:
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags[self._options.image_mode]) if data else None
+        except cv2.error as error:
+            raise InvalidInput(f"the image file could not be decoded: {error.err}") from None
+        if image is None:
+            raise InvalidInput(f"{len(data)} bytes that are no image file which OpenCV can decode (JPEG, PNG, ...)")
+        return image
+
+
+class Slot:
+    """One batch at a time: a socket for control, a segment for what comes in, one for what goes out."""
+
+    def __init__(self, fds: Sequence[int], runner: Runner) -> None:
+        self._connection = Connection(fds[0])
+        self._inbox = Segment(fds[1])
+        self._outbox = Segment(fds[2])
+        self._runner = runner
+
+    def serve(self) -> None:
+        """Runs batches until the front closes the socket, or is gone."""
+        while True:
+            try:
+                args, items, new_inbox = self._connection.recv()
+                if new_inbox:
+                    self._inbox.close()
+                    self._inbox = Segment(reduction.recv_handle(self._connection))
+            except (EOFError, OSError):
+                return
+            alive: list[weakref.ref[Any]] = []
+            started = time.monotonic()
+            try:
+                outcomes = self._run(args, items, alive)
+            except ServerError as error:
+                outcomes = [(error.status, str(error), [])] * len(items)
+            # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment.
+            kept = any(reference() is not None for reference in alive)
+            try:
+                self._connection.send((outcomes, time.monotonic() - started, kept))
+            except OSError:
+                return
+
+    def _run(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
+        packed = []
+        for text, places, _ in items:
+            arrays = self._inbox.read(places)
+            alive += [weakref.ref(_owner(array)) for array in arrays]
+            packed.append(codec.Packed(text, arrays))
+        results = self._runner.run(packed, codec.parse_args(args))
+        answers = [self._pack(result, plain) for result, (_, _, plain) in zip(results, items, strict=True)]
+        places = iter(self._outbox.write([array for _, _, arrays in answers for array in arrays]))
+        return [(status, text, [next(places) for _ in arrays]) for status, text, arrays in answers]
+
+    def _pack(self, result: Any, plain: bool) -> tuple[str | None, str, list[codec.Array]]:
+        """(None, JSON, arrays) of a value, (status, message, []) of an error."""
+        if isinstance(result, ServerError):
+            return result.status, str(result), []
+        try:
+            packed = codec.Packed(codec.plain_json(result), []) if plain else codec.pack(result)
+        except Exception as error:  # a result may be of any class, with any behaviour
+            log.error("a result could not be encoded: %s", error)
+            return ModelError.status, f"the model's answer cannot be encoded: {error}", []
+        return None, *packed
+
+
+def _owner(array: Any) -> Any:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def _die_with_the_front(front: int) -> None:
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != front:
+        os._exit(1)
+
+
+def _load(control: Connection, spec: dict[str, Any]) -> tuple[Runner, ModelInterface, int] | None:
+    name, path = spec["name"], Path(spec["path"])
+    try:
+        plugin = import_plugin(name, path)
+        control.send(("declared", declared(plugin)))
+        options = ModelOptions(**control.recv())
+        model = plugin(**options.args)
+        model.warmup()
+        shape = model.get_input_shape()
+        info = {
+            "input_shape": None if shape is None else [int(size) for size in shape],
+            "metadata": codec.parse_json(codec.plain_json(plugin.metadata)),
+            "example": None if plugin.example is None else codec.pack(plugin.example),
+        }
+    except EOFError:
+        return None
+    except BaseException as error:  # a plug-in may raise anything, SystemExit too
+        log.error("model %s could not be loaded", name, exc_info=error)
+        control.send(("failed", describe(error, path)))
+        return None
+    control.send(("ready", info))
+    return Runner(name, model, options), model, options.concurrency
+
+
+def _receive_slots(control: Connection, runner: Runner, count: int) -> list[Slot]:
+    return [Slot([reduction.recv_handle(control) for _ in range(3)], runner) for _ in range(count)]
+
+
+def main() -> None:
+    """Serves one model until the front lets go."""
+    control = Connection(int(sys.argv[1]))
+    spec = control.recv()
+    _die_with_the_front(spec["front"])
+    logs.configure(spec["log_level"], spec["log_format"])
+    loaded = _load(control, spec)
+    if loaded is None:
+        sys.exit(1)
+    runner, model, count = loaded
+    slots = _receive_slots(control, runner, count)
+    threads = [threading.Thread(target=slot.serve) for slot in slots[1:]]
+    for thread in threads:
+        thread.start()
+    slots[0].serve()
+    for thread in threads:
+        thread.join()
+    model.close()
+
+
+if __name__ == "__main__":
+    main()
