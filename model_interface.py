@@ -67,5 +67,5 @@ class ModelInterface(ABC):
         if self.example is not None:
             self.run(self.example, {})
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - to do nothing is right for most
         """Runs when the worker stops in good order."""

@@ -1,4 +1,4 @@
-"""The bounded queue of one model: items of all callers in, batches out; nobody waits for company while a worker idles."""
+"""The bounded queue of one model: items of all callers in, batches out; no waiting while a worker idles."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ class Item:
     __slots__ = ("_done", "args", "attempts", "deadline", "enqueued", "key", "outcome", "packed", "plain")
 
     def __init__(self, packed: Packed, args: str, key: Hashable, *, deadline: float | None, plain: bool) -> None:
-        """``args`` is JSON; ``deadline`` is on the monotonic clock; ``plain`` asks for JSON without arrays beside it."""
+        """``args`` is JSON, ``deadline`` on the monotonic clock; ``plain`` asks for JSON without arrays beside it."""
         self.packed = packed
         self.args = args
         self.key = key

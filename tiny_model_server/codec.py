@@ -85,7 +85,7 @@ def parse_args(text: str) -> dict[str, Any]:
         return {}
     args = parse_json(text) or {}
     if not isinstance(args, dict):
-        raise InvalidInput(f"args must be a JSON object such as {{\"top\": 3}}, not {text[:80]!r}")
+        raise InvalidInput(f'args must be a JSON object such as {{"top": 3}}, not {text[:80]!r}')
     return args
 
 
@@ -113,7 +113,7 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
 
 def raw(array: Array) -> memoryview:
     """The bytes of a portable array, without a copy."""
-    return memoryview(array.reshape(-1).view(np.uint8)) if array.size and array.itemsize else memoryview(b"")
+    return array.reshape(-1).view(np.uint8).data if array.size and array.itemsize else memoryview(b"")
 
 
 def array_from(dtype: str, shape: Sequence[int], data: Buffer) -> Array:
@@ -199,17 +199,17 @@ def _decode(value: Any, arrays: Sequence[Array], image: Callable[[bytes], Any]) 
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
-        (name, inner), = value.items()
+        ((name, inner),) = value.items()
         if name in ("$array", "$bytes", "$image"):
             if type(inner) is not int or not 0 <= inner < len(arrays):
-                raise InvalidInput(f"{{\"{name}\": {inner!r}}} refers to none of the {len(arrays)} arrays sent")
+                raise InvalidInput(f'{{"{name}": {inner!r}}} refers to none of the {len(arrays)} arrays sent')
             array = arrays[inner]
             if name == "$array":
                 return array
             return image(bytes(raw(array))) if name == "$image" else bytes(raw(array))
         if name == "$float":
             if inner not in _FLOATS:
-                raise InvalidInput(f"{{\"$float\": {inner!r}}} must be one of {', '.join(_FLOATS)}")
+                raise InvalidInput(f'{{"$float": {inner!r}}} must be one of {", ".join(_FLOATS)}')
             return _FLOATS[inner]
         if name == "$dict" and isinstance(inner, dict):
             return {key: _decode(item, arrays, image) for key, item in inner.items()}
@@ -224,7 +224,7 @@ def _plain(value: Any, arrays: Sequence[Array]) -> Any:
     if not isinstance(value, dict):
         return value
     if len(value) == 1:
-        (name, inner), = value.items()
+        ((name, inner),) = value.items()
         if name == "$array":
             return _lists(arrays[inner])
         if name in ("$bytes", "$image"):

@@ -181,4 +181,4 @@ def _is_local(peer: str) -> bool:
         host = ip_address(address.rpartition(":")[0].strip("[]"))
     except ValueError:
         return False
-    return host.is_loopback or bool(getattr(host, "ipv4_mapped", None) and host.ipv4_mapped.is_loopback)
+    return (getattr(host, "ipv4_mapped", None) or host).is_loopback

@@ -9,10 +9,9 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from tiny_model_server import wire
+from tiny_model_server import health, wire
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import Overloaded, ServerError
 from tiny_model_server.protocols import native
@@ -38,8 +37,7 @@ class GrpcServer:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         """Binds the port; SettingsError if it cannot be had."""
         self._engine = engine
-        self._health = health.HealthServicer(experimental_non_blocking=True)
-        self._health_lock = threading.Lock()
+        self._health = health.Health()
         self._server = grpc.server(
             ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="grpc"),
             options=[
@@ -52,16 +50,14 @@ class GrpcServer:
         )
         for protocol in PROTOCOLS:
             self._bind(protocol.SCHEMA, protocol.SERVICE, protocol.handlers(engine))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        wire.load("health")
+        self._server.add_generic_rpc_handlers([self._health.generic_handler()])
         names = [protocol.SERVICE for protocol in PROTOCOLS]
         reflection.enable_server_reflection(
-            [*names, health.SERVICE_NAME, reflection.SERVICE_NAME], self._server, pool=wire.pool
+            [*names, health.SERVICE, reflection.SERVICE_NAME], self._server, pool=wire.pool
         )
-        address = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host
-        address = address.replace("[[", "[").replace("]]", "]")
+        host = settings.host.strip("[]")
         try:
-            self.port: int = self._server.add_insecure_port(f"{address}:{settings.port}")
+            self.port: int = self._server.add_insecure_port(f"{f'[{host}]' if ':' in host else host}:{settings.port}")
         except RuntimeError:
             raise SettingsError(
                 f"TMS_HOST={settings.host!r} TMS_PORT={settings.port} cannot be listened on: "
@@ -76,19 +72,19 @@ class GrpcServer:
 
     def refuse_health(self) -> None:
         """Says NOT_SERVING under every name, for good, so that clients go elsewhere."""
-        with self._health_lock:
-            self._health.enter_graceful_shutdown()
+        self._health.shut_down()
 
-    def stop(self, grace_s: float | None) -> threading.Event:
+    def stop(self, grace_s: float) -> threading.Event:
         """Accepts no more calls, cancels those that take longer than ``grace_s``; the event is set when none is left.
 
         Called again, it hurries.
         """
         event: threading.Event = self._server.stop(grace_s)
+        self._health.end_watches()
         return event
 
     def _bind(self, schema: str, service: str, handlers: dict[str, Callable[[Any, Call], Any]]) -> None:
-        table = {
+        table: dict[str, Any] = {
             name: grpc.unary_unary_rpc_method_handler(_unary(method, handlers[name]))
             for name, method in wire.methods(schema, service).items()
         }
@@ -97,12 +93,7 @@ class GrpcServer:
     def _update_health(self) -> None:
         engine = self._engine
         serving = {model.name: model.state is State.READY for model in engine.models()}
-        serving[""] = engine.ready
-        serving[LIVE_SERVICE] = engine.started
-        with self._health_lock:
-            for name, good in serving.items():
-                status = health_pb2.HealthCheckResponse
-                self._health.set(name, status.SERVING if good else status.NOT_SERVING)
+        self._health.set(serving | {"": engine.ready, LIVE_SERVICE: engine.started})
 
 
 def _unary(method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], bytes]:

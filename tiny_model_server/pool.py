@@ -96,9 +96,7 @@ class _Slot:
         except (EOFError, OSError) as error:
             raise _WorkerDied from error
         return [
-            from_status(status, text)
-            if status
-            else Packed(text, [array.copy() for array in self._outbox.read(places)])
+            from_status(status, text) if status else Packed(text, [array.copy() for array in self._outbox.read(places)])
             for status, text, places in answers
         ]
 

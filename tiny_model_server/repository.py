@@ -115,9 +115,7 @@ class Repository:
     def __init__(self, settings: Settings, changed: Callable[[], None] = lambda: None) -> None:
         """Finds every model; SettingsError if the folder cannot be read or a model's setting is wrong."""
         self._models = {
-            name: ServedModel(
-                Plugin(name, path, {} if reason else model_overrides(name)), settings, changed, reason
-            )
+            name: ServedModel(Plugin(name, path, {} if reason else model_overrides(name)), settings, changed, reason)
             for name, path, reason in discover(settings.models_dir)
         }
         for variable in stray_overrides(list(self._models)):

@@ -77,7 +77,9 @@ class Settings:
     max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
     threads: int = _setting(256, _number(int, 1, 4096), "calls in the server at once; one more is refused")
     strict: bool = _setting(False, _flag, "1: a model that fails to load stops the start")
-    drain_delay_s: float = _setting(0.0, _number(float, 0), "seconds between NOT_SERVING and refusing calls when stopping")
+    drain_delay_s: float = _setting(
+        0.0, _number(float, 0), "seconds between NOT_SERVING and refusing calls when stopping"
+    )
     grace_s: float = _setting(30.0, _number(float, 0), "seconds that accepted calls have to finish when stopping")
     max_image_pixels: int = _setting(1 << 27, _number(int, 1), "largest encoded image that is decoded, in pixels")
     admin_token: str = _setting("", str, "token that lets other hosts stop the server", secret=True)

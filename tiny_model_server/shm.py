@@ -81,4 +81,3 @@ def _unnamed_file() -> int:
         return os.memfd_create("tiny_model_server")
     with tempfile.TemporaryFile() as file:  # unlinked already
         return os.dup(file.fileno())
-

@@ -26,8 +26,8 @@ import numpy as np
 from model_interface import ModelInterface
 from tiny_model_server import codec, logs
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
-from tiny_model_server.shm import Segment
 from tiny_model_server.settings import ModelOptions
+from tiny_model_server.shm import Segment
 
 log = logging.getLogger("tiny_model_server.worker")
 
@@ -43,7 +43,8 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
     spec = importlib.util.spec_from_file_location(
         f"models.{name}", path / "__init__.py", submodule_search_locations=[str(path)]
     )
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

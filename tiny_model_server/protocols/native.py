@@ -55,7 +55,9 @@ class _Native:
         try:
             image = codec.require_image(image)
         except (InvalidInput, AttributeError):
-            kind = f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            kind = (
+                f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+            )
             raise ModelUnavailable(
                 f"model {request.model!r} answered with a {kind}, no image (HxW or HxWxC); call it by RunImage"
             ) from None

@@ -1,0 +1,69 @@
+# Everything runs in a virtual environment of its own, made on first use.
+PYTHON ?= python3
+VENV ?= .venv
+# An index with CPU builds of torch, where the usual one would bring CUDA: see README, "Install".
+TORCH_INDEX ?=
+IMAGE ?= tiny-model-server
+PORT ?= 50000
+HTTP_PORT ?= 8080
+PIP_FLAGS = --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+BIN = $(VENV)/bin
+MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
+SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
+DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
+
+.PHONY: help run serve test check bench proto docker run_docker_server run_tests clean
+.DEFAULT_GOAL = help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+run: $(VENV)/run.done ## install, start the server, send real images through ModelClient, print the answers
+	$(BIN)/python examples/demo.py
+
+serve: $(VENV)/run.done ## install and run the server until Ctrl-C
+	$(BIN)/python server.py
+
+test: $(VENV)/test.done ## install what the tests need and run them
+	$(BIN)/python -m pytest
+
+run_tests: test ## the same
+
+check: $(VENV)/test.done ## lint, formatting, types, import direction, descriptors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_structure.py
+
+bench: $(VENV)/test.done ## measure against a bare grpcio echo, and print the table of BENCHMARKS.md
+	$(BIN)/python tests/bench.py
+
+proto: $(VENV)/test.done ## compile the .proto files to the committed descriptor sets
+	$(MAKE) -B $(DESCRIPTORS)
+
+docker: ## build the image
+	docker build --build-arg TORCH_INDEX=$(TORCH_INDEX) -t $(IMAGE) .
+
+run_docker_server: docker ## build the image and serve from it on port 50000
+	docker run --rm --init -p $(PORT):50000 -p $(HTTP_PORT):8080 $(IMAGE)
+
+clean: ## remove the virtual environment
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.done: requirements.txt examples/requirements.txt $(MODEL_REQUIREMENTS) | $(VENV)/bin/python
+	$(BIN)/pip install $(PIP_FLAGS) $(foreach file,$^,-r $(file))
+	@touch $@
+
+$(VENV)/test.done: tests/requirements.txt $(VENV)/run.done
+	$(BIN)/pip install $(PIP_FLAGS) -r tests/requirements.txt
+	@touch $@
+
+tiny_model_server/protocols/server.binpb: server.proto
+	$(BIN)/python -m grpc_tools.protoc -I . --include_imports --descriptor_set_out=$@ $<
+
+tiny_model_server/protocols/%.binpb: tiny_model_server/protocols/%.proto
+	$(BIN)/python -m grpc_tools.protoc -I $(<D) --include_imports --descriptor_set_out=$@ $<

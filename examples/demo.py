@@ -1,0 +1,72 @@
+"""Starts the server, sends it real photographs and texts through ModelClient, prints the answers, and stops it.
+
+Run as ``make run``. With TMS_ADDRESS set, it uses the server there instead.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+from sklearn.datasets import load_digits, load_sample_images
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model_client import ModelClient  # noqa: E402
+
+
+def main() -> None:
+    """Calls every example model once."""
+    if "TMS_ADDRESS" in os.environ:
+        return call_models()
+    env = os.environ | {"TMS_LOG_LEVEL": "warning", "TMS_HTTP_PORT": os.environ.get("TMS_HTTP_PORT", "off")}
+    print("Starting the server (python server.py) ...")
+    server = subprocess.Popen([sys.executable, "server.py"], cwd=ROOT, env=env)
+    try:
+        os.environ["TMS_ADDRESS"] = f"localhost:{os.environ.get('TMS_PORT', '50000')}"
+        call_models()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def call_models() -> None:
+    """Sends each model something real, and prints what it answers."""
+    photographs = Path(skimage.data.__file__).parent
+    flower = load_sample_images().images[1]
+
+    example = ModelClient("example", connect_timeout=120)
+    started = time.perf_counter()
+    print("models:  ", ", ".join(f"{model['name']} {model['state']}" for model in example.list_models()))
+    print(f"           (ready after {time.perf_counter() - started:.1f} s)")
+    print("example: ", example.run_image(flower, {"bins": 4}))
+
+    digits = load_digits().images[:8] / 16
+    for name in ("digits", "digits_onnx"):
+        answers = ModelClient(name).run_image_batch(list(digits))
+        print(f"{name}:".ljust(10), "read", [answer["digit"] for answer in answers], "of 0 1 2 3 4 5 6 7")
+
+    edges = ModelClient("edges").run_image_to_image(flower)
+    print(
+        "edges:   ",
+        f"{edges.shape} {edges.dtype}, {100 * (edges > 0).mean():.1f} % of the flower's pixels are contours",
+    )
+
+    left, right, _ = skimage.data.stereo_motorcycle()
+    flow = ModelClient("optical_flow").run([left, right])
+    print("flow:    ", f"{flow.shape} {flow.dtype}, the median pixel moved {np.median(flow[..., 0]):.1f} px sideways")
+
+    languages = ModelClient("language").run_text_batch(["Where is the station?", "Wo ist der Bahnhof?", "¿Dónde está?"])
+    print("language:", [answer[0]["language"] for answer in languages])
+
+    print("ocr:      page.png, read as a file that the server decodes:")
+    for line in ModelClient("ocr").run_image(photographs / "page.png"):
+        print(f"           {line['score']:.2f}  {line['text']}")
+
+
+if __name__ == "__main__":
+    main()
