@@ -19,6 +19,9 @@ from tiny_model_server.errors import InvalidInput
 Array = np.ndarray[Any, np.dtype[Any]]
 Buffer = bytes | bytearray | memoryview
 
+ARRAY = '{"$array": 0}'
+"""The text of a packed value that is nothing but an array."""
+
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|<U\d{1,9}|\|S\d{1,9}|<[mM]8(\[\d*\w+\])?")
 
@@ -40,7 +43,7 @@ def pack(value: Any) -> Packed:
     """Packs a tree of JSON values, arrays, numpy scalars, bytes and encoded images; TypeError names what it can't."""
     arrays: list[Array] = []
     if isinstance(value, np.ndarray):
-        return Packed('{"$array": 0}', [portable(value)])
+        return Packed(ARRAY, [portable(value)])
     try:
         return Packed(json.dumps(_encode(value, arrays, ""), allow_nan=False), arrays)
     except RecursionError:
@@ -52,7 +55,7 @@ def unpack(packed: Packed, image: Callable[[bytes], Any] = EncodedImage) -> Any:
 
     ``image`` makes of an image file what stands in the value; by default the file itself.
     """
-    if packed.text == '{"$array": 0}' and len(packed.arrays) == 1:
+    if packed.text == ARRAY and len(packed.arrays) == 1:
         return packed.arrays[0]
     try:
         return _decode(parse_json(packed.text), packed.arrays, image)

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tiny_model_server.batcher import Item, Outcome, cancelled
-from tiny_model_server.codec import Packed, signature
+from tiny_model_server.codec import ARRAY, Packed, dtype_name, signature
 from tiny_model_server.errors import (
     InvalidInput,
     ModelUnavailable,
@@ -138,7 +138,11 @@ class Engine:
             raise Stopping("the server is stopping")
         model = self.model(name)
         args_text = json.dumps(args, sort_keys=True) if args else ""
-        mixes = model.loaded is not None and model.loaded.options.mix_shapes
+        loaded = model.loaded
+        mixes = loaded is not None and loaded.options.mix_shapes
+        if loaded is not None:
+            for data in items:
+                _check_declared(loaded.metadata.get("inputs") or [], data)
         queued = [
             Item(data, args_text, (args_text, () if mixes else signature(data)), deadline=call.deadline, plain=plain)
             for data in items
@@ -171,6 +175,21 @@ class Engine:
     def _changed(self) -> None:
         for listener in self._listeners:
             listener()
+
+
+def _check_declared(inputs: Sequence[Mapping[str, Any]], data: Packed) -> None:
+    """InvalidInput if an array does not fit the only input that the model's metadata declares."""
+    if len(inputs) != 1 or len(data.arrays) != 1 or data.text != ARRAY:
+        return
+    array, dtype, shape = data.arrays[0], inputs[0].get("dtype"), inputs[0].get("shape")
+    fits = shape is None or (
+        len(shape) == array.ndim and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
+    )
+    if not fits or dtype not in (None, dtype_name(array.dtype)):
+        raise InvalidInput(
+            f"the model takes {dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size), "
+            f"not {dtype_name(array.dtype)} of shape {list(array.shape)}"
+        )
 
 
 def _is_local(peer: str) -> bool:

@@ -16,8 +16,6 @@ from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Serv
 SCHEMA = "server"
 SERVICE = "server.Server"
 
-_ROOT = '{"$array": 0}'
-
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
@@ -139,7 +137,7 @@ def _text(text: str) -> Packed:
 def _image(image: Any) -> Packed:
     if image.encoded:
         return codec.pack(EncodedImage(image.data))
-    return Packed(_ROOT, [codec.image_from(image.height, image.width, image.channels, image.dtype, image.data)])
+    return Packed(codec.ARRAY, [codec.image_from(image.height, image.width, image.channels, image.dtype, image.data)])
 
 
 def _value(value: Any) -> Packed:

@@ -1,0 +1,1 @@
+"""Has a name that cannot be called."""

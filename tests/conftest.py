@@ -1,0 +1,106 @@
+"""Real servers for the tests: each a process of its own, on free ports, killed in the end."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model_client import ModelClient
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "tests" / "models"
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20) -> Any:
+    """Polls until ``condition()`` is true, and returns what it gave."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if found := condition():
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"waited {timeout} s in vain for {what}")
+
+
+class Server:
+    """A ``python server.py`` with the environment given, whose log can be read."""
+
+    def __init__(self, models: Path = MODELS, ready: bool = True, **env: object) -> None:
+        settings = {"TMS_HOST": "127.0.0.1", "TMS_PORT": 0, "TMS_HTTP_PORT": 0, "TMS_MODELS_DIR": models} | env
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("TMS_")}
+        self.process = subprocess.Popen(
+            [sys.executable, "server.py"],
+            cwd=ROOT,
+            env=clean | {key: str(value) for key, value in settings.items()},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        self.log: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+        found = self.wait_for_log(r"listening: gRPC on \S+:(\d+)(?:, HTTP on \S+:(\d+))?")
+        self.port, self.http_port = int(found[1]), int(found[2] or 0)
+        self.address = f"127.0.0.1:{self.port}"
+        if ready:
+            self.wait_for_log(r"serving \d+ models", timeout=60)
+
+    def _read(self) -> None:
+        assert self.process.stderr
+        with self.process.stderr as lines:
+            for line in lines:
+                self.log.append(line.rstrip())
+
+    def wait_for_log(self, pattern: str, timeout: float = 20) -> re.Match[str]:
+        def find() -> re.Match[str] | None:
+            if self.process.poll() is not None:
+                time.sleep(0.2)
+            found = next((match for line in list(self.log) if (match := re.search(pattern, line))), None)
+            assert found or self.process.poll() is None, "\n".join(self.log)
+            return found
+
+        try:
+            return wait_for(find, pattern, timeout)
+        except AssertionError as error:
+            raise AssertionError("\n".join([str(error), *self.log])) from None
+
+    def client(self, model: str = "", **options: Any) -> ModelClient:
+        return ModelClient(model, addresses=[self.address], **options)
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(20)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._reader.join()  # ends with the last worker, which goes when the front is gone
+
+
+@pytest.fixture
+def start_server() -> Iterator[Callable[..., Server]]:
+    """Starts servers that end with the test."""
+    started: list[Server] = []
+
+    def start(*args: Any, **kwargs: Any) -> Server:
+        started.append(Server(*args, **kwargs))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """One server with the test models, for tests that leave it as it was."""
+    server = Server()
+    yield server
+    server.kill()
