@@ -47,6 +47,9 @@ class ModelClientError(grpc.RpcError):
         self._details = details
         self.model = model
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._code, self._details, self.model)
+
     def code(self) -> grpc.StatusCode:
         """The gRPC status."""
         return self._code

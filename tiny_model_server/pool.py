@@ -26,9 +26,9 @@ from tiny_model_server.shm import Segment
 log = logging.getLogger("tiny_model_server.pool")
 
 _ROOT = Path(__file__).resolve().parent.parent
-_LONGEST_BACKOFF_S = 30.0
-_STABLE_S = 10.0
-"""A worker that lived this long and then died is restarted at once."""
+_LONGEST_BACKOFF_S = 30.0  # between attempts to load
+_LONGEST_CRASH_BACKOFF_S = 1.0  # between deaths of workers that could be loaded: inputs that kill must not stop others
+_STABLE_S = 10.0  # a worker that lived this long and then died is restarted at once
 
 
 @dataclass(frozen=True)
@@ -292,7 +292,8 @@ class Pool:
                     self.restarts += 1
                     log.error("model %s: worker %d %s; restarting it", name, process.popen.pid, process.end())
                     failures = 0 if time.monotonic() - born > _STABLE_S else failures + 1
-            self._stopping.wait(min(_LONGEST_BACKOFF_S, 0.1 * 2**failures) if failures > 1 else 0)
+            longest = _LONGEST_CRASH_BACKOFF_S if process.ready else _LONGEST_BACKOFF_S
+            self._stopping.wait(min(longest, 0.05 * 2**failures) if failures > 1 else 0)
         if not served:
             report(ModelUnavailable("the server is stopping"))
 

@@ -50,6 +50,8 @@ class ServedModel:
         self.reason = reason
         self.batcher = Batcher(ModelOptions().with_overrides(plugin.overrides).queue_size)
         self.batcher.close(self._refusal(), drain=False)
+        if reason:
+            log.error("model %s FAILED: %s", self.name, reason)
 
     def load(self) -> None:
         """Starts the workers and waits until they are ready; calls queue meanwhile. ModelUnavailable says why not."""

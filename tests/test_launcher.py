@@ -1,0 +1,273 @@
+"""Starting, checking, listing, stopping; broken plug-ins; wrong settings."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+
+import model_client
+from tests.conftest import MODELS, ROOT, Server, wait_for
+from tiny_model_server.settings import ModelOptions, Settings, SettingsError, model_overrides, settings_table
+
+BROKEN = ROOT / "tests" / "broken_models"
+
+
+def run(*arguments: str, timeout: float = 60, **env: object) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("TMS_")}
+    settings = {"TMS_MODELS_DIR": MODELS, "TMS_HTTP_PORT": "off", "TMS_HOST": "127.0.0.1", "TMS_PORT": 0} | env
+    return subprocess.run(
+        [sys.executable, "server.py", *arguments],
+        cwd=ROOT,
+        env=clean | {key: str(value) for key, value in settings.items()},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def broken() -> Any:
+    server = Server(models=BROKEN, ready=False, TMS_MODEL_HANGS_ON_IMPORT_LOAD_TIMEOUT_S=3)
+    server.wait_for_log(r"serving \d+ models", timeout=60)
+    yield server
+    server.kill()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("syntax_error", "SyntaxError: invalid syntax"),
+        ("needs_package", r"ModuleNotFoundError: .*pip install -r .*needs_package/requirements.txt"),
+        ("no_class", r"must define class Model\(ModelInterface\)"),
+        ("raises_in_init", "FileNotFoundError: weights.pt"),
+        ("exits_on_import", "its worker exited with code 4 while loading"),
+        ("hangs_on_import", "took longer than load_timeout_s=3 to load"),
+        ("bad name", "a model's name is a letter"),
+        ("bad_option", "class attribute max_batch_size = 'many' must be a whole number"),
+    ],
+)
+def test_a_broken_plugin_says_why(broken: Server, name: str, reason: str) -> None:
+    with pytest.raises(model_client.ModelUnavailable, match=f"(?s)model '{name}' could not be loaded: .*{reason}"):
+        broken.client(name).run_text("x")
+    state = next(model for model in broken.client().list_models() if model["name"] == name)
+    assert state["state"] == "FAILED"
+    assert "\n" not in state["reason"]
+    assert state["reason"] in "\n".join(broken.log)
+
+
+def test_a_broken_plugin_stops_no_other_and_is_no_unknown_one(broken: Server) -> None:
+    assert broken.client("good").run_text("x") == "fine"
+    with pytest.raises(model_client.ModelNotFound):
+        broken.client("no_init").run_text("x")
+    assert any("no_init is no model: it has no __init__.py" in line for line in broken.log)
+    status, answer = http(broken, "/readyz")
+    assert (status, answer) == (503, {"ready": False})
+
+
+def test_strict_makes_it_fatal() -> None:
+    ran = run(TMS_MODELS_DIR=BROKEN, TMS_STRICT=1, TMS_MODEL_HANGS_ON_IMPORT_LOAD_TIMEOUT_S=1)
+    assert ran.returncode == 1
+    assert "TMS_STRICT=1: stopping" in ran.stderr
+
+
+def test_check_and_list() -> None:
+    good = run("check", "declares")
+    assert good.returncode == 0, good.stderr
+    assert "loaded and warmed up; input shape [224, 224, 3]" in good.stdout
+    assert "answers its example with" in run("check", "example", TMS_MODELS_DIR="models").stdout
+    bad = run("check", "raises_in_init", TMS_MODELS_DIR=BROKEN)
+    assert bad.returncode == 1
+    assert "FileNotFoundError: weights.pt" in bad.stderr
+    assert "there is no model 'nobody'" in run("check", "nobody").stderr
+    listed = run("list", TMS_MODELS_DIR=BROKEN)
+    assert listed.returncode == 0
+    assert "bad name" in listed.stdout
+    assert "cannot be loaded: a model's name" in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("TMS_PORT", "many", "TMS_PORT='many' must be a whole number from 0 to 65535"),
+        ("TMS_PORT", "70000", "TMS_PORT='70000' must be"),
+        ("TMS_STRICT", "maybe", "must be 0 or 1"),
+        ("TMS_LOG_LEVEL", "loud", "must be one of debug, info, warning, error"),
+        ("TMS_THREADS", "0", "TMS_THREADS='0' must be"),
+        ("TMS_GRACE_S", "nan", "TMS_GRACE_S='nan' must be a number, at least 0"),
+        ("TMS_POTR", "1", "TMS_POTR is no setting of the server; there are TMS_ADMIN_TOKEN"),
+        ("TMS_MODELS_DIR", "/no/such/folder", "must be a readable folder"),
+        ("TMS_MODEL_ECHO_WORKERS", "-1", "TMS_MODEL_ECHO_WORKERS='-1' must be a whole number"),
+        ("TMS_MODEL_ECHO_ARGS", "[]", "must be a JSON object"),
+    ],
+)
+def test_a_wrong_setting_is_named_and_stops_the_start(variable: str, value: str, message: str) -> None:
+    ran = run(**{variable: value})
+    assert ran.returncode == 2
+    assert message in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_settings_of_a_model_from_outside(start_server: Callable[..., Server]) -> None:
+    server = start_server(
+        TMS_MODEL_DECLARES_ARGS='{"factor": 10}', TMS_MODEL_MISBEHAVE_WORKERS=3, TMS_MODEL_ECHO_WOKRERS=2
+    )
+    assert server.client("declares").run(np.ones((2, 2, 3), np.uint8)) == 10
+    client = server.client("misbehave")
+    wait_for(lambda: spread(client) == 3, "three workers")
+    assert any("TMS_MODEL_ECHO_WOKRERS belongs to no model" in line for line in server.log)
+
+
+def spread(client: Any) -> int:
+    pids = []
+    threads = [threading.Thread(target=lambda: pids.append(client.run(1)["pid"])) for _ in range(30)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return len(set(pids))
+
+
+def test_settings_are_frozen_and_all_described() -> None:
+    settings = Settings.from_env({"TMS_ADMIN_TOKEN": "secret"})
+    assert "secret" not in settings.describe() + repr(settings)
+    with pytest.raises(AttributeError):
+        settings.port = 1  # type: ignore[misc]
+    readme = (ROOT / "README.md").read_text()
+    for variable, default, meaning in settings_table():
+        assert f"| `{variable}` | `{default}` | {meaning} |" in readme
+    assert model_overrides("my-net", {"TMS_MODEL_MY_NET_WORKERS": "2"}) == {"workers": 2}
+    with pytest.raises(SettingsError, match="TMS_MODEL_X_TIMEOUT_S='soon' must be a number"):
+        model_overrides("x", {"TMS_MODEL_X_TIMEOUT_S": "soon"})
+    with pytest.raises(ValueError, match="class attribute workers = 0"):
+        ModelOptions().declared({"workers": 0})
+
+
+def test_two_servers_on_one_port(server: Server) -> None:
+    ran = run(TMS_PORT=server.port)
+    assert ran.returncode == 2
+    assert f"TMS_PORT={server.port} cannot be listened on: is another server there?" in ran.stderr
+    ran = run(TMS_HTTP_PORT=server.http_port)
+    assert ran.returncode == 2
+    assert f"TMS_HTTP_PORT={server.http_port} cannot be listened on: Address already in use" in ran.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_in_good_order(start_server: Callable[..., Server], number: signal.Signals) -> None:
+    server = start_server()
+    workers = psutil.Process(server.process.pid).children(recursive=True)
+    assert workers
+    client = server.client("misbehave", timeout=10)
+    outcome: list[Any] = []
+    call = threading.Thread(target=lambda: outcome.append(client.run(1, {"do": "threads"})))
+    call.start()
+    call.join()
+    server.process.send_signal(number)
+    assert server.process.wait(10) == 0
+    assert outcome[0]["pid"]
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+
+
+def test_a_stop_finishes_what_was_accepted(start_server: Callable[..., Server]) -> None:
+    server = start_server()
+    client = server.client("batches")
+    client.run(1)
+    outcome: list[Any] = []
+    call = threading.Thread(target=lambda: outcome.append(client.run_batch([1, 2], {"sleep": 1})))
+    call.start()
+    wait_for(lambda: psutil.Process(server.process.pid).num_threads(), "the server")
+    threading.Event().wait(0.3)  # the call is on its way, or at work
+    assert server.stop() == 0
+    call.join()
+    assert outcome == [[[1, 2], [2, 2]]]
+
+
+def test_a_stop_during_the_start(start_server: Callable[..., Server]) -> None:
+    server = start_server(models=BROKEN, ready=False)
+    server.wait_for_log("model good READY")
+    workers = psutil.Process(server.process.pid).children(recursive=True)
+    assert server.stop() == 0
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+
+
+def test_kill_minus_nine_of_the_front_leaves_no_worker_and_no_file(start_server: Callable[..., Server]) -> None:
+    before = set(os.listdir("/dev/shm"))
+    server = start_server()
+    client = server.client("misbehave", timeout=5)
+    workers = psutil.Process(server.process.pid).children(recursive=True)
+    call = threading.Thread(target=lambda: pytest.raises(Exception, client.run, 1, {"do": "hang"}))  # noqa: B017
+    call.start()
+    server.process.kill()
+    wait_for(lambda: not any(worker.is_running() for worker in workers), "the workers to go")
+    assert set(os.listdir("/dev/shm")) <= before
+    call.join()
+
+
+def test_stop_server_is_for_this_host_or_the_token(start_server: Callable[..., Server]) -> None:
+    from tiny_model_server.engine import Call, Engine
+    from tiny_model_server.errors import PermissionDenied
+
+    engine = Engine(Settings(models_dir=MODELS, admin_token="secret"))
+    for peer in ("ipv4:127.0.0.1:1", "ipv6:%5B::1%5D:1", "ipv6:[::ffff:127.0.0.1]:1", "unix:", "unix:/x"):
+        engine.authorize(Call(peer=peer))
+    for peer in ("ipv4:10.0.0.1:1", "ipv6:%5B2001:db8::1%5D:1", "", "ipv4:localhost:1"):
+        with pytest.raises(PermissionDenied, match="TMS_ADMIN_TOKEN"):
+            engine.authorize(Call(peer=peer))
+        with pytest.raises(PermissionDenied):
+            engine.authorize(Call(peer=peer, metadata={"authorization": "Bearer wrong"}))
+        engine.authorize(Call(peer=peer, metadata={"authorization": "Bearer secret"}))
+
+
+def test_log_as_json(start_server: Callable[..., Server]) -> None:
+    server = start_server(TMS_LOG_FORMAT="json")
+    with pytest.raises(model_client.ModelFailed):
+        server.client("misbehave").run(1, {"do": "raise"})
+    server.wait_for_log("model misbehave raised")
+    entries = [json.loads(line) for line in list(server.log)]
+    assert {"time", "level", "logger", "message"} <= set(entries[0])
+    assert any("KeyError" in entry.get("exception", "") for entry in entries)
+
+
+def http(server: Server, path: str) -> tuple[int, Any]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}{path}", timeout=5) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_http(server: Server) -> None:
+    assert http(server, "/livez") == (200, {"live": True})
+    assert http(server, "/readyz") == (200, {"ready": True})
+    assert {"name": "echo", "state": "READY", "reason": ""} in http(server, "/models")[1]["models"]
+    assert http(server, "/nothing")[0] == 404
+
+
+def test_a_model_with_an_interpreter_of_its_own(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    folder = tmp_path / "own"
+    folder.mkdir()
+    (folder / "__init__.py").write_text(
+        "import sys\nfrom model_interface import ModelInterface\nfrom .part import SAYS\n"
+        "class Model(ModelInterface):\n    def run(self, data, args):\n        return [sys.prefix, SAYS]\n"
+    )
+    (folder / "part.py").write_text("SAYS = 'relative imports work'\n")
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", folder / ".venv"], check=True
+    )
+    packages = next((folder / ".venv").glob("lib/*/site-packages"))
+    site = next(path for path in sys.path if path.endswith("site-packages"))
+    (packages / "tests.pth").write_text(site + "\n")
+    server = start_server(models=tmp_path)
+    assert server.client("own").run(1) == [str(folder / ".venv"), "relative imports work"]

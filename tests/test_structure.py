@@ -1,0 +1,114 @@
+"""The shape of the tree: imports point one way, committed descriptor sets are current, files say their job."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Each file may import what stands before it (and nothing after it): leaves first, the launcher last.
+ORDER = [
+    "tiny_model_server.errors",
+    "tiny_model_server.codec",
+    "tiny_model_server.shm",
+    "tiny_model_server.settings",
+    "tiny_model_server.logs",
+    "tiny_model_server.wire",
+    "tiny_model_server.channel",
+    "model_interface",
+    "model_client",
+    "tiny_model_server.worker",
+    "tiny_model_server.batcher",
+    "tiny_model_server.pool",
+    "tiny_model_server.repository",
+    "tiny_model_server.engine",
+    "tiny_model_server.protocols",
+    "tiny_model_server.health",
+    "tiny_model_server.grpc_server",
+    "tiny_model_server.web",
+    "tiny_model_server.launcher",
+    "server",
+]
+CLIENT_NEEDS = {"errors", "codec", "wire", "channel"}
+SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]
+SOURCES += sorted((ROOT / "tiny_model_server").rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:2]) if parts[1:] != ("__init__",) else parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            deeper = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in ORDER else node.module for name in deeper}
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    for path in SOURCES:
+        name = module_of(path)
+        if name == "tiny_model_server":
+            continue
+        for imported in imports(path):
+            ours = next((module for module in ORDER if imported == module or imported.startswith(module + ".")), None)
+            if ours and imported != name:
+                assert ORDER.index(ours) < ORDER.index(name), f"{name} imports {imported}"
+
+
+def test_the_client_needs_leaves_and_three_packages_only() -> None:
+    allowed = {f"tiny_model_server.{name}" for name in CLIENT_NEEDS} | {"grpc", "google.protobuf", "numpy"}
+    todo, seen = [ROOT / "model_client.py"], set()
+    while todo:
+        path = todo.pop()
+        for name in imports(path):
+            if name.partition(".")[0] in sys.stdlib_module_names or name in seen:
+                continue
+            seen.add(name)
+            assert name in allowed, f"{path.name} imports {name}"
+            file = ROOT / (name.replace(".", "/") + ".py")
+            todo += [file] if file.exists() else []
+
+
+def test_no_grpc_in_the_worker() -> None:
+    code = "import sys, tiny_model_server.worker; print(sorted({'grpc', 'google.protobuf', 'cv2'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "proto",
+    [ROOT / "server.proto", *(ROOT / "tiny_model_server/protocols").glob("*.proto")],
+    ids=lambda path: path.name,
+)
+def test_descriptor_sets_are_current(proto: Path, tmp_path: Path) -> None:
+    fresh = tmp_path / "fresh.binpb"
+    arguments = ["-I", proto.parent, "--include_imports", f"--descriptor_set_out={fresh}", proto]
+    subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *map(str, arguments)], check=True)
+    committed = ROOT / "tiny_model_server" / "protocols" / f"{proto.stem}.binpb"
+    assert committed.read_bytes() == fresh.read_bytes(), "run: make proto"
+
+
+def test_each_file_says_its_job_in_its_first_line() -> None:
+    for path in SOURCES:
+        docstring = ast.get_docstring(ast.parse(path.read_text()))
+        assert docstring, path
+        assert docstring.splitlines()[0].endswith("."), path
+
+
+def test_only_settings_and_client_read_the_environment() -> None:
+    readers = {path.name for path in SOURCES if "os.environ" in path.read_text()}
+    assert readers == {"settings.py", "model_client.py", "pool.py"}  # the pool hands it on to its workers
+
+
+def test_the_inside_stays_small() -> None:
+    lines = sum(1 for path in SOURCES for line in path.read_text().splitlines() if line.strip())
+    assert lines < 3500
