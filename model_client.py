@@ -4,7 +4,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -218,10 +218,44 @@ class ModelClient:
         fields = {"items": [_value(codec.pack(item)) for item in items]}
         return self._run_batch("RunBatch", "BatchRunArgs", fields, args, timeout, return_exceptions)
 
+    def run_stream(
+        self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None
+    ) -> Iterator[Any]:
+        """The model's answers as it makes them; leaving the loop early ends the model's work. See ``run``."""
+        request = self._request("RunArgs", {"data": _value(codec.pack(data))}, args)
+        timeout = self._timeout if timeout is None else timeout
+        channel, call = self._connect("RunStream", timeout)
+        responses = call(request, timeout=timeout, metadata=self._metadata)
+        try:
+            for response in responses:
+                yield _answer(response)
+        except grpc.RpcError as error:
+            raise self._explain(error, channel, timeout) from None
+        finally:
+            responses.cancel()
+
     def get_input_shape(self, timeout: float | None = None) -> list[int] | None:
         """The shape that the model wants, or None when any will do."""
         shape = _data(self._call("GetInputShape", _message("StringArg")(data=self.model), timeout))
         return None if shape is None else list(shape)
+
+    # ---- changing the model: for callers on the servers' own host, or with the admin token
+
+    def load_model(self, workers: int = 0, timeout: float = 300) -> list[dict[str, Any]]:
+        """Loads the model on every server, with this many workers (0: as it says itself); see ``model_info``."""
+        return self._on_each("LoadModel", _message("LoadArgs")(model=self.model, workers=workers), timeout)
+
+    def unload_model(self, timeout: float = 300) -> list[dict[str, Any]]:
+        """Unloads the model on every server, after it has answered what is queued."""
+        return self._on_each("UnloadModel", _message("ModelName")(model=self.model), timeout)
+
+    def reload_model(self, timeout: float = 300) -> list[dict[str, Any]]:
+        """Replaces the model's workers on every server by new ones from its files; no call fails meanwhile."""
+        return self._on_each("ReloadModel", _message("ModelName")(model=self.model), timeout)
+
+    def model_info(self, timeout: float | None = None) -> list[dict[str, Any]]:
+        """What each server tells of the model: state, reason, worker_pids, queue_depth, metadata, and more."""
+        return self._on_each("GetModelInfo", _message("ModelName")(model=self.model), timeout)
 
     # ---- asking about the servers
 
@@ -240,10 +274,7 @@ class ModelClient:
 
     def stop_server(self, timeout: float | None = None) -> None:
         """Stops every server of ``addresses``; PermissionDenied from another host without the admin token."""
-        for address in self.addresses:
-            with ModelClient(self.model, addresses=[address], timeout=self._timeout) as one:
-                one._metadata = self._metadata
-                one._call("StopServer", _message("EmptyArgs")(), timeout)
+        self._each("StopServer", _message("EmptyArgs")(), timeout)
 
     # ---- the connection
 
@@ -264,6 +295,30 @@ class ModelClient:
 
     def __repr__(self) -> str:
         return f"ModelClient({self.model!r}, addresses={self.addresses!r})"
+
+    def _each(self, method: str, request: Any, timeout: float | None) -> list[Any]:
+        answers = []
+        for address in self.addresses:
+            with ModelClient(self.model, addresses=[address], timeout=self._timeout) as one:
+                one._metadata = self._metadata
+                answers.append(one._call(method, request, timeout))
+        return answers
+
+    def _on_each(self, method: str, request: Any, timeout: float | None) -> list[dict[str, Any]]:
+        return [
+            {
+                "name": info.name,
+                "state": info.state,
+                "reason": info.reason,
+                "worker_pids": list(info.worker_pids),
+                "max_batch_size": info.max_batch_size,
+                "queue_depth": info.queue_depth,
+                "input_shape": json.loads(info.input_shape),
+                "metadata": json.loads(info.metadata),
+                "stages": list(info.stages),
+            }
+            for info in self._each(method, request, timeout)
+        ]
 
     def _run(self, method: str, kind: str, fields: dict[str, Any], args: Any, timeout: float | None) -> Any:
         request = self._request(kind, fields | {"accept_arrays": True}, args)
@@ -310,7 +365,8 @@ class ModelClient:
             channel = self._channel
             if method not in self._calls:
                 described = wire.methods("server", _SERVICE)[method]
-                self._calls[method] = channel.unary_unary(
+                kind = channel.unary_stream if described.server_streaming else channel.unary_unary
+                self._calls[method] = kind(
                     described.path,
                     request_serializer=described.request.SerializeToString,
                     response_deserializer=described.response.FromString,

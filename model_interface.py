@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tiny_model_server.errors import InvalidInput
+from tiny_model_server.tally import count, observe
 
-__all__ = ["InvalidInput", "ModelInterface"]
+__all__ = ["InvalidInput", "ModelInterface", "Pipeline", "count", "observe"]
 
 
 class ModelInterface(ABC):
@@ -30,6 +31,12 @@ class ModelInterface(ABC):
     """Longest time for import, ``__init__`` and warm-up, in seconds."""
     queue_size: ClassVar[int] = 1024
     """Most items waiting; one more is refused with RESOURCE_EXHAUSTED."""
+    devices: ClassVar[str | Sequence[str]] = "auto"
+    """Where workers run, in turn: "cuda:0,cuda:1" or a list of such; "cpu"; "auto" spreads them over the GPUs that
+    there are. A worker sees its own GPU only, as the first one (CUDA_VISIBLE_DEVICES)."""
+    threads: int = 0
+    """Set by the server before ``__init__``: the threads this worker may use, the cores divided by the workers.
+    OpenMP, BLAS, torch and OpenCV obey by themselves; give it to onnxruntime as ``intra_op_num_threads``."""
     image_mode: ClassVar[str] = "rgb"
     """What an encoded image (JPEG, PNG, ...) is decoded to: "rgb" or "bgr" (HxWx3 uint8), "gray" (HxW uint8), or
     "unchanged" (as stored: any depth and channels, colours in BGR order)."""
@@ -48,7 +55,7 @@ class ModelInterface(ABC):
         ``data`` is an image (ndarray, HxW or HxWxC), a text (str) or any tree of JSON values with arrays; ``args`` is
         the caller's dict, empty if there is none. The answer may be anything that JSON can hold, with numpy arrays and
         scalars anywhere in it. Raise ``InvalidInput("why")`` for the caller's mistake; any other exception is
-        reported as the model's.
+        reported as the model's. A generator streams what it yields to callers of ``run_stream``; others get the list.
         """
 
     def run_batch(self, items: Sequence[Any], args: dict[str, Any]) -> Sequence[Any]:
@@ -69,3 +76,18 @@ class ModelInterface(ABC):
 
     def close(self) -> None:  # noqa: B027 - to do nothing is right for most
         """Runs when the worker stops in good order."""
+
+
+class Pipeline(ModelInterface):
+    """Other models run one after the other, each answer being the next one's input; different calls at once.
+
+    Each stage is a model folder with workers and batches of its own. An error ends the call at its stage. All stages
+    get the call's ``args``.
+    """
+
+    stages: ClassVar[Sequence[str]] = ()
+    """Names of model folders, in order."""
+
+    def run(self, data: Any, args: dict[str, Any]) -> Any:
+        """Never called: the server runs the stages."""
+        raise NotImplementedError

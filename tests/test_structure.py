@@ -14,6 +14,8 @@ ORDER = [
     "tiny_model_server.errors",
     "tiny_model_server.codec",
     "tiny_model_server.shm",
+    "tiny_model_server.tally",
+    "tiny_model_server.devices",
     "tiny_model_server.settings",
     "tiny_model_server.logs",
     "tiny_model_server.wire",
@@ -21,6 +23,7 @@ ORDER = [
     "model_interface",
     "model_client",
     "tiny_model_server.worker",
+    "tiny_model_server.load",
     "tiny_model_server.batcher",
     "tiny_model_server.pool",
     "tiny_model_server.repository",
@@ -29,6 +32,7 @@ ORDER = [
     "tiny_model_server.health",
     "tiny_model_server.grpc_server",
     "tiny_model_server.web",
+    "tiny_model_server.reload",
     "tiny_model_server.launcher",
     "server",
 ]
@@ -106,7 +110,7 @@ def test_each_file_says_its_job_in_its_first_line() -> None:
 
 def test_only_settings_and_client_read_the_environment() -> None:
     readers = {path.name for path in SOURCES if "os.environ" in path.read_text()}
-    assert readers == {"settings.py", "model_client.py", "pool.py"}  # the pool hands it on to its workers
+    assert readers == {"settings.py", "model_client.py", "pool.py", "devices.py"}  # the pool hands it on to its workers
 
 
 def test_the_inside_stays_small() -> None:

@@ -1,5 +1,6 @@
 """The bounded queue of one model: items of all callers in, batches out; no waiting while a worker idles."""
 
+import queue
 import threading
 import time
 from collections import deque
@@ -7,22 +8,42 @@ from collections.abc import Callable, Hashable, Sequence
 
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import Cancelled, DeadlineExceeded, Overloaded, ServerError
+from tiny_model_server.load import ModelLoad
 
 Outcome = Packed | ServerError
+
+MOST_CHUNKS = 16
+"""Values of a stream that wait for their reader."""
 
 
 class Item:
     """One input on its way through queue and worker; whoever submitted it waits for its outcome."""
 
-    __slots__ = ("_done", "args", "attempts", "deadline", "enqueued", "key", "outcome", "packed", "plain")
+    __slots__ = (
+        "_done",
+        "args",
+        "attempts",
+        "chunks",
+        "deadline",
+        "enqueued",
+        "key",
+        "outcome",
+        "packed",
+        "plain",
+        "streamed",
+    )
 
-    def __init__(self, packed: Packed, args: str, key: Hashable, *, deadline: float | None, plain: bool) -> None:
+    def __init__(
+        self, packed: Packed, args: str, key: Hashable, *, deadline: float | None, plain: bool = False
+    ) -> None:
         """``args`` is JSON, ``deadline`` on the monotonic clock; ``plain`` asks for JSON without arrays beside it."""
         self.packed = packed
         self.args = args
         self.key = key
         self.deadline = deadline
         self.plain = plain
+        self.chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
+        self.streamed = False
         self.attempts = 0
         self.enqueued = time.monotonic()
         self.outcome: Outcome | None = None
@@ -33,10 +54,34 @@ class Item:
         """Gives the item its outcome; only the first one counts."""
         if self.outcome is None:
             self.outcome = outcome
+            if self.chunks is not None:
+                self.chunks.put(outcome)
             try:
                 self._done.release()
             except RuntimeError:  # two threads resolved at once; one of the outcomes stands
                 pass
+
+    def put_chunk(self, chunk: Outcome) -> bool:
+        """Adds a value to a stream, waiting for its reader to keep up; False when nobody wants more."""
+        assert self.chunks is not None
+        self.streamed = True
+        while not self.dead:
+            if self.chunks.qsize() < MOST_CHUNKS:
+                self.chunks.put(chunk)
+                return not isinstance(chunk, ServerError)
+            time.sleep(0.002)  # a slow reader holds the model up, as long as it is there
+        return False
+
+    def next_chunk(self) -> Outcome:
+        """The next value of a stream, and after the last one its outcome."""
+        assert self.chunks is not None
+        remaining = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        try:
+            return self.chunks.get(timeout=remaining)
+        except queue.Empty:
+            self.resolve(DeadlineExceeded("the deadline passed before the model had finished"))
+            assert self.outcome is not None
+            return self.outcome
 
     def wait(self) -> Outcome:
         """The item's outcome, DeadlineExceeded if its deadline comes first."""
@@ -57,8 +102,11 @@ class Item:
 class Batcher:
     """A queue that is bounded, grouped by key, and taken from in batches by any number of threads."""
 
-    def __init__(self, queue_size: int) -> None:
+    def __init__(self, queue_size: int, load: ModelLoad) -> None:
         self.queue_size = queue_size
+        self._load = load
+        self._batches_at_once = 1
+        self._most = 1
         self._changed = threading.Condition()
         self._groups: dict[Hashable, deque[Item]] = {}
         self._depth = 0
@@ -71,8 +119,13 @@ class Batcher:
                 raise self._closed
             if self._depth + len(items) > self.queue_size:
                 self._drop_dead()
+            wait_s = self._wait_s()
             if self._depth + len(items) > self.queue_size:
-                raise Overloaded(f"the queue is full: {self._depth} of {self.queue_size} items are waiting")
+                message = f"the queue is full: {self._depth} of {self.queue_size} items are waiting"
+                raise Overloaded(message, retry_after_ms=max(1, int(wait_s * 1000)))
+            deadline = items[0].deadline
+            if deadline is not None and self._depth and items[0].enqueued + wait_s > deadline:
+                raise DeadlineExceeded(f"{self._depth} items are waiting, which takes about {wait_s:.2f} s")
             for item in items:
                 self._groups.setdefault(item.key, deque()).append(item)
             self._depth += len(items)
@@ -118,6 +171,14 @@ class Batcher:
                     return batch
             return None
 
+    def serves(self, most: int, batches_at_once: int) -> None:
+        """Tells how many items a batch may have and how many batches run at once, to estimate waiting times."""
+        self._most, self._batches_at_once = most, batches_at_once
+
+    def _wait_s(self) -> float:
+        """How long a new item would wait for the full batches before it."""
+        return self._depth // (self._most * self._batches_at_once) * self._load.batch_s
+
     def close(self, error: ServerError, *, drain: bool) -> None:
         """Refuses new items with ``error`` from now on; what is queued is still run (``drain``) or gets it too."""
         with self._changed:
@@ -148,6 +209,7 @@ class Batcher:
     def _drop(self, item: Item) -> bool:
         if item.dead:
             item.resolve(DeadlineExceeded("the deadline passed in the queue"))
+            self._load.dropped()
             return True
         return False
 

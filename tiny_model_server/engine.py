@@ -3,10 +3,12 @@
 import hmac
 import json
 import logging
+import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any
@@ -15,6 +17,7 @@ from urllib.parse import unquote
 from tiny_model_server.batcher import Item, Outcome, cancelled
 from tiny_model_server.codec import ARRAY, Packed, dtype_name, signature
 from tiny_model_server.errors import (
+    Cancelled,
     InvalidInput,
     ModelUnavailable,
     Overloaded,
@@ -22,6 +25,7 @@ from tiny_model_server.errors import (
     ServerError,
     Stopping,
 )
+from tiny_model_server.load import Metrics
 from tiny_model_server.repository import Repository, ServedModel, State
 from tiny_model_server.settings import Settings
 
@@ -50,7 +54,8 @@ class Engine:
         """Finds the models; ``start`` loads them."""
         self.settings = settings
         self._listeners: list[Callable[[], None]] = []
-        self._repository = Repository(settings, self._changed)
+        self.metrics = Metrics()
+        self._repository = Repository(settings, self.metrics, self._changed)
         self._admitted = threading.BoundedSemaphore(settings.threads)
         self._stopping = threading.Event()
         self.started = False
@@ -64,8 +69,9 @@ class Engine:
 
     def start(self) -> None:
         """Loads every model, several at once, and returns when each is READY or FAILED."""
-        with ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="load") as loader:
-            wait([loader.submit(self._try_load, model) for model in self.models() if model.state is State.UNLOADED])
+        if not self.settings.lazy:
+            with ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="load") as loader:
+                wait([loader.submit(self._try_load, model) for model in self.models()])
         self.started = True
         self._changed()
 
@@ -108,10 +114,39 @@ class Engine:
             raise ModelUnavailable(f"model {name!r} is {model.state}: {model.reason or 'ask again when it is READY'}")
         return model.loaded.input_shape
 
+    def load(self, name: str, workers: int = 0) -> ServedModel:
+        """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
+        if workers < 0:
+            raise InvalidInput(f"the number of workers cannot be {workers}; 0 takes the model's own")
+        self._repository.find()
+        model = self.model(name)
+        model.load(workers)
+        return self._checked(model)
+
+    def reload(self, name: str) -> ServedModel:
+        """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
+        self._repository.find()
+        model = self.model(name)
+        model.reload()
+        return self._checked(model)
+
+    def unload(self, name: str) -> ServedModel:
+        """Ends a model's workers; see ``ServedModel.unload``."""
+        model = self.model(name)
+        model.unload()
+        return model
+
+    def serving(self, model: ServedModel) -> bool:
+        """True if calls to this model can be answered now; a pipeline needs all its stages."""
+        return model.state is State.READY and all(self.model(stage).state is State.READY for stage in model.stages)
+
     @property
     def ready(self) -> bool:
-        """True when there is a model and all are READY."""
-        return bool(self.models()) and all(model.state is State.READY for model in self.models())
+        """True when every model that is meant to be loaded is, and there is one; a lazy server needs one folder."""
+        wanted = [model for model in self.models() if model.wanted]
+        if not self.settings.lazy and not wanted:
+            return False
+        return bool(self.models()) and all(self.serving(model) for model in wanted)
 
     @property
     def stopping(self) -> bool:
@@ -134,47 +169,123 @@ class Engine:
         """One outcome an input, in order: the model's answer, or the error of that input alone."""
         if not items:
             raise InvalidInput("the batch is empty; send at least one input")
-        if self.stopping:
-            raise Stopping("the server is stopping")
-        model = self.model(name)
-        args_text = json.dumps(args, sort_keys=True) if args else ""
-        loaded = model.loaded
-        mixes = loaded is not None and loaded.options.mix_shapes
-        if loaded is not None:
-            for data in items:
-                _check_declared(loaded.metadata.get("inputs") or [], data)
-        queued = [
-            Item(data, args_text, (args_text, () if mixes else signature(data)), deadline=call.deadline, plain=plain)
-            for data in items
-        ]
-        if not self._admitted.acquire(blocking=False):
-            raise Overloaded(f"the server has {self.settings.threads} calls in work already")
-        try:
-            return self._run(model, queued, call)
-        finally:
-            self._admitted.release()
+        with self._admission():
+            model = self.model(name)
+            model.open_if_lazy()
+            args_text = json.dumps(args, sort_keys=True) if args else ""
+            if not model.stages:
+                return self._run(model, items, args_text, call, plain)
+            arrived = model.load_of.arrived(len(items))
+            outcomes: list[Outcome] = list(items)
+            try:
+                for stage in model.stages:
+                    alive = [index for index, item in enumerate(outcomes) if isinstance(item, Packed)]
+                    values = [item for item in outcomes if isinstance(item, Packed)]
+                    if values:
+                        last = plain and stage == model.stages[-1]
+                        results = self._run(self.model(stage), values, args_text, call, last)
+                        for index, outcome in zip(alive, results, strict=True):
+                            outcomes[index] = outcome
+            except ServerError as error:
+                model.load_of.answered(arrived, [error.status] * len(items))
+                raise
+            model.load_of.answered(arrived, map(_status, outcomes))
+            return outcomes
 
-    def _run(self, model: ServedModel, items: list[Item], call: Call) -> list[Outcome]:
+    def run_stream(self, name: str, data: Packed, args: Mapping[str, Any], call: Call) -> Iterator[Packed]:
+        """What the model yields for one input, as it comes; leaving the iterator ends the model's work on it."""
+        with self._admission():
+            model = self.model(name)
+            model.open_if_lazy()
+            if model.stages:
+                raise ModelUnavailable(f"model {name!r} is a pipeline, which does not stream; call it by Run")
+            item = Item(data, json.dumps(args, sort_keys=True) if args else "", object(), deadline=call.deadline)
+            item.chunks = queue.Queue()
+            arrived = model.load_of.arrived(1)
+            status = Cancelled.status
+            try:
+                self._submit(model, [item], call)
+                while (chunk := item.next_chunk()) is not item.outcome:
+                    if isinstance(chunk, ServerError):
+                        raise chunk
+                    yield chunk
+                if isinstance(chunk, ServerError):
+                    raise chunk
+                status = "OK"
+            except ServerError as error:
+                status = error.status
+                raise
+            finally:
+                item.resolve(cancelled())
+                model.load_of.answered(arrived, [status])
+
+    def _run(self, model: ServedModel, values: Sequence[Packed], args: str, call: Call, plain: bool) -> list[Outcome]:
+        arrived = model.load_of.arrived(len(values))
+        statuses = [ServerError.status] * len(values)
+        try:
+            loaded = model.loaded
+            if loaded is not None:
+                for data in values:
+                    _check_declared(loaded.metadata.get("inputs") or [], data)
+            mixes = loaded is not None and loaded.options.mix_shapes
+            items = [
+                Item(data, args, (args, () if mixes else signature(data)), deadline=call.deadline, plain=plain)
+                for data in values
+            ]
+            self._submit(model, items, call)
+            outcomes = [item.wait() for item in items]
+            statuses = [_status(outcome) for outcome in outcomes]
+            return outcomes
+        except ServerError as error:
+            statuses = [error.status] * len(values)
+            raise
+        finally:
+            model.load_of.answered(arrived, statuses)
+
+    def _submit(self, model: ServedModel, items: list[Item], call: Call) -> None:
         def give_up() -> None:
             for item in items:
                 item.resolve(cancelled())
 
-        model.submit(items)
+        model.batcher.put(items)
         if not call.on_end(give_up):
             give_up()
-        return [item.wait() for item in items]
+
+    @contextmanager
+    def _admission(self) -> Iterator[None]:
+        if self.stopping:
+            raise Stopping("the server is stopping")
+        if not self._admitted.acquire(blocking=False):
+            raise Overloaded(f"the server has {self.settings.threads} calls in work already")
+        try:
+            yield
+        finally:
+            self._admitted.release()
+
+    def _checked(self, model: ServedModel) -> ServedModel:
+        """ModelUnavailable unless the stages of a pipeline exist and are no pipelines themselves."""
+        for stage in model.stages:
+            if not any(other.name == stage for other in self.models()) or self.model(stage).stages:
+                model.unload()
+                raise ModelUnavailable(f"pipeline {model.name!r} names the stage {stage!r}, which is no plain model")
+        return model
 
     def _try_load(self, model: ServedModel) -> None:
         started = time.monotonic()
         try:
             model.load()
+            self._checked(model)
             log.info("model %s loaded in %.1f s", model.name, time.monotonic() - started)
-        except ModelUnavailable:
+        except ServerError:
             pass  # its state and the log say why; the others serve
 
     def _changed(self) -> None:
         for listener in self._listeners:
             listener()
+
+
+def _status(outcome: Outcome) -> str:
+    return outcome.status if isinstance(outcome, ServerError) else "OK"
 
 
 def _check_declared(inputs: Sequence[Mapping[str, Any]], data: Packed) -> None:

@@ -3,8 +3,9 @@
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -13,9 +14,8 @@ from grpc_reflection.v1alpha import reflection
 
 from tiny_model_server import health, wire
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import Overloaded, ServerError
+from tiny_model_server.errors import InvalidInput, Overloaded, ServerError
 from tiny_model_server.protocols import native
-from tiny_model_server.repository import State
 from tiny_model_server.settings import Settings, SettingsError
 
 log = logging.getLogger("tiny_model_server.grpc")
@@ -85,43 +85,63 @@ class GrpcServer:
 
     def _bind(self, schema: str, service: str, handlers: dict[str, Callable[[Any, Call], Any]]) -> None:
         table: dict[str, Any] = {
-            name: grpc.unary_unary_rpc_method_handler(_unary(method, handlers[name]))
+            name: grpc.unary_stream_rpc_method_handler(_streaming(method, handlers[name]))
+            if method.server_streaming
+            else grpc.unary_unary_rpc_method_handler(_unary(method, handlers[name]))
             for name, method in wire.methods(schema, service).items()
         }
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, table)])
 
     def _update_health(self) -> None:
         engine = self._engine
-        serving = {model.name: model.state is State.READY for model in engine.models()}
+        serving = {model.name: engine.serving(model) for model in engine.models()}
         self._health.set(serving | {"": engine.ready, LIVE_SERVICE: engine.started})
 
 
 def _unary(method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], bytes]:
-    # Requests arrive here as bytes, because a message that grpcio cannot parse would be answered as INTERNAL.
     def answer(data: bytes, context: Any) -> bytes:
-        try:
-            request = method.request.FromString(data)
-        except DecodeError:
-            return _abort(context, "INVALID_ARGUMENT", f"the request is no {method.request.DESCRIPTOR.full_name}")
-        try:
-            response: bytes = handler(request, _call(context)).SerializeToString()
-        except ServerError as error:
-            if isinstance(error, Overloaded) and error.retry_after_ms is not None:
-                context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
-            return _abort(context, error.status, str(error))
-        except Exception as error:
-            log.exception("%s failed", method.path)
-            return _abort(context, "INTERNAL", f"a fault in the server: {type(error).__name__}: {error}")
+        with _statuses(method, context):
+            response: bytes = handler(_parse(method, data), _call(context)).SerializeToString()
         return response
 
     return answer
 
 
-def _abort(context: Any, status: str, message: str) -> bytes:
+def _streaming(method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], Iterator[bytes]]:
+    def answer(data: bytes, context: Any) -> Iterator[bytes]:
+        with _statuses(method, context):
+            for response in handler(_parse(method, data), _call(context)):
+                yield response.SerializeToString()
+
+    return answer
+
+
+def _parse(method: wire.Method, data: bytes) -> Any:
+    # Requests arrive here as bytes, because a message that grpcio cannot parse would be answered as INTERNAL.
+    try:
+        return method.request.FromString(data)
+    except DecodeError:
+        raise InvalidInput(f"the request is no {method.request.DESCRIPTOR.full_name}") from None
+
+
+@contextmanager
+def _statuses(method: wire.Method, context: Any) -> Iterator[None]:
+    """Answers an error raised inside with its gRPC status."""
+    try:
+        yield
+    except ServerError as error:
+        if isinstance(error, Overloaded) and error.retry_after_ms is not None:
+            context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
+        _abort(context, error.status, str(error))
+    except Exception as error:
+        log.exception("%s failed", method.path)
+        _abort(context, "INTERNAL", f"a fault in the server: {type(error).__name__}: {error}")
+
+
+def _abort(context: Any, status: str, message: str) -> None:
     if len(message) > _LONGEST_MESSAGE:
         message = message[:_LONGEST_MESSAGE] + "..."
     context.abort(grpc.StatusCode[status], message)
-    raise AssertionError  # abort raised
 
 
 def _call(context: Any) -> Call:

@@ -13,6 +13,7 @@ from tiny_model_server import codec, logs
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
+from tiny_model_server.reload import watch
 from tiny_model_server.repository import ServedModel, State, discover
 from tiny_model_server.settings import Settings, SettingsError
 from tiny_model_server.web import WebServer
@@ -83,9 +84,14 @@ def _load(engine: Engine, settings: Settings, failed: threading.Event) -> None:
     engine.start()
     if engine.stop_requested.is_set():
         return
-    bad = [model.name for model in engine.models() if model.state is not State.READY]
+    bad = [model.name for model in engine.models() if model.state is State.FAILED]
     good = len(engine.models()) - len(bad)
     log.info("serving %d models%s", good, f"; FAILED: {', '.join(bad)}" if bad else "")
+    if settings.reload:
+        watcher = threading.Thread(
+            target=watch, args=(engine, settings.models_dir, engine.stop_requested), name="reload"
+        )
+        watcher.start()
     if not engine.models():
         log.warning("there is no model folder in %s", settings.models_dir.resolve())
     if bad and settings.strict:

@@ -17,11 +17,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tiny_model_server import devices
 from tiny_model_server.batcher import Batcher, Item, Outcome
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import DeadlineExceeded, ModelError, ModelUnavailable, from_status
+from tiny_model_server.load import ModelLoad
 from tiny_model_server.settings import ModelOptions, Settings
 from tiny_model_server.shm import Segment
+from tiny_model_server.tally import Tally
 
 log = logging.getLogger("tiny_model_server.pool")
 
@@ -54,6 +57,7 @@ class Loaded:
     input_shape: list[int] | None
     metadata: dict[str, Any]
     example: Packed | None
+    stages: list[str]
 
 
 class _WorkerDied(Exception):
@@ -62,6 +66,13 @@ class _WorkerDied(Exception):
 
 class _WorkerHung(Exception):
     pass
+
+
+class _Misplaced(Exception):
+    """The class declares other workers or devices than the process was spawned for: it must be spawned again."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        self.options = options
 
 
 class _Slot:
@@ -79,26 +90,45 @@ class _Slot:
             for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
                 reduction.send_handle(control, fd, 0)
 
-    def run(self, batch: list[Item], timeout_s: float) -> list[Outcome]:
-        """One outcome an item; _WorkerDied or _WorkerHung if there is none."""
+    def run(self, batch: list[Item], timeout_s: float) -> tuple[list[Outcome], float, Tally]:
+        """One outcome an item, the worker's seconds, what it counted; _WorkerDied or _WorkerHung if there is none."""
         try:
-            if self._new_inbox:
-                self._inbox.close()
-                self._inbox = Segment()
-            places = iter(self._inbox.write([array for item in batch for array in item.packed.arrays]))
-            items = [(item.packed.text, [next(places) for _ in item.packed.arrays], item.plain) for item in batch]
-            self._connection.send((batch[0].args, items, self._new_inbox))
-            if self._new_inbox:
-                reduction.send_handle(self._connection, self._inbox.fd, 0)
-            if not self._poll.poll(timeout_s * 1000):
-                raise _WorkerHung
-            answers, _seconds, self._new_inbox = self._connection.recv()
+            self._send(batch, streams=False)
+            answers, seconds, self._new_inbox, tally = self._receive(timeout_s)
         except (EOFError, OSError) as error:
             raise _WorkerDied from error
-        return [
-            from_status(status, text) if status else Packed(text, [array.copy() for array in self._outbox.read(places)])
-            for status, text, places in answers
-        ]
+        return [self._outcome(*answer) for answer in answers], seconds, tally
+
+    def stream(self, item: Item, timeout_s: float) -> tuple[float, Tally]:
+        """Puts what the model yields into the item's chunks, each within the time limit, while somebody wants it."""
+        try:
+            self._send([item], streams=True)
+            while len(answer := self._receive(timeout_s)) == 3:
+                self._connection.send(item.put_chunk(self._outcome(*answer)))
+            _, seconds, self._new_inbox, tally = answer
+        except (EOFError, OSError) as error:
+            raise _WorkerDied from error
+        return seconds, tally
+
+    def _send(self, batch: list[Item], *, streams: bool) -> None:
+        if self._new_inbox:
+            self._inbox.close()
+            self._inbox = Segment()
+        places = iter(self._inbox.write([array for item in batch for array in item.packed.arrays]))
+        items = [(item.packed.text, [next(places) for _ in item.packed.arrays], item.plain) for item in batch]
+        self._connection.send((batch[0].args, items, streams, self._new_inbox))
+        if self._new_inbox:
+            reduction.send_handle(self._connection, self._inbox.fd, 0)
+
+    def _receive(self, timeout_s: float) -> Any:
+        if not self._poll.poll(timeout_s * 1000):
+            raise _WorkerHung
+        return self._connection.recv()
+
+    def _outcome(self, status: str | None, text: str, places: list[Any]) -> Outcome:
+        if status:
+            return from_status(status, text)
+        return Packed(text, [array.copy() for array in self._outbox.read(places)])
 
     def shutdown(self) -> None:
         """Ends the conversation: a waiting ``run`` raises, the worker's slot leaves."""
@@ -118,17 +148,19 @@ class _Slot:
 class _Process:
     """One worker process, from spawn to death."""
 
-    def __init__(self, plugin: Plugin, settings: Settings) -> None:
-        """Spawns the process; OSError if that cannot be."""
+    def __init__(self, plugin: Plugin, settings: Settings, index: int, options: ModelOptions) -> None:
+        """Spawns the process for worker ``index`` under these options; OSError if that cannot be."""
         self._plugin = plugin
         self._settings = settings
+        self._index = index
+        self._placed = _placement(index, options)
         ours, theirs = socket.socketpair()
         with theirs:
             self.popen = subprocess.Popen(
                 [plugin.interpreter, "-m", "tiny_model_server.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=_environment(settings),
+                env=_environment(settings) | self._placed,
                 start_new_session=True,  # a Ctrl-C in the terminal is for the front alone
             )
         self._control = Connection(ours.detach())
@@ -149,16 +181,21 @@ class _Process:
         try:
             self._control.send(spec)
             declared = self._hear("declared", options.load_timeout_s)
-            options = ModelOptions().declared(declared).with_overrides(plugin.overrides)
+            options = ModelOptions().declared(declared["options"]).with_overrides(plugin.overrides)
+            facts = declared["metadata"], declared["example"], declared["stages"]
+            if declared["stages"]:
+                return Loaded(options, None, *facts)
+            if _placement(self._index, options) != self._placed:
+                raise _Misplaced(options)
             self._control.send(options.as_dict())
-            info = self._hear("ready", options.load_timeout_s)
+            input_shape = self._hear("ready", options.load_timeout_s)
             self.slots = [_Slot(self._control) for _ in range(options.concurrency)]
         except ValueError as error:
             raise ModelUnavailable(str(error)) from None
         except (EOFError, OSError):
             raise ModelUnavailable(f"its worker {self.end()} while loading") from None
         self.ready = True
-        return Loaded(options, info["input_shape"], info["metadata"], info["example"])
+        return Loaded(options, input_shape, *facts)
 
     def _hear(self, expected: str, timeout_s: float) -> Any:
         if not self._control.poll(timeout_s):
@@ -194,23 +231,35 @@ class _Process:
 class Pool:
     """Runs one model in worker processes that take from a batcher, until stopped."""
 
-    def __init__(self, plugin: Plugin, batcher: Batcher, settings: Settings, changed: Callable[[str | None], None]):
+    def __init__(
+        self,
+        plugin: Plugin,
+        batcher: Batcher,
+        load: ModelLoad,
+        settings: Settings,
+        changed: Callable[[str | None], None],
+    ) -> None:
         """``changed`` hears why no worker can be started any more, and None when one runs again."""
         self._plugin = plugin
         self._batcher = batcher
+        self._load = load
+        self._options = ModelOptions().with_overrides(plugin.overrides)
         self._settings = settings
         self._changed = changed
         self._stopping = threading.Event()
+        self._draining = False
+        self._served = False
         self._lock = threading.Lock()
         self._processes: dict[int, _Process] = {}
         self._keepers: list[threading.Thread] = []
         self._suspects = threading.Lock()  # inputs that a worker died on run again one at a time
-        self.restarts = 0
 
     def start(self) -> Loaded:
         """Starts all workers and waits until every one is ready; ModelUnavailable says why one is not."""
-        first = self._start_keeper(0)
-        loaded = first()
+        loaded = self._start_keeper(0)()
+        if loaded.stages:
+            return loaded
+        self._batcher.serves(loaded.options.max_batch_size, loaded.options.workers * loaded.options.concurrency)
         try:
             for wait in [self._start_keeper(index) for index in range(1, loaded.options.workers)]:
                 wait()
@@ -219,21 +268,31 @@ class Pool:
             raise
         return loaded
 
-    def stop(self, grace_s: float) -> None:
-        """Lets running batches finish for ``grace_s`` seconds, then kills; returns when all processes are gone."""
+    def stop(self, grace_s: float, *, drain: bool = False) -> None:
+        """Lets running batches finish for ``grace_s`` seconds, then kills; returns when all processes are gone.
+
+        With ``drain``, workers first run what the closed batcher still holds.
+        """
+        deadline = time.monotonic() + grace_s
+        self._draining = drain
+        if not (drain and self._served):
+            self._stop_taking()
+        self._batcher.wake()
+        for keeper in self._keepers:
+            keeper.join(max(0.0, deadline - time.monotonic()))
+        self._stop_taking()
+        for process in self._running():
+            process.kill()
+        for keeper in self._keepers:
+            keeper.join()
+
+    def _stop_taking(self) -> None:
         with self._lock:
             self._stopping.set()
             loading = [process for process in self._processes.values() if not process.ready]
         for process in loading:
             process.kill()
         self._batcher.wake()
-        deadline = time.monotonic() + grace_s
-        for keeper in self._keepers:
-            keeper.join(max(0.0, deadline - time.monotonic()))
-        for process in self._running():
-            process.kill()
-        for keeper in self._keepers:
-            keeper.join()
 
     @property
     def pids(self) -> list[int]:
@@ -271,6 +330,13 @@ class Pool:
         while process := self._spawn(index):
             try:
                 loaded = process.load()
+                if loaded.stages:
+                    self._bury(index, process)
+                    return report(loaded)
+            except _Misplaced as error:
+                self._options = error.options
+                self._bury(index, process)
+                continue
             except ModelUnavailable as error:
                 self._bury(index, process)
                 if not served:
@@ -285,11 +351,11 @@ class Pool:
                     self._changed(None)
                 else:
                     report(loaded)
-                served = True
+                served = self._served = True
                 self._serve_until_death(process, loaded.options)
                 self._bury(index, process)
-                if not self._stopping.is_set():
-                    self.restarts += 1
+                if not self._leaving():
+                    self._load.restarted()
                     log.error("model %s: worker %d %s; restarting it", name, process.popen.pid, process.end())
                     failures = 0 if time.monotonic() - born > _STABLE_S else failures + 1
             longest = _LONGEST_CRASH_BACKOFF_S if process.ready else _LONGEST_BACKOFF_S
@@ -301,16 +367,19 @@ class Pool:
         """A new process, known to ``stop`` from the start; None when stopping."""
         while True:
             with self._lock:
-                if self._stopping.is_set():
+                if self._leaving():
                     return None
                 try:
-                    process = _Process(self._plugin, self._settings)
+                    process = _Process(self._plugin, self._settings, index, self._options)
                 except OSError as error:
                     log.error("model %s: cannot spawn a worker: %s", self._plugin.name, error)
                 else:
                     self._processes[index] = process
                     return process
             self._stopping.wait(1)
+
+    def _leaving(self) -> bool:
+        return self._stopping.is_set() or (self._draining and self._batcher.depth == 0)
 
     def _bury(self, index: int, process: _Process) -> None:
         process.kill()
@@ -337,16 +406,25 @@ class Pool:
 
         while (batch := self._batcher.take(options.max_batch_size, options.max_wait_ms / 1000, leave)) is not None:
             suspect = batch[0].attempts > 0
+            now = time.monotonic()
+            started = self._load.started([now - item.enqueued for item in batch])
             try:
                 with self._suspects if suspect else nullcontext():
-                    outcomes = slot.run(batch, options.timeout_s)
+                    if batch[0].chunks:
+                        seconds, tally = slot.stream(batch[0], options.timeout_s)
+                        outcomes: list[Outcome] = [Packed("null", [])]
+                    else:
+                        outcomes, seconds, tally = slot.run(batch, options.timeout_s)
             except _WorkerHung:
                 process.kill()
                 message = f"model {self._plugin.name!r} took longer than its timeout_s={options.timeout_s:g}"
-                outcomes = [DeadlineExceeded(message)] * len(batch)
+                for item in batch:
+                    item.resolve(DeadlineExceeded(message))
+                break
             except _WorkerDied:
                 self._after_death(process, batch)
                 break
+            self._load.finished(started, seconds, tally)
             for item, outcome in zip(batch, outcomes, strict=True):
                 item.resolve(outcome)
         slot.close()
@@ -356,12 +434,16 @@ class Pool:
         again = []
         for item in batch:
             item.attempts += 1
-            if item.attempts > 1:
-                how = f"the worker of model {self._plugin.name!r} {process.end()}"
-                item.resolve(ModelError(f"{how}, twice: the second time this input ran alone"))
-            else:
+            if item.attempts == 1 and not item.streamed:
                 again.append(item)
+                continue
+            twice = ", twice: the second time this input ran alone" if item.attempts > 1 else ""
+            item.resolve(ModelError(f"the worker of model {self._plugin.name!r} {process.end()}{twice}"))
         self._batcher.put_back(again)
+
+
+def _placement(index: int, options: ModelOptions) -> dict[str, str]:
+    return devices.environment(index, options.workers, options.devices, os.environ, devices.gpus())
 
 
 def _environment(settings: Settings) -> dict[str, str]:

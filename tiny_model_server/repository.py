@@ -4,11 +4,13 @@ import logging
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 
-from tiny_model_server.batcher import Batcher, Item
+from tiny_model_server.batcher import Batcher
 from tiny_model_server.errors import ModelNotFound, ModelUnavailable, ServerError, Stopping
+from tiny_model_server.load import Metrics, ModelLoad
 from tiny_model_server.pool import Loaded, Plugin, Pool
 from tiny_model_server.settings import (
     ModelOptions,
@@ -37,56 +39,150 @@ class State(StrEnum):
 class ServedModel:
     """One model folder: its queue, its workers, its state."""
 
-    def __init__(self, plugin: Plugin, settings: Settings, changed: Callable[[], None], reason: str = "") -> None:
+    def __init__(
+        self, plugin: Plugin, settings: Settings, metrics: Metrics, changed: Callable[[], None], reason: str = ""
+    ) -> None:
         """``changed`` is called after each change of state; a ``reason`` means that the folder cannot be loaded."""
         self.name = plugin.name
         self._plugin = plugin
         self._settings = settings
         self._changed = changed
-        self._lock = threading.Lock()  # one load or unload at a time
+        self._lock = threading.Lock()  # one load, reload or unload at a time
         self._pool: Pool | None = None
+        self._unloadable = reason
         self.loaded: Loaded | None = None
+        self._stopped = False
+        self.wanted = False
+        """True if it is meant to be loaded."""
         self.state = State.FAILED if reason else State.UNLOADED
         self.reason = reason
-        self.batcher = Batcher(ModelOptions().with_overrides(plugin.overrides).queue_size)
+        self.load_of = ModelLoad(metrics, self.name)
+        self.batcher = Batcher(ModelOptions().with_overrides(plugin.overrides).queue_size, self.load_of)
+        self.load_of.watch(lambda: self.batcher.depth, lambda: len(self.pids), lambda: self._slots)
         self.batcher.close(self._refusal(), drain=False)
         if reason:
             log.error("model %s FAILED: %s", self.name, reason)
 
-    def load(self) -> None:
-        """Starts the workers and waits until they are ready; calls queue meanwhile. ModelUnavailable says why not."""
+    def load(self, workers: int = 0) -> None:
+        """Starts the workers and waits until they are ready; calls queue meanwhile. ModelUnavailable says why not.
+
+        ``workers`` (0: as it is) other than those it has starts that many in their place.
+        """
         with self._lock:
+            other = bool(workers) and self.loaded is not None and self.loaded.options.workers != workers
+            if workers:
+                self._plugin = replace(self._plugin, overrides=self._plugin.overrides | {"workers": workers})
+            self.wanted = True
+            if self.state is not State.READY:
+                self._start()
+            elif other:
+                self._swap()
+
+    def reload(self) -> None:
+        """Starts new workers from the files as they are now, and lets the old ones finish; no call fails.
+
+        ModelUnavailable says why the new ones cannot be started; the old ones then go on.
+        """
+        with self._lock:
+            self.wanted = True
             if self.state is State.READY:
+                self._swap()
+            else:
+                self._start()
+
+    def unload(self) -> None:
+        """Refuses new calls, finishes what is queued, and ends the workers, which gives all their memory back."""
+        with self._lock:
+            self.wanted = False
+            if self._pool is None and self.state is not State.READY:
                 return
-            self._enter(State.LOADING)
-            self.batcher.open()
-            pool = self._pool = Pool(self._plugin, self.batcher, self._settings, self._workers_changed)
-            try:
-                self.loaded = pool.start()
-            except ModelUnavailable as error:
-                self._pool = None
-                self._enter(State.FAILED, str(error))
-                self.batcher.close(self._refusal(), drain=False)
-                raise self._refusal() from None
-            self.batcher.queue_size = self.loaded.options.queue_size
-            self._enter(State.READY)
+            self._enter(State.UNLOADING)
+            self.batcher.close(self._refusal(), drain=True)
+            self._stop_pool(self.loaded.options.timeout_s if self.loaded else 0, drain=True)
+            self.loaded = None
+            self._enter(State.UNLOADED)
+            self.batcher.close(self._refusal(), drain=False)
 
     def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets what is queued and running finish for ``grace_s`` seconds, stops the workers."""
+        self._stopped = True
         self.batcher.close(Stopping("the server is stopping"), drain=True)
-        pool = self._pool
-        if pool:
-            pool.stop(grace_s)
+        self._stop_pool(grace_s, drain=grace_s > 0)
         self.batcher.close(Stopping("the server stopped before the model could answer"), drain=False)
 
-    def submit(self, items: list[Item]) -> None:
-        """Queues the items of one call, all or none."""
-        self.batcher.put(items)
+    def open_if_lazy(self) -> None:
+        """Loads an unloaded model in the background if the server is lazy; its calls queue meanwhile."""
+        if self._settings.lazy and self.state is State.UNLOADED and self._lock.acquire(blocking=False):
+            try:
+                if self.state is State.UNLOADED:
+                    self._enter(State.LOADING)
+                    self.batcher.open()
+                    threading.Thread(target=self._load_quietly, name=f"load-{self.name}").start()
+            finally:
+                self._lock.release()
+
+    @property
+    def stages(self) -> list[str]:
+        """The models that this pipeline runs one after the other; empty for a model of its own."""
+        return self.loaded.stages if self.loaded else []
 
     @property
     def pids(self) -> list[int]:
         """The worker processes that serve now."""
         return self._pool.pids if self._pool else []
+
+    @property
+    def _slots(self) -> int:
+        return self.loaded.options.workers * self.loaded.options.concurrency if self.loaded else 1
+
+    def _load_quietly(self) -> None:
+        try:
+            self.load()
+        except ModelUnavailable:
+            pass  # its state and the log say why
+
+    def _start(self) -> None:
+        if self._unloadable or self._stopped:
+            raise self._refusal()
+        self._stop_pool(0)  # one that goes on trying to restart its workers
+        self._enter(State.LOADING)
+        self.batcher.open()
+        pool = self._pool = self._new_pool()
+        try:
+            self.loaded = pool.start()
+        except ModelUnavailable as error:
+            self._pool = None
+            self._enter(State.FAILED, str(error))
+            self.batcher.close(self._refusal(), drain=False)
+            raise self._refusal() from None
+        self._begin(self.loaded)
+
+    def _swap(self) -> None:
+        old, grace_s = self._pool, self.loaded.options.timeout_s if self.loaded else 0
+        pool = self._new_pool()
+        try:
+            self.loaded = pool.start()
+        except ModelUnavailable as error:
+            log.error("model %s: the new workers cannot be started, the old ones go on: %s", self.name, error)
+            raise ModelUnavailable(f"model {self.name!r} could not be reloaded: {error}; the old one goes on") from None
+        self._pool = pool
+        if old:
+            old.stop(grace_s)
+        self._begin(self.loaded)
+
+    def _begin(self, loaded: Loaded) -> None:
+        self.batcher.queue_size = loaded.options.queue_size
+        if loaded.stages:
+            self._pool = None
+        self._enter(State.READY)
+
+    def _new_pool(self) -> Pool:
+        return Pool(self._plugin, self.batcher, self.load_of, self._settings, self._workers_changed)
+
+    def _stop_pool(self, grace_s: float, *, drain: bool = False) -> None:
+        pool, self._pool = self._pool, None
+        if pool:
+            pool.stop(grace_s, drain=drain)
 
     def _enter(self, state: State, reason: str = "") -> None:
         self.state, self.reason = state, reason
@@ -112,16 +208,26 @@ class ServedModel:
 
 
 class Repository:
-    """The models that were found in the models folder."""
+    """The models in the models folder."""
 
-    def __init__(self, settings: Settings, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, changed: Callable[[], None] = lambda: None) -> None:
         """Finds every model; SettingsError if the folder cannot be read or a model's setting is wrong."""
-        self._models = {
-            name: ServedModel(Plugin(name, path, {} if reason else model_overrides(name)), settings, changed, reason)
-            for name, path, reason in discover(settings.models_dir)
-        }
+        self._settings = settings
+        self._metrics = metrics
+        self._changed = changed
+        self._models: dict[str, ServedModel] = {}
+        self.find()
         for variable in stray_overrides(list(self._models)):
             log.warning("%s belongs to no model that was found, or names no option", variable)
+
+    def find(self) -> None:
+        """Adds the model folders that are new."""
+        found = dict(self._models)
+        for name, path, reason in discover(self._settings.models_dir):
+            if name not in found:
+                plugin = Plugin(name, path, {} if reason else model_overrides(name))
+                found[name] = ServedModel(plugin, self._settings, self._metrics, self._changed, reason)
+        self._models = dict(sorted(found.items()))
 
     def model(self, name: str) -> ServedModel:
         """The model of this name; ModelNotFound tells which there are."""

@@ -7,6 +7,8 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replac
 from pathlib import Path
 from typing import Any
 
+from tiny_model_server import devices
+
 PREFIX = "TMS_"
 MODEL_PREFIX = "TMS_MODEL_"
 Check = Callable[[str], Any]
@@ -77,6 +79,8 @@ class Settings:
     max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
     threads: int = _setting(256, _number(int, 1, 4096), "calls in the server at once; one more is refused")
     strict: bool = _setting(False, _flag, "1: a model that fails to load stops the start")
+    lazy: bool = _setting(False, _flag, "1: a model is loaded at its first call")
+    reload: bool = _setting(False, _flag, "1: a model is reloaded when its files change")
     drain_delay_s: float = _setting(
         0.0, _number(float, 0), "seconds between NOT_SERVING and refusing calls when stopping"
     )
@@ -118,6 +122,7 @@ class ModelOptions:
     load_timeout_s: float = _setting(300.0, _number(float, 0.001), "longest time of import, __init__ and warm-up")
     queue_size: int = _setting(1024, _number(int, 1), "most items waiting")
     image_mode: str = _setting("rgb", _one_of("rgb", "bgr", "gray", "unchanged"), "what encoded images decode to")
+    devices: tuple[str, ...] = _setting(("auto",), devices.parse, "auto, cpu, or a list such as cuda:0,cuda:1")
     mix_shapes: bool = _setting(False, _flag, "1: arrays of different shapes share a batch")
     args: dict[str, Any] = field(
         default_factory=dict,
@@ -176,6 +181,8 @@ def settings_table() -> list[tuple[str, str, str]]:
 
 def _default(item: "Field[Any]") -> str:
     value = {} if item.default is MISSING else item.default
+    if isinstance(value, tuple):
+        return ",".join(value)
     return str(int(value)) if isinstance(value, bool) else str(value)
 
 

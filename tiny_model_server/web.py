@@ -1,10 +1,12 @@
-"""The HTTP port: liveness, readiness and the models' states, for probes and people."""
+"""The HTTP port: liveness, readiness, the models' states and metrics, for probes and people."""
 
 import json
 import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
 
 from tiny_model_server.engine import Engine
 from tiny_model_server.settings import Settings, SettingsError
@@ -13,7 +15,7 @@ log = logging.getLogger("tiny_model_server.web")
 
 
 class WebServer:
-    """Answers GET /livez, /readyz and /models."""
+    """Answers GET /livez, /readyz, /models and /metrics."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         """Binds the port; SettingsError if it cannot be had."""
@@ -58,13 +60,17 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/models":
             states = [{"name": m.name, "state": m.state, "reason": m.reason} for m in engine.models()]
             self._answer(200, {"models": states})
+        elif path == "/metrics":
+            self._send(200, CONTENT_TYPE_LATEST, engine.metrics.text())
         else:
-            self._answer(404, {"error": f"there is no {path or '/'}; there are /livez, /readyz and /models"})
+            self._answer(404, {"error": f"there is no {path or '/'}; there are /livez, /readyz, /models and /metrics"})
 
     def _answer(self, status: int, value: Any) -> None:
-        body = json.dumps(value).encode() + b"\n"
+        self._send(status, "application/json", json.dumps(value).encode() + b"\n")
+
+    def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

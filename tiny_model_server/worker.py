@@ -15,7 +15,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from model_interface import ModelInterface
-from tiny_model_server import codec, logs
+from model_interface import ModelInterface, Pipeline
+from tiny_model_server import codec, logs, tally
+from tiny_model_server.devices import threads_for
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
 from tiny_model_server.settings import ModelOptions
 from tiny_model_server.shm import Segment
@@ -55,11 +56,18 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
 
 
 def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
-    """The options that the class declares; a batch size of None is resolved here."""
+    """What the class declares: options (a batch size of None is resolved here), metadata, example, stages."""
     options = {name: getattr(plugin, name, None) for name in ModelOptions.__dataclass_fields__ if name != "args"}
     if options["max_batch_size"] is None:
         options["max_batch_size"] = 1 if plugin.run_batch is ModelInterface.run_batch else DEFAULT_BATCH
-    return options
+    if not isinstance(options["devices"], str):
+        options["devices"] = ",".join(options["devices"])
+    return {
+        "options": options,
+        "metadata": codec.parse_json(codec.plain_json(plugin.metadata)),
+        "example": None if plugin.example is None else codec.pack(plugin.example),
+        "stages": list(plugin.stages) if issubclass(plugin, Pipeline) else [],
+    }
 
 
 def describe(error: BaseException, path: Path) -> str:
@@ -104,11 +112,33 @@ class Runner:
             try:
                 results = self._model.run_batch(values, args)
             except BaseException as error:  # a model may raise anything, SystemExit too
+                if _is_out_of_device_memory(error):
+                    return self._in_halves(values, args)
                 log.warning("model %s: run_batch raised, running its %d items one by one: %r", self._name,
                             len(values), error)  # fmt: skip
             else:
                 return self._one_each(results, len(values))
         return [self._run_one(value, args) for value in values]
+
+    def _in_halves(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
+        log.warning("model %s: no device memory for %d items at once, halving", self._name, len(values))
+        if torch := sys.modules.get("torch"):
+            torch.cuda.empty_cache()
+        middle = len(values) // 2
+        return self._run_group(values[:middle], args) + self._run_group(values[middle:], args)
+
+    def stream(self, packed: codec.Packed, args: dict[str, Any]) -> Iterator[Any]:
+        """What the model yields for one item, or its only answer; a ServerError in the end if it fails."""
+        try:
+            result = self._model.run(codec.unpack(packed, self._decode_image), args)
+            if isinstance(result, types.GeneratorType):
+                yield from result
+            else:
+                yield result
+        except GeneratorExit:
+            raise
+        except BaseException as error:
+            yield self._error(error)
 
     def _one_each(self, results: Any, count: int) -> list[Any]:
         try:
@@ -123,7 +153,8 @@ class Runner:
 
     def _run_one(self, value: Any, args: dict[str, Any]) -> Any:
         try:
-            return self._model.run(value, args)
+            result = self._model.run(value, args)
+            return list(result) if isinstance(result, types.GeneratorType) else result
         except BaseException as error:
             return self._error(error)
 
@@ -168,35 +199,48 @@ class Slot:
         """Runs batches until the front closes the socket, or is gone."""
         while True:
             try:
-                args, items, new_inbox = self._connection.recv()
+                args, items, streams, new_inbox = self._connection.recv()
                 if new_inbox:
                     self._inbox.close()
                     self._inbox = Segment(reduction.recv_handle(self._connection))
+                alive: list[weakref.ref[Any]] = []
+                started = time.monotonic()
+                outcomes: list[Any] = []
+                if streams:
+                    self._stream(args, items, alive)
+                else:
+                    outcomes = self._run(args, items, alive)
+                # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment.
+                kept = any(reference() is not None for reference in alive)
+                self._connection.send((outcomes, time.monotonic() - started, kept, tally.drain()))
             except (EOFError, OSError):
-                return
-            alive: list[weakref.ref[Any]] = []
-            started = time.monotonic()
-            try:
-                outcomes = self._run(args, items, alive)
-            except ServerError as error:
-                outcomes = [(error.status, str(error), [])] * len(items)
-            # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment.
-            kept = any(reference() is not None for reference in alive)
-            try:
-                self._connection.send((outcomes, time.monotonic() - started, kept))
-            except OSError:
                 return
 
     def _run(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
+        results = self._runner.run(self._receive(items, alive), codec.parse_args(args))
+        answers = [self._pack(result, plain) for result, (_, _, plain) in zip(results, items, strict=True)]
+        places = iter(self._outbox.write([array for _, _, arrays in answers for array in arrays]))
+        return [(status, text, [next(places) for _ in arrays]) for status, text, arrays in answers]
+
+    def _stream(self, args: str, items: Sequence[Any], alive: list[Any]) -> None:
+        """Sends each value as (status, text, places), and goes on when the front says so."""
+        (packed,) = self._receive(items, alive)
+        values = self._runner.stream(packed, codec.parse_args(args))
+        del packed
+        for value in values:
+            status, text, arrays = self._pack(value, items[0][2])
+            self._connection.send((status, text, self._outbox.write(arrays)))
+            if not self._connection.recv():
+                break
+        values.close()
+
+    def _receive(self, items: Sequence[Any], alive: list[Any]) -> list[codec.Packed]:
         packed = []
         for text, places, _ in items:
             arrays = self._inbox.read(places)
             alive += [weakref.ref(_owner(array)) for array in arrays]
             packed.append(codec.Packed(text, arrays))
-        results = self._runner.run(packed, codec.parse_args(args))
-        answers = [self._pack(result, plain) for result, (_, _, plain) in zip(results, items, strict=True)]
-        places = iter(self._outbox.write([array for _, _, arrays in answers for array in arrays]))
-        return [(status, text, [next(places) for _ in arrays]) for status, text, arrays in answers]
+        return packed
 
     def _pack(self, result: Any, plain: bool) -> tuple[str | None, str, list[codec.Array]]:
         """(None, JSON, arrays) of a value, (status, message, []) of an error."""
@@ -208,6 +252,17 @@ class Slot:
             log.error("a result could not be encoded: %s", error)
             return ModelError.status, f"the model's answer cannot be encoded: {error}", []
         return None, *packed
+
+
+def _is_out_of_device_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError by name, so that torch need not be there; onnxruntime and CUDA libraries by their words.
+    words = (
+        "CUDA out of memory",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "Failed to allocate memory",
+    )
+    return type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
 
 
 def _owner(array: Any) -> Any:
@@ -230,21 +285,18 @@ def _load(control: Connection, spec: dict[str, Any]) -> tuple[Runner, ModelInter
         plugin = import_plugin(name, path)
         control.send(("declared", declared(plugin)))
         options = ModelOptions(**control.recv())
+        plugin.threads = threads_for(options.workers)
         model = plugin(**options.args)
         model.warmup()
         shape = model.get_input_shape()
-        info = {
-            "input_shape": None if shape is None else [int(size) for size in shape],
-            "metadata": codec.parse_json(codec.plain_json(plugin.metadata)),
-            "example": None if plugin.example is None else codec.pack(plugin.example),
-        }
+        input_shape = None if shape is None else [int(size) for size in shape]
     except EOFError:
         return None
     except BaseException as error:  # a plug-in may raise anything, SystemExit too
         log.error("model %s could not be loaded", name, exc_info=error)
         control.send(("failed", describe(error, path)))
         return None
-    control.send(("ready", info))
+    control.send(("ready", input_shape))
     return Runner(name, model, options), model, options.concurrency
 
 

@@ -18,7 +18,9 @@ class Model(ModelInterface):
     metadata = {"description": "The network of the model digits, exported to ONNX.", "accuracy": 0.9861}
 
     def __init__(self) -> None:
-        self.session = onnxruntime.InferenceSession(str(Path(__file__).parent / "network.onnx"))
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.threads  # so that several workers don't fight for the cores
+        self.session = onnxruntime.InferenceSession(str(Path(__file__).parent / "network.onnx"), options)
 
     def get_input_shape(self) -> list[int]:
         """The size that images are scaled to."""

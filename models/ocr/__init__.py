@@ -16,7 +16,9 @@ class Model(ModelInterface):
     metadata = {"description": "PP-OCRv6, small: detection, orientation, recognition."}
 
     def __init__(self) -> None:
-        self.engine = RapidOCR(params={"Global.log_level": "error"})
+        self.engine = RapidOCR(
+            params={"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": self.threads}
+        )
         logging.getLogger("RapidOCR").setLevel(logging.ERROR)
 
     def run(self, data: Any, args: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from tiny_model_server.batcher import Outcome
 from tiny_model_server.codec import EncodedImage, Packed
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, ServerError, from_status
+from tiny_model_server.repository import ServedModel
 
 SCHEMA = "server"
 SERVICE = "server.Server"
@@ -29,6 +30,7 @@ class _Native:
         self._engine = engine
         self._response = wire.message(SCHEMA, "server.Response")
         self._image_response = wire.message(SCHEMA, "server.ImageResponse")
+        self._info = wire.message(SCHEMA, "server.ModelInfo")
         self._states = wire.message(SCHEMA, "server.ModelStates")
 
     def RunText(self, request: Any, call: Call) -> Any:
@@ -94,6 +96,40 @@ class _Native:
     def GetNumParallelWorkers(self, request: Any, call: Call) -> Any:
         # Old clients open channels until they have seen this many pids; one address has one.
         return self._json({"num_workers": 1})
+
+    def RunStream(self, request: Any, call: Call) -> Iterator[Any]:
+        args = codec.parse_args(request.args)
+        for packed in self._engine.run_stream(request.model, _value(request.data), args, call):
+            yield _fill(self._response(), "data", packed)
+
+    def GetModelInfo(self, request: Any, call: Call) -> Any:
+        return self._describe(self._engine.model(request.model))
+
+    def LoadModel(self, request: Any, call: Call) -> Any:
+        self._engine.authorize(call)
+        return self._describe(self._engine.load(request.model, request.workers))
+
+    def UnloadModel(self, request: Any, call: Call) -> Any:
+        self._engine.authorize(call)
+        return self._describe(self._engine.unload(request.model))
+
+    def ReloadModel(self, request: Any, call: Call) -> Any:
+        self._engine.authorize(call)
+        return self._describe(self._engine.reload(request.model))
+
+    def _describe(self, model: ServedModel) -> Any:
+        loaded = model.loaded
+        return self._info(
+            name=model.name,
+            state=model.state,
+            reason=model.reason,
+            worker_pids=model.pids,
+            max_batch_size=loaded.options.max_batch_size if loaded else 0,
+            queue_depth=model.batcher.depth,
+            input_shape=json.dumps(loaded.input_shape if loaded else None),
+            metadata=json.dumps(loaded.metadata if loaded else {}),
+            stages=model.stages,
+        )
 
     def StopServer(self, request: Any, call: Call) -> Any:
         self._engine.authorize(call)

@@ -1,0 +1,60 @@
+"""Which GPU and how many threads a worker gets: its environment, set before any framework is imported."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+_CUDA = re.compile(r"(?:cuda:)?(\d+)|(GPU-[0-9a-fA-F-]+|MIG-[0-9a-zA-Z/-]+)")
+_THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NUMEXPR_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "OPENCV_FOR_THREADS_NUM",
+)
+
+
+def parse(text: str) -> tuple[str, ...]:
+    """The devices of "auto", "cpu" or "cuda:0,cuda:1" as CUDA_VISIBLE_DEVICES takes them; ValueError says what is."""
+    if text == "auto":
+        return ("auto",)
+    names = [name.strip() for name in text.strip("[]()").replace("'", "").split(",") if name.strip()]
+    if names == ["cpu"]:
+        return ("",)
+    found = [_CUDA.fullmatch(name) for name in names]
+    if not found or not all(found):
+        raise ValueError('"auto", "cpu", or a list such as "cuda:0,cuda:1"')
+    return tuple(match[1] or match[2] for match in found if match)
+
+
+def gpus(env: Mapping[str, str] = os.environ, proc: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return [name for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    try:
+        return [str(index) for index in range(len(list(proc.iterdir())))]
+    except OSError:
+        return []
+
+
+def environment(
+    index: int, workers: int, devices: Sequence[str], env: Mapping[str, str], found: Sequence[str]
+) -> dict[str, str]:
+    """What to set for worker ``index`` of ``workers``, on a machine with the GPUs ``found``.
+
+    Threads are the usable cores divided by the workers, at least one; a variable that the operator set stays.
+    """
+    chosen = found if tuple(devices) == ("auto",) else devices
+    threads = str(threads_for(workers))
+    changes = {name: threads for name in _THREAD_VARIABLES if name not in env}
+    if chosen:
+        changes["CUDA_VISIBLE_DEVICES"] = chosen[index % len(chosen)]
+    return changes
+
+
+def threads_for(workers: int) -> int:
+    """The usable cores divided by the workers, at least one."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // workers)

@@ -1,0 +1,40 @@
+"""What a model counts itself: collected in the worker, sent to the front with each batch, shown as metrics there."""
+
+import re
+import threading
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,60}")
+_lock = threading.Lock()
+_counts: dict[str, float] = {}
+_observations: dict[str, list[float]] = {}
+
+Tally = tuple[dict[str, float], dict[str, list[float]]]
+
+
+def count(name: str, amount: float = 1) -> None:
+    """Adds to the counter ``tms_model_<name>_total``; ``amount`` is not negative. ValueError for a wrong name."""
+    if amount < 0:
+        raise ValueError(f"a counter only grows; {amount} is negative")
+    with _lock:
+        _counts[_checked(name)] = _counts.get(name, 0) + amount
+
+
+def observe(name: str, value: float) -> None:
+    """Adds a value to the histogram ``tms_model_<name>``. ValueError for a wrong name."""
+    with _lock:
+        _observations.setdefault(_checked(name), []).append(float(value))
+
+
+def drain() -> Tally:
+    """What came since the last call: counts and observed values by name."""
+    global _counts, _observations
+    with _lock:
+        tally = (_counts, _observations)
+        _counts, _observations = {}, {}
+    return tally
+
+
+def _checked(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"a metric's name is small letters, digits and _, not {name!r}")
+    return name
