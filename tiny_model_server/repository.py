@@ -49,6 +49,8 @@ class ServedModel:
         self._changed = changed
         self._lock = threading.Lock()  # one load, reload or unload at a time
         self._pool: Pool | None = None
+        self._pools: list[Pool] = []  # during a reload there are two
+        self._pools_lock = threading.Lock()
         self._unloadable = reason
         self.loaded: Loaded | None = None
         self._stopped = False
@@ -105,9 +107,12 @@ class ServedModel:
 
     def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets what is queued and running finish for ``grace_s`` seconds, stops the workers."""
-        self._stopped = True
+        with self._pools_lock:
+            self._stopped = True
+            pools = list(self._pools)
         self.batcher.close(Stopping("the server is stopping"), drain=True)
-        self._stop_pool(grace_s, drain=grace_s > 0)
+        for pool in pools:
+            pool.stop(grace_s, drain=grace_s > 0)
         self.batcher.close(Stopping("the server stopped before the model could answer"), drain=False)
 
     def open_if_lazy(self) -> None:
@@ -138,11 +143,11 @@ class ServedModel:
     def _load_quietly(self) -> None:
         try:
             self.load()
-        except ModelUnavailable:
+        except ServerError:
             pass  # its state and the log say why
 
     def _start(self) -> None:
-        if self._unloadable or self._stopped:
+        if self._unloadable:
             raise self._refusal()
         self._stop_pool(0)  # one that goes on trying to restart its workers
         self._enter(State.LOADING)
@@ -151,7 +156,7 @@ class ServedModel:
         try:
             self.loaded = pool.start()
         except ModelUnavailable as error:
-            self._pool = None
+            self._stop_pool(0)
             self._enter(State.FAILED, str(error))
             self.batcher.close(self._refusal(), drain=False)
             raise self._refusal() from None
@@ -163,26 +168,38 @@ class ServedModel:
         try:
             self.loaded = pool.start()
         except ModelUnavailable as error:
+            self._forget(pool)
             log.error("model %s: the new workers cannot be started, the old ones go on: %s", self.name, error)
             raise ModelUnavailable(f"model {self.name!r} could not be reloaded: {error}; the old one goes on") from None
         self._pool = pool
         if old:
             old.stop(grace_s)
+            self._forget(old)
         self._begin(self.loaded)
 
     def _begin(self, loaded: Loaded) -> None:
         self.batcher.queue_size = loaded.options.queue_size
         if loaded.stages:
-            self._pool = None
+            self._stop_pool(0)
         self._enter(State.READY)
 
     def _new_pool(self) -> Pool:
-        return Pool(self._plugin, self.batcher, self.load_of, self._settings, self._workers_changed)
+        pool = Pool(self._plugin, self.batcher, self.load_of, self._settings, self._workers_changed)
+        with self._pools_lock:
+            if self._stopped:
+                raise Stopping("the server is stopping")
+            self._pools.append(pool)
+        return pool
+
+    def _forget(self, pool: Pool) -> None:
+        with self._pools_lock:
+            self._pools.remove(pool)
 
     def _stop_pool(self, grace_s: float, *, drain: bool = False) -> None:
         pool, self._pool = self._pool, None
         if pool:
             pool.stop(grace_s, drain=drain)
+            self._forget(pool)
 
     def _enter(self, state: State, reason: str = "") -> None:
         self.state, self.reason = state, reason

@@ -15,7 +15,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,7 +57,9 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
 
 def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
     """What the class declares: options (a batch size of None is resolved here), metadata, example, stages."""
-    options = {name: getattr(plugin, name, None) for name in ModelOptions.__dataclass_fields__ if name != "args"}
+    options: dict[str, Any] = {
+        name: getattr(plugin, name, None) for name in ModelOptions.__dataclass_fields__ if name != "args"
+    }
     if options["max_batch_size"] is None:
         options["max_batch_size"] = 1 if plugin.run_batch is ModelInterface.run_batch else DEFAULT_BATCH
     if not isinstance(options["devices"], str):
@@ -127,7 +129,7 @@ class Runner:
         middle = len(values) // 2
         return self._run_group(values[:middle], args) + self._run_group(values[middle:], args)
 
-    def stream(self, packed: codec.Packed, args: dict[str, Any]) -> Iterator[Any]:
+    def stream(self, packed: codec.Packed, args: dict[str, Any]) -> Generator[Any, None, None]:
         """What the model yields for one item, or its only answer; a ServerError in the end if it fails."""
         try:
             result = self._model.run(codec.unpack(packed, self._decode_image), args)
