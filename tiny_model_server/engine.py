@@ -121,14 +121,14 @@ class Engine:
         self._repository.find()
         model = self.model(name)
         model.load(workers)
-        return self._checked(model)
+        return model
 
     def reload(self, name: str) -> ServedModel:
         """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
         self._repository.find()
         model = self.model(name)
         model.reload()
-        return self._checked(model)
+        return model
 
     def unload(self, name: str) -> ServedModel:
         """Ends a model's workers; see ``ServedModel.unload``."""
@@ -183,7 +183,7 @@ class Engine:
                     values = [item for item in outcomes if isinstance(item, Packed)]
                     if values:
                         last = plain and stage == model.stages[-1]
-                        results = self._run(self.model(stage), values, args_text, call, last)
+                        results = self._run(self._stage(model, stage), values, args_text, call, last)
                         for index, outcome in zip(alive, results, strict=True):
                             outcomes[index] = outcome
             except ServerError as error:
@@ -251,6 +251,13 @@ class Engine:
         if not call.on_end(give_up):
             give_up()
 
+    def _stage(self, pipeline: ServedModel, name: str) -> ServedModel:
+        stage = self.model(name)
+        stage.open_if_lazy()
+        if stage.stages:
+            raise ModelUnavailable(f"{pipeline.name!r} names the stage {name!r}, which is a pipeline itself")
+        return stage
+
     @contextmanager
     def _admission(self) -> Iterator[None]:
         if self.stopping:
@@ -262,19 +269,10 @@ class Engine:
         finally:
             self._admitted.release()
 
-    def _checked(self, model: ServedModel) -> ServedModel:
-        """ModelUnavailable unless the stages of a pipeline exist and are no pipelines themselves."""
-        for stage in model.stages:
-            if not any(other.name == stage for other in self.models()) or self.model(stage).stages:
-                model.unload()
-                raise ModelUnavailable(f"pipeline {model.name!r} names the stage {stage!r}, which is no plain model")
-        return model
-
     def _try_load(self, model: ServedModel) -> None:
         started = time.monotonic()
         try:
             model.load()
-            self._checked(model)
             log.info("model %s loaded in %.1f s", model.name, time.monotonic() - started)
         except ServerError:
             pass  # its state and the log say why; the others serve

@@ -341,6 +341,8 @@ class Pool:
                 self._bury(index, process)
                 if not served:
                     return report(error)
+                if self._stopping.is_set():
+                    break
                 failures += 1
                 log.error("model %s: a worker cannot be restarted: %s", name, error)
                 if not self.pids:

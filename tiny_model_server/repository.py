@@ -40,9 +40,19 @@ class ServedModel:
     """One model folder: its queue, its workers, its state."""
 
     def __init__(
-        self, plugin: Plugin, settings: Settings, metrics: Metrics, changed: Callable[[], None], reason: str = ""
+        self,
+        plugin: Plugin,
+        settings: Settings,
+        metrics: Metrics,
+        changed: Callable[[], None],
+        known: Callable[[str], bool],
+        reason: str = "",
     ) -> None:
-        """``changed`` is called after each change of state; a ``reason`` means that the folder cannot be loaded."""
+        """``changed`` is called after each change of state, ``known`` tells whether there is a model of a name.
+
+        A ``reason`` means that the folder cannot be loaded.
+        """
+        self._known = known
         self.name = plugin.name
         self._plugin = plugin
         self._settings = settings
@@ -154,7 +164,7 @@ class ServedModel:
         self.batcher.open()
         pool = self._pool = self._new_pool()
         try:
-            self.loaded = pool.start()
+            self.loaded = self._load(pool)
         except ModelUnavailable as error:
             self._stop_pool(0)
             self._enter(State.FAILED, str(error))
@@ -166,7 +176,7 @@ class ServedModel:
         old, grace_s = self._pool, self.loaded.options.timeout_s if self.loaded else 0
         pool = self._new_pool()
         try:
-            self.loaded = pool.start()
+            self.loaded = self._load(pool)
         except ModelUnavailable as error:
             self._forget(pool)
             log.error("model %s: the new workers cannot be started, the old ones go on: %s", self.name, error)
@@ -177,10 +187,18 @@ class ServedModel:
             self._forget(old)
         self._begin(self.loaded)
 
+    def _load(self, pool: Pool) -> Loaded:
+        loaded = pool.start()
+        for stage in loaded.stages:
+            if not self._known(stage):
+                raise ModelUnavailable(f"it names the stage {stage!r}, and there is no such model")
+        return loaded
+
     def _begin(self, loaded: Loaded) -> None:
         self.batcher.queue_size = loaded.options.queue_size
-        if loaded.stages:
+        if loaded.stages:  # it has no workers; what was queued while that was unknown is to come again
             self._stop_pool(0)
+            self.batcher.close(Stopping(f"model {self.name!r} has just been loaded; call again"), drain=False)
         self._enter(State.READY)
 
     def _new_pool(self) -> Pool:
@@ -243,8 +261,11 @@ class Repository:
         for name, path, reason in discover(self._settings.models_dir):
             if name not in found:
                 plugin = Plugin(name, path, {} if reason else model_overrides(name))
-                found[name] = ServedModel(plugin, self._settings, self._metrics, self._changed, reason)
+                found[name] = ServedModel(plugin, self._settings, self._metrics, self._changed, self._known, reason)
         self._models = dict(sorted(found.items()))
+
+    def _known(self, name: str) -> bool:
+        return name in self._models
 
     def model(self, name: str) -> ServedModel:
         """The model of this name; ModelNotFound tells which there are."""
