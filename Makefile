@@ -12,7 +12,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test check bench proto docker run_docker_server run_tests clean
+.PHONY: help run serve test check bench soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -35,8 +35,11 @@ check: $(VENV)/test.done ## lint, formatting, types, import direction, descripto
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_structure.py
 
-bench: $(VENV)/test.done ## measure against a bare grpcio echo, and print the table of BENCHMARKS.md
+bench: $(VENV)/test.done ## measure, and print the tables of BENCHMARKS.md
 	$(BIN)/python tests/bench.py
+
+soak: $(VENV)/test.done ## ten minutes of mixed load, with the memory each minute
+	$(BIN)/python tests/bench.py soak
 
 proto: $(VENV)/test.done ## compile the .proto files to the committed descriptor sets
 	$(MAKE) -B $(DESCRIPTORS)

@@ -1,8 +1,11 @@
-"""Measures the server against a bare grpcio echo of the same payload, in one run: ``make bench``.
+"""Measures the server: against a bare grpcio echo, its batching, its recovery (``make bench``), a soak (``make soak``).
 
-Prints a Markdown table for BENCHMARKS.md. Machines are noisy: trust the ratios.
+Prints Markdown tables for BENCHMARKS.md. Machines are noisy: trust the ratios.
 """
 
+import logging
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,21 +17,39 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from model_client import ModelClient  # noqa: E402
 from tests.conftest import Server  # noqa: E402
+from tiny_model_server import codec  # noqa: E402
+from tiny_model_server.engine import Call, Engine  # noqa: E402
+from tiny_model_server.settings import Settings  # noqa: E402
 
 SECONDS = 2.0
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 SHAPES = [(224, 224, 3), (480, 640, 3), (1080, 1920, 3)]
-MODEL = """
+SOAK_S = 600
+LENGTH = """
 from model_interface import ModelInterface
 class Model(ModelInterface):
     def run(self, data, args):
         return len(data)
 """
+BATCHES = """
+import time
+from model_interface import ModelInterface
+class Model(ModelInterface):
+    max_batch_size = 32
+    def run(self, data, args):
+        return self.run_batch([data], args)[0]
+    def run_batch(self, items, args):
+        time.sleep(({base} + {item} * len(items)) / 1000)
+        return [1] * len(items)
+"""
+COSTS = {"heavy": (10, 0.5), "light": (2, 0.1)}  # ms a batch, ms an item
 
 
 def bare_echo() -> None:
@@ -62,16 +83,18 @@ def measure(call: Callable[[], Any], at_once: int) -> tuple[float, float, float]
     return len(times) / SECONDS, p50, p99
 
 
-def main() -> None:
-    """Runs every measurement and prints the table."""
-    bare = subprocess.Popen([sys.executable, __file__, "bare"], stdout=subprocess.PIPE, text=True)
-    assert bare.stdout
-    folder = ROOT / "build" / "bench-models" / "length"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "__init__.py").write_text(MODEL)
-    server = Server(models=folder.parent)
-    channel = grpc.insecure_channel(f"127.0.0.1:{bare.stdout.readline().strip()}", UNLIMITED)
-    stub = channel.unary_unary("/bare.Echo/Call")
+def models() -> Path:
+    """A folder with the models that are measured."""
+    folder = ROOT / "build" / "bench-models"
+    bodies = {name: BATCHES.format(base=base, item=item) for name, (base, item) in COSTS.items()} | {"length": LENGTH}
+    for name, body in bodies.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "__init__.py").write_text(body)
+    return folder
+
+
+def echo_table(server: Server, stub: Any) -> None:
+    """Every payload, bare and ours."""
     client = server.client("length")
     text = "twenty bytes of text"
     rows: list[tuple[str, Callable[[], Any], Callable[[], Any]]] = [
@@ -86,14 +109,121 @@ def main() -> None:
         "| payload | in flight | bare: calls/s | p50 ms | p99 ms | ours: calls/s | p50 ms | p99 ms | p50 ours / bare |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, bare_call, our_call in rows:
+        for at_once in (1, 8):
+            theirs, ours = measure(bare_call, at_once), measure(our_call, at_once)
+            figures = [f"{rate:.0f} | {p50:.2f} | {p99:.2f}" for rate, p50, p99 in (theirs, ours)]
+            print(f"| {name} | {at_once} | {figures[0]} | {figures[1]} | {ours[1] / theirs[1]:.2f} |", flush=True)
+    client.close()
+
+
+def batching_table(server: Server, stub: Any) -> None:
+    """64 callers and one, on models that cost so much a batch and so much an item."""
+    print("\n| model | callers | calls/s | ideal | part of it | p50 ms |\n| --- | --- | --- | --- | --- | --- |")
+    for name, (base, item) in COSTS.items():
+        for callers in (1, 64):
+            call = [sys.executable, __file__, "callers", server.address, name, str(callers)]
+            ran = subprocess.run(call, capture_output=True, text=True, check=True)
+            rate, p50, _ = map(float, ran.stdout.split())
+            most = min(callers, 32)
+            ideal = most / (base + item * most) * 1000
+            what = f"{base} ms + {item} ms an item"
+            print(f"| {what} | {callers} | {rate:.0f} | {ideal:.0f} | {rate / ideal:.2f} | {p50:.2f} |", flush=True)
+    rate, p50, _ = measure(lambda: stub(b""), 64)
+    print(f"| none: the bare echo | 64 | {rate:.0f} | | | {p50:.2f} |", flush=True)
+
+
+def hop() -> None:
+    """What queue, hand-over to the worker process and back add to a model that costs nothing."""
+    logging.disable()
+    engine = Engine(Settings(models_dir=models()))
+    engine.load("length")
+    value = codec.pack("x")
+    _, p50, p99 = measure(lambda: engine.run("length", value, {}, Call()), 1)
+    engine.stop(1)
+    print(f"\nQueue, worker process and back, without gRPC: p50 {p50:.2f} ms, p99 {p99:.2f} ms.")
+
+
+def recovery(server: Server) -> None:
+    """From SIGKILL of the only worker to the next answer, and what another model's callers notice."""
+    client, neighbour = server.client("length"), server.client("light")
+    killed = []
+    phases: dict[str, list[float]] = {"before": [], "during": [], "after": []}
+    phase, end = "before", False
+
+    def call_neighbour() -> None:
+        while not end:
+            started = time.perf_counter()
+            neighbour.run_text("x")
+            phases[phase].append((time.perf_counter() - started) * 1000)
+
+    thread = threading.Thread(target=call_neighbour)
+    thread.start()
+    time.sleep(2)
+    phase = "during"
+    for _ in range(10):
+        client.run_text("x")
+        os.kill(client.model_info()[0]["worker_pids"][0], signal.SIGKILL)
+        started = time.perf_counter()
+        client.run_text("x")
+        killed.append((time.perf_counter() - started) * 1000)
+    phase = "after"
+    time.sleep(2)
+    end = True
+    thread.join()
+    print("\nFrom SIGKILL of the only worker to the next answer, ten times on end: ", end="")
+    print(f"first {killed[0]:.0f} ms, median {np.median(killed):.0f} ms, worst {max(killed):.0f} ms.")
+    print("Calls of another model meanwhile, p50 / p99 in ms: ", end="")
+    print(", ".join("{} {:.2f} / {:.2f}".format(name, *np.percentile(t, [50, 99])) for name, t in phases.items()))
+
+
+def soak() -> None:
+    """Mixed load for ten minutes; prints the memory of front and workers each minute."""
+    server = Server(models=models())
+    front = psutil.Process(server.process.pid)
+    client, batches = server.client("length"), server.client("light")
+    images = [np.zeros(shape, np.uint8) for shape in SHAPES]
+    end = time.monotonic() + SOAK_S
+    calls = [0] * 8
+    print("| minute | calls | front MiB | workers MiB |\n| --- | --- | --- | --- |")
+
+    def caller(index: int) -> None:
+        while time.monotonic() < end:
+            client.run_image(images[calls[index] % 3])
+            batches.run_text_batch(["x"] * 10)
+            calls[index] += 2
+
+    threads = [threading.Thread(target=caller, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for minute in range(SOAK_S // 60 + 1):
+        memory = [process.memory_info().rss >> 20 for process in (front, *front.children())]
+        print(f"| {minute} | {sum(calls)} | {memory[0]} | {sum(memory[1:])} |", flush=True)
+        time.sleep(60 if minute < SOAK_S // 60 else 0)
+    for thread in threads:
+        thread.join()
+    assert server.stop() == 0
+
+
+def callers(address: str, model: str, count: str) -> None:
+    """Prints rate, p50 and p99 of this many callers in this process."""
+    with ModelClient(model, addresses=[address]) as client:
+        print(*measure(lambda: client.run_text("x"), int(count)))
+
+
+def main() -> None:
+    """Runs every measurement and prints the tables."""
+    bare = subprocess.Popen([sys.executable, __file__, "bare"], stdout=subprocess.PIPE, text=True)
+    assert bare.stdout
+    server = Server(models=models())
+    channel = grpc.insecure_channel(f"127.0.0.1:{bare.stdout.readline().strip()}", UNLIMITED)
+    stub = channel.unary_unary("/bare.Echo/Call")
     try:
-        for name, bare_call, our_call in rows:
-            for at_once in (1, 8):
-                theirs, ours = measure(bare_call, at_once), measure(our_call, at_once)
-                figures = [f"{rate:.0f} | {p50:.2f} | {p99:.2f}" for rate, p50, p99 in (theirs, ours)]
-                print(f"| {name} | {at_once} | {figures[0]} | {figures[1]} | {ours[1] / theirs[1]:.2f} |", flush=True)
+        echo_table(server, stub)
+        batching_table(server, stub)
+        recovery(server)
+        hop()
     finally:
-        client.close()
         channel.close()
         bare.kill()
         bare.wait()
@@ -101,4 +231,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    bare_echo() if sys.argv[1:] == ["bare"] else main()
+    if sys.argv[1:2] == ["callers"]:
+        callers(*sys.argv[2:])
+    else:
+        {"bare": bare_echo, "soak": soak}.get("".join(sys.argv[1:]), main)()

@@ -393,6 +393,16 @@ def test_threads_are_divided_and_the_operators_word_counts() -> None:
     assert found["OPENBLAS_NUM_THREADS"] == "1"
 
 
+def test_the_front_keeps_to_one_core_and_workers_have_all(start_server: StartServer) -> None:
+    for one_core in (1, 0):
+        server = start_server(TMS_ONE_CORE=one_core)
+        server.client("echo").run(1)
+        front = psutil.Process(server.process.pid)
+        assert len(front.cpu_affinity()) == (1 if one_core else len(devices.CORES))
+        for worker in front.children():
+            assert set(worker.cpu_affinity()) == devices.CORES
+
+
 def test_the_environment_is_there_before_the_model_is_imported(start_server: StartServer, tmp_path: Path) -> None:
     body = (
         "    devices = ['cuda:5', 'cuda:6']\n    workers = 2\n"

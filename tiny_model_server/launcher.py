@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tiny_model_server import codec, logs
+from tiny_model_server.devices import keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
@@ -48,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM, SIGINT or StopServer; a second signal hurries the stop."""
     log.info("settings: %s", settings.describe())
+    if settings.one_core:
+        keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
     engine = Engine(settings)
     grpc_server = GrpcServer(engine, settings)
     web = WebServer(engine, settings) if settings.http_port is not None else None

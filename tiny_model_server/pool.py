@@ -30,7 +30,7 @@ log = logging.getLogger("tiny_model_server.pool")
 
 _ROOT = Path(__file__).resolve().parent.parent
 _LONGEST_BACKOFF_S = 30.0  # between attempts to load
-_LONGEST_CRASH_BACKOFF_S = 1.0  # between deaths of workers that could be loaded: inputs that kill must not stop others
+_LONGEST_CRASH_BACKOFF_S = 0.2  # between deaths of workers that could be loaded: inputs that kill must not stop others
 _STABLE_S = 10.0  # a worker that lived this long and then died is restarted at once
 
 
@@ -175,6 +175,7 @@ class _Process:
             "name": plugin.name,
             "path": str(plugin.path),
             "front": os.getpid(),
+            "cores": sorted(devices.CORES),
             "log_level": self._settings.log_level,
             "log_format": self._settings.log_format,
         }
@@ -187,7 +188,7 @@ class _Process:
                 return Loaded(options, None, *facts)
             if _placement(self._index, options) != self._placed:
                 raise _Misplaced(options)
-            self._control.send(options.as_dict())
+            self._control.send((options, devices.threads_for(options.workers)))
             input_shape = self._hear("ready", options.load_timeout_s)
             self.slots = [_Slot(self._control) for _ in range(options.concurrency)]
         except ValueError as error:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ class Settings:
     log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
     max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
     threads: int = _setting(256, _number(int, 1, 4096), "calls in the server at once; one more is refused")
+    one_core: bool = _setting(True, _flag, "1: the gRPC process keeps to one core, which is faster; workers use all")
     strict: bool = _setting(False, _flag, "1: a model that fails to load stops the start")
     lazy: bool = _setting(False, _flag, "1: a model is loaded at its first call")
     reload: bool = _setting(False, _flag, "1: a model is reloaded when its files change")
@@ -145,10 +146,6 @@ class ModelOptions:
     def with_overrides(self, overrides: Mapping[str, Any]) -> "ModelOptions":
         """These options with values from ``model_overrides`` in the place of their own."""
         return replace(self, **overrides)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for the worker's process."""
-        return asdict(self)
 
 
 def model_overrides(name: str, env: Mapping[str, str] = os.environ) -> dict[str, Any]:

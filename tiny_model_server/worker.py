@@ -25,7 +25,7 @@ import numpy as np
 
 from model_interface import ModelInterface, Pipeline
 from tiny_model_server import codec, logs, tally
-from tiny_model_server.devices import threads_for
+from tiny_model_server.devices import keep_to
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
 from tiny_model_server.settings import ModelOptions
 from tiny_model_server.shm import Segment
@@ -286,8 +286,8 @@ def _load(control: Connection, spec: dict[str, Any]) -> tuple[Runner, ModelInter
     try:
         plugin = import_plugin(name, path)
         control.send(("declared", declared(plugin)))
-        options = ModelOptions(**control.recv())
-        plugin.threads = threads_for(options.workers)
+        options, threads = control.recv()
+        plugin.threads = threads
         model = plugin(**options.args)
         model.warmup()
         shape = model.get_input_shape()
@@ -311,6 +311,7 @@ def main() -> None:
     control = Connection(int(sys.argv[1]))
     spec = control.recv()
     _die_with_the_front(spec["front"])
+    keep_to(spec["cores"])
     logs.configure(spec["log_level"], spec["log_format"])
     loaded = _load(control, spec)
     if loaded is None:
