@@ -1,7 +1,9 @@
-"""Which GPU, cores and threads a process gets: set before any framework is imported."""
+"""Which GPU, cores, threads and memory a process gets: set before any framework is imported."""
 
+import ctypes
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +16,8 @@ _THREAD_VARIABLES = (
     "VECLIB_MAXIMUM_THREADS",
     "OPENCV_FOR_THREADS_NUM",
 )
+# glibc gives buffers of 128 KiB and more back to the system at once, and page-faults them anew for each image.
+_MALLOC = {"MMAP_THRESHOLD": (-3, 1 << 30), "TRIM_THRESHOLD": (-1, (1 << 31) - 1), "TOP_PAD": (-2, 64 << 20)}
 
 CORES: frozenset[int] = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 """The cores that the server was started with; empty where the system does not tell."""
@@ -27,6 +31,14 @@ def keep_to_one_core(seed: int) -> None:
     """
     if CORES:
         os.sched_setaffinity(0, {sorted(CORES)[seed % len(CORES)]})
+
+
+def keep_memory() -> None:
+    """Lets this process keep large buffers for the next image; memory then stays with it."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # musl has none
+        for option, value in _MALLOC.values():
+            mallopt(option, value)
 
 
 def keep_to(cores: Iterable[int]) -> None:
@@ -68,6 +80,7 @@ def environment(
     chosen = found if tuple(devices) == ("auto",) else devices
     threads = str(threads_for(workers))
     changes = {name: threads for name in _THREAD_VARIABLES if name not in env}
+    changes |= {f"MALLOC_{name}_": str(value) for name, (_, value) in _MALLOC.items() if f"MALLOC_{name}_" not in env}
     if chosen:
         changes["CUDA_VISIBLE_DEVICES"] = chosen[index % len(chosen)]
     return changes

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from tiny_model_server import codec, logs
-from tiny_model_server.devices import keep_to_one_core
+from tiny_model_server.devices import keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
@@ -49,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
 def serve(settings: Settings) -> int:
     """Serves until SIGTERM, SIGINT or StopServer; a second signal hurries the stop."""
     log.info("settings: %s", settings.describe())
+    keep_memory()
     if settings.one_core:
         keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
     engine = Engine(settings)
