@@ -4,7 +4,8 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 _CUDA = re.compile(r"(?:cuda:)?(\d+)|(GPU-[0-9a-fA-F-]+|MIG-[0-9a-zA-Z/-]+)")
@@ -41,10 +42,21 @@ def keep_memory() -> None:
             mallopt(option, value)
 
 
-def keep_to(cores: Iterable[int]) -> None:
-    """Gives a worker the server's cores, in the place of the one that it inherited from the front."""
-    if cores:
-        os.sched_setaffinity(0, cores)
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """Gives this thread all of the server's cores for a while, so that a process started meanwhile has them from birth.
+
+    A worker that starts on the front's one core and moves away later was seen to starve there for half a minute.
+    """
+    if not CORES:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def parse(text: str) -> tuple[str, ...]:

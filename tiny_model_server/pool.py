@@ -155,7 +155,7 @@ class _Process:
         self._index = index
         self._placed = _placement(index, options)
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, devices.on_all_cores():
             self.popen = subprocess.Popen(
                 [plugin.interpreter, "-m", "tiny_model_server.worker", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
@@ -175,7 +175,6 @@ class _Process:
             "name": plugin.name,
             "path": str(plugin.path),
             "front": os.getpid(),
-            "cores": sorted(devices.CORES),
             "log_level": self._settings.log_level,
             "log_format": self._settings.log_format,
         }

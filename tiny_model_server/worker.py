@@ -25,7 +25,6 @@ import numpy as np
 
 from model_interface import ModelInterface, Pipeline
 from tiny_model_server import codec, logs, tally
-from tiny_model_server.devices import keep_to
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
 from tiny_model_server.settings import ModelOptions
 from tiny_model_server.shm import Segment
@@ -311,7 +310,6 @@ def main() -> None:
     control = Connection(int(sys.argv[1]))
     spec = control.recv()
     _die_with_the_front(spec["front"])
-    keep_to(spec["cores"])
     logs.configure(spec["log_level"], spec["log_format"])
     loaded = _load(control, spec)
     if loaded is None:
