@@ -251,8 +251,6 @@ def test_unknown_models_and_empty_batches(server: Server) -> None:
 
 def test_deadlines(server: Server) -> None:
     with pytest.raises(model_client.DeadlineExceeded):
-        server.client("echo").run_text("x" * 1_000_000, timeout=0.0005)
-    with pytest.raises(model_client.DeadlineExceeded):
         server.client("misbehave").run(1, {"do": "hang"}, timeout=0.2)
     assert server.client("misbehave").run(1, timeout=10)["pid"]
 
