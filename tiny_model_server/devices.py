@@ -18,7 +18,13 @@ _THREAD_VARIABLES = (
     "OPENCV_FOR_THREADS_NUM",
 )
 # glibc gives buffers of 128 KiB and more back to the system at once, and page-faults them anew for each image.
-_MALLOC = {"MMAP_THRESHOLD": (-3, 1 << 30), "TRIM_THRESHOLD": (-1, (1 << 31) - 1), "TOP_PAD": (-2, 64 << 20)}
+# One arena, so that what one thread has freed serves the next one.
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": (-1, (1 << 31) - 1),
+    "MALLOC_TOP_PAD_": (-2, 64 << 20),
+    "MALLOC_ARENA_MAX": (-8, 1),
+}
 
 CORES: frozenset[int] = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 """The cores that the server was started with; empty where the system does not tell."""
@@ -92,7 +98,7 @@ def environment(
     chosen = found if tuple(devices) == ("auto",) else devices
     threads = str(threads_for(workers))
     changes = {name: threads for name in _THREAD_VARIABLES if name not in env}
-    changes |= {f"MALLOC_{name}_": str(value) for name, (_, value) in _MALLOC.items() if f"MALLOC_{name}_" not in env}
+    changes |= {name: str(value) for name, (_, value) in _MALLOC.items() if name not in env}
     if chosen:
         changes["CUDA_VISIBLE_DEVICES"] = chosen[index % len(chosen)]
     return changes
