@@ -426,6 +426,12 @@ class Pool:
             except _WorkerDied:
                 self._after_death(process, batch)
                 break
+            except Exception as error:  # no memory for the batch, an answer that cannot be read: nobody may hang on it
+                log.exception("model %s: a batch could not be handed over or read back", self._plugin.name)
+                process.kill()
+                for item in batch:
+                    item.resolve(ModelError(f"the batch could not be handed over: {type(error).__name__}: {error}"))
+                break
             self._load.finished(started, seconds, tally)
             for item, outcome in zip(batch, outcomes, strict=True):
                 item.resolve(outcome)
