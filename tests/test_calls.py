@@ -194,6 +194,7 @@ MISBEHAVIOUR = [
     ("invalid", model_client.InvalidInput, "the picture is upside down"),
     ("exit", model_client.ModelFailed, "raised SystemExit: 3"),
     ("nonsense", model_client.ModelFailed, r"cannot be encoded: object cannot travel \(at .object\[0\]\)"),
+    ("junk", model_client.ModelFailed, "could not be handed over: UnpicklingError"),
     ("cycle", model_client.ModelFailed, "nested too deeply"),
     ("die", model_client.ModelFailed, "exited with code 7, twice"),
     ("segfault", model_client.ModelFailed, "killed by SIGSEGV, twice"),
