@@ -27,23 +27,33 @@ class Item:
         "deadline",
         "enqueued",
         "key",
+        "once",
         "outcome",
         "packed",
         "plain",
-        "streamed",
     )
 
     def __init__(
-        self, packed: Packed, args: str, key: Hashable, *, deadline: float | None, plain: bool = False
+        self,
+        packed: Packed,
+        args: str,
+        key: Hashable,
+        *,
+        deadline: float | None,
+        plain: bool = False,
+        once: bool = False,
     ) -> None:
-        """``args`` is JSON, ``deadline`` on the monotonic clock; ``plain`` asks for JSON without arrays beside it."""
+        """``args`` is JSON, ``deadline`` on the monotonic clock.
+
+        ``plain`` asks for JSON without arrays beside it; ``once`` forbids to run the item again if its worker dies.
+        """
         self.packed = packed
         self.args = args
         self.key = key
         self.deadline = deadline
         self.plain = plain
         self.chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
-        self.streamed = False
+        self.once = once
         self.attempts = 0
         self.enqueued = time.monotonic()
         self.outcome: Outcome | None = None
@@ -64,7 +74,7 @@ class Item:
     def put_chunk(self, chunk: Outcome) -> bool:
         """Adds a value to a stream, waiting for its reader to keep up; False when nobody wants more."""
         assert self.chunks is not None
-        self.streamed = True
+        self.once = True
         while not self.dead:
             if self.chunks.qsize() < MOST_CHUNKS:
                 self.chunks.put(chunk)
@@ -105,8 +115,6 @@ class Batcher:
     def __init__(self, queue_size: int, load: ModelLoad) -> None:
         self.queue_size = queue_size
         self._load = load
-        self._batches_at_once = 1
-        self._most = 1
         self._changed = threading.Condition()
         self._groups: dict[Hashable, deque[Item]] = {}
         self._depth = 0
@@ -171,13 +179,9 @@ class Batcher:
                     return batch
             return None
 
-    def serves(self, most: int, batches_at_once: int) -> None:
-        """Tells how many items a batch may have and how many batches run at once, to estimate waiting times."""
-        self._most, self._batches_at_once = most, batches_at_once
-
     def _wait_s(self) -> float:
         """How long a new item would wait for the full batches before it."""
-        return self._depth // (self._most * self._batches_at_once) * self._load.batch_s
+        return self._depth // self._load.places * self._load.batch_s
 
     def close(self, error: ServerError, *, drain: bool) -> None:
         """Refuses new items with ``error`` from now on; what is queued is still run (``drain``) or gets it too."""

@@ -6,7 +6,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +24,7 @@ from tiny_model_server.errors import (
     PermissionDenied,
     ServerError,
     Stopping,
+    Unauthenticated,
 )
 from tiny_model_server.load import Metrics
 from tiny_model_server.repository import Repository, ServedModel, State
@@ -45,6 +46,10 @@ class Call:
     metadata: Mapping[str, str | bytes] = field(default_factory=dict)
     on_end: Callable[[Callable[[], None]], bool] = lambda callback: True
     """Registers a function to be called when the call ends, by cancellation too; False if it has ended."""
+    repeatable: bool = True
+    """False forbids to run the inputs again if a worker dies of them or with them."""
+    trailing: dict[str, str | bytes] = field(default_factory=dict)
+    """Metadata to send with the answer's status."""
 
 
 class Engine:
@@ -88,11 +93,15 @@ class Engine:
         """Asks the launcher to stop the server; returns at once."""
         self.stop_requested.set()
 
+    def authenticate(self, metadata: Mapping[str, str | bytes]) -> None:
+        """Unauthenticated unless the server asks for no token, or the caller has it or the admin token."""
+        settings = self.settings
+        if settings.token and not (_offers(metadata, settings.token) or _offers(metadata, settings.admin_token)):
+            raise Unauthenticated("send the server's token (TMS_TOKEN) as metadata 'authorization: Bearer TOKEN'")
+
     def authorize(self, call: Call) -> None:
         """PermissionDenied unless the caller is on this host or has the admin token."""
-        token = self.settings.admin_token
-        offered = call.metadata.get("authorization", "")
-        if _is_local(call.peer) or (token and hmac.compare_digest(str(offered).encode(), f"Bearer {token}".encode())):
+        if _is_local(call.peer) or _offers(call.metadata, self.settings.admin_token):
             return
         raise PermissionDenied(
             "only callers on the server's own host may do this, or those who send the admin token (TMS_ADMIN_TOKEN) "
@@ -174,7 +183,10 @@ class Engine:
             model.open_if_lazy()
             args_text = json.dumps(args, sort_keys=True) if args else ""
             if not model.stages:
-                return self._run(model, items, args_text, call, plain)
+                try:
+                    return self._run(model, items, args_text, call, plain)
+                finally:
+                    self._report_load(model, call)
             arrived = model.load_of.arrived(len(items))
             outcomes: list[Outcome] = list(items)
             try:
@@ -189,6 +201,8 @@ class Engine:
             except ServerError as error:
                 model.load_of.answered(arrived, [error.status] * len(items))
                 raise
+            finally:
+                self._report_load(model, call)
             model.load_of.answered(arrived, map(_status, outcomes))
             return outcomes
 
@@ -199,7 +213,8 @@ class Engine:
             model.open_if_lazy()
             if model.stages:
                 raise ModelUnavailable(f"model {name!r} is a pipeline, which does not stream; call it by Run")
-            item = Item(data, json.dumps(args, sort_keys=True) if args else "", object(), deadline=call.deadline)
+            args_text = json.dumps(args, sort_keys=True) if args else ""
+            item = Item(data, args_text, object(), deadline=call.deadline, once=not call.repeatable)
             item.chunks = queue.Queue()
             arrived = model.load_of.arrived(1)
             status = Cancelled.status
@@ -218,6 +233,7 @@ class Engine:
             finally:
                 item.resolve(cancelled())
                 model.load_of.answered(arrived, [status])
+                self._report_load(model, call)
 
     def _run(self, model: ServedModel, values: Sequence[Packed], args: str, call: Call, plain: bool) -> list[Outcome]:
         arrived = model.load_of.arrived(len(values))
@@ -228,10 +244,14 @@ class Engine:
                 for data in values:
                     _check_declared(loaded.metadata.get("inputs") or [], data)
             mixes = loaded is not None and loaded.options.mix_shapes
-            items = [
-                Item(data, args, (args, () if mixes else signature(data)), deadline=call.deadline, plain=plain)
-                for data in values
-            ]
+
+            def key(data: Packed) -> Hashable:
+                if not call.repeatable:
+                    return object()  # alone in its batch, which is run again item by item if it fails
+                return args, () if mixes else signature(data)
+
+            once = not call.repeatable
+            items = [Item(data, args, key(data), deadline=call.deadline, plain=plain, once=once) for data in values]
             self._submit(model, items, call)
             outcomes = [item.wait() for item in items]
             statuses = [_status(outcome) for outcome in outcomes]
@@ -250,6 +270,10 @@ class Engine:
         model.batcher.put(items)
         if not call.on_end(give_up):
             give_up()
+
+    def _report_load(self, model: ServedModel, call: Call) -> None:
+        loads = [self.model(stage).load_of for stage in model.stages] or [model.load_of]
+        call.trailing["endpoint-load-metrics-bin"] = model.load_of.report(min(load.capacity for load in loads))
 
     def _stage(self, pipeline: ServedModel, name: str) -> ServedModel:
         stage = self.model(name)
@@ -299,6 +323,11 @@ def _check_declared(inputs: Sequence[Mapping[str, Any]], data: Packed) -> None:
             f"the model takes {dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size), "
             f"not {dtype_name(array.dtype)} of shape {list(array.shape)}"
         )
+
+
+def _offers(metadata: Mapping[str, str | bytes], token: str) -> bool:
+    offered = str(metadata.get("authorization", "")).encode()
+    return bool(token) and hmac.compare_digest(offered, f"Bearer {token}".encode())
 
 
 def _is_local(peer: str) -> bool:

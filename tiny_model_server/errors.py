@@ -65,6 +65,12 @@ class PermissionDenied(ServerError):
     status = "PERMISSION_DENIED"
 
 
+class Unauthenticated(ServerError):
+    """The caller did not say who it is: no token, or a wrong one."""
+
+    status = "UNAUTHENTICATED"
+
+
 def from_status(status: str, message: str) -> ServerError:
     """Rebuilds an error that crossed a process boundary as its status name and message."""
     for kind in ServerError.__subclasses__():

@@ -1,6 +1,7 @@
 """Binds the protocols' handlers, health and reflection to grpcio's server; the only file that knows that server."""
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection
 
-from tiny_model_server import health, wire
+from tiny_model_server import health, tls, wire
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput, Overloaded, ServerError
 from tiny_model_server.protocols import native
@@ -38,15 +39,18 @@ class GrpcServer:
         """Binds the port; SettingsError if it cannot be had."""
         self._engine = engine
         self._health = health.Health()
+        self._largest = settings.max_message_mb << 20
         self._server = grpc.server(
             ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="grpc"),
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mb << 20),
-                ("grpc.max_send_message_length", settings.max_message_mb << 20),
+                ("grpc.max_send_message_length", -1),  # checked before it is sent, with an error that is not retried
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
                 ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_ping_interval_without_data_ms", 5000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 500),  # clients ping to notice a frozen server
+                ("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)),
             ],
+            interceptors=[_TokenCheck(engine)] if settings.token else [],
         )
         for protocol in PROTOCOLS:
             self._bind(protocol.SCHEMA, protocol.SERVICE, protocol.handlers(engine))
@@ -55,14 +59,15 @@ class GrpcServer:
         reflection.enable_server_reflection(
             [*names, health.SERVICE, reflection.SERVICE_NAME], self._server, pool=wire.pool
         )
+        tls_credentials = tls.credentials(settings)
         host = settings.host.strip("[]")
-        try:
-            self.port: int = self._server.add_insecure_port(f"{f'[{host}]' if ':' in host else host}:{settings.port}")
-        except RuntimeError:
-            raise SettingsError(
-                f"TMS_HOST={settings.host!r} TMS_PORT={settings.port} cannot be listened on: "
-                "is another server there? Choose another port"
-            ) from None
+        address = f"{f'[{host}]' if ':' in host else host}:{settings.port}"
+        self.port = self._listen(address, tls_credentials, f"TMS_HOST={settings.host!r} TMS_PORT={settings.port}")
+        if settings.socket:
+            _refuse_taken(settings.socket)
+            self._listen(f"unix:{settings.socket}", tls_credentials, f"TMS_SOCKET={settings.socket!r}")
+        name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # in a container, the pod's name
+        self._replica = f"{name}:{self.port}"
         engine.on_change(self._update_health)
         self._update_health()
 
@@ -83,37 +88,63 @@ class GrpcServer:
         self._health.end_watches()
         return event
 
+    def _listen(self, address: str, credentials: grpc.ServerCredentials | None, setting: str) -> int:
+        add = self._server.add_insecure_port
+        try:
+            return self._server.add_secure_port(address, credentials) if credentials else add(address)
+        except RuntimeError:
+            raise SettingsError(f"{setting} cannot be listened on: is another server there? Choose another") from None
+
     def _bind(self, schema: str, service: str, handlers: dict[str, Callable[[Any, Call], Any]]) -> None:
         table: dict[str, Any] = {
-            name: grpc.unary_stream_rpc_method_handler(_streaming(method, handlers[name]))
+            name: grpc.unary_stream_rpc_method_handler(self._streaming(method, handlers[name]))
             if method.server_streaming
-            else grpc.unary_unary_rpc_method_handler(_unary(method, handlers[name]))
+            else grpc.unary_unary_rpc_method_handler(self._unary(method, handlers[name]))
             for name, method in wire.methods(schema, service).items()
         }
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, table)])
+
+    def _unary(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], bytes]:
+        def answer(data: bytes, context: Any) -> bytes:
+            with self._answering(method, context) as call:
+                response: bytes = handler(_parse(method, data), call).SerializeToString()
+                if len(response) > self._largest:
+                    call.trailing["grpc-retry-pushback-ms"] = "-1"
+                    raise Overloaded(f"the answer has {len(response)} bytes, more than TMS_MAX_MESSAGE_MB allows")
+            return response
+
+        return answer
+
+    def _streaming(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[..., Iterator[bytes]]:
+        def answer(data: bytes, context: Any) -> Iterator[bytes]:
+            with self._answering(method, context) as call:
+                for response in handler(_parse(method, data), call):
+                    yield response.SerializeToString()
+
+        return answer
+
+    @contextmanager
+    def _answering(self, method: wire.Method, context: Any) -> Iterator[Call]:
+        """Answers an error raised inside with its gRPC status, and tells which replica answered."""
+        call = _call(context)
+        call.trailing["tms-replica"] = self._replica
+        if attempts := call.metadata.get("grpc-previous-rpc-attempts"):
+            call.trailing["tms-retries"] = attempts
+        try:
+            yield call
+        except ServerError as error:
+            if isinstance(error, Overloaded) and error.retry_after_ms is not None:
+                call.trailing["grpc-retry-pushback-ms"] = str(error.retry_after_ms)
+            _abort(context, call, error.status, str(error))
+        except Exception as error:
+            log.exception("%s failed", method.path)
+            _abort(context, call, "INTERNAL", f"a fault in the server: {type(error).__name__}: {error}")
+        context.set_trailing_metadata(tuple(call.trailing.items()))
 
     def _update_health(self) -> None:
         engine = self._engine
         serving = {model.name: engine.serving(model) for model in engine.models()}
         self._health.set(serving | {"": engine.ready, LIVE_SERVICE: engine.started})
-
-
-def _unary(method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], bytes]:
-    def answer(data: bytes, context: Any) -> bytes:
-        with _statuses(method, context):
-            response: bytes = handler(_parse(method, data), _call(context)).SerializeToString()
-        return response
-
-    return answer
-
-
-def _streaming(method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], Iterator[bytes]]:
-    def answer(data: bytes, context: Any) -> Iterator[bytes]:
-        with _statuses(method, context):
-            for response in handler(_parse(method, data), _call(context)):
-                yield response.SerializeToString()
-
-    return answer
 
 
 def _parse(method: wire.Method, data: bytes) -> Any:
@@ -124,21 +155,8 @@ def _parse(method: wire.Method, data: bytes) -> Any:
         raise InvalidInput(f"the request is no {method.request.DESCRIPTOR.full_name}") from None
 
 
-@contextmanager
-def _statuses(method: wire.Method, context: Any) -> Iterator[None]:
-    """Answers an error raised inside with its gRPC status."""
-    try:
-        yield
-    except ServerError as error:
-        if isinstance(error, Overloaded) and error.retry_after_ms is not None:
-            context.set_trailing_metadata((("grpc-retry-pushback-ms", str(error.retry_after_ms)),))
-        _abort(context, error.status, str(error))
-    except Exception as error:
-        log.exception("%s failed", method.path)
-        _abort(context, "INTERNAL", f"a fault in the server: {type(error).__name__}: {error}")
-
-
-def _abort(context: Any, status: str, message: str) -> None:
+def _abort(context: Any, call: Call, status: str, message: str) -> None:
+    context.set_trailing_metadata(tuple(call.trailing.items()))
     if len(message) > _LONGEST_MESSAGE:
         message = message[:_LONGEST_MESSAGE] + "..."
     context.abort(grpc.StatusCode[status], message)
@@ -146,9 +164,37 @@ def _abort(context: Any, status: str, message: str) -> None:
 
 def _call(context: Any) -> Call:
     remaining = context.time_remaining()
+    metadata = dict(context.invocation_metadata())
     return Call(
         deadline=None if remaining is None or remaining > _NO_DEADLINE_S else time.monotonic() + remaining,
         peer=context.peer(),
-        metadata=dict(context.invocation_metadata()),
+        metadata=metadata,
         on_end=context.add_callback,
+        repeatable=metadata.get("tms-retry") != "no",
     )
+
+
+def _refuse_taken(path: str) -> None:
+    """SettingsError if a server listens on this unix socket; gRPC would take the file away from it."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise SettingsError(f"TMS_SOCKET={path!r}: another server listens there; choose another path")
+
+
+class _TokenCheck(grpc.ServerInterceptor):
+    """Answers calls without the server's token UNAUTHENTICATED; health needs none, for probes bring none."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def intercept_service(self, continuation: Any, details: Any) -> Any:
+        if not details.method.startswith(f"/{health.SERVICE}/"):
+            try:
+                self._engine.authenticate(dict(details.invocation_metadata))
+            except ServerError as error:
+                status, message = grpc.StatusCode[error.status], str(error)
+                return grpc.unary_unary_rpc_method_handler(lambda request, context: context.abort(status, message))
+        return continuation(details)

@@ -1,4 +1,4 @@
-"""How busy the models are: counters and histograms in one registry, and the busy fraction over the last seconds."""
+"""How busy the models are: metrics in one registry, and the load reports by which clients weigh the replicas."""
 
 import logging
 import threading
@@ -8,12 +8,16 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from tiny_model_server import wire
 from tiny_model_server.tally import Tally
 
 log = logging.getLogger("tiny_model_server.load")
 
 _WINDOW_S = 3
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_NOT_THE_SERVERS_FAULT = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "PERMISSION_DENIED"}  # of gRPC's names
+_REPORT_AGE_S = 0.1
+_UNKNOWN_UTILIZATION = 0.001  # where nothing but errors was answered: their share is what weighs then
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
@@ -72,16 +76,24 @@ class ModelLoad:
         self._dropped = metrics.dropped.labels(name)
         self._restarts = metrics.restarts.labels(name)
         self._ok = metrics.requests.labels(name, "OK")
-        self._busy: dict[int, float] = {}
+        self._busy, self._answers, self._errors = _Window(), _Window(), _Window()
+        self._report = (0.0, b"")
         self._lock = threading.Lock()
+        self._slots = 1
+        self.places = 1
+        """Items that are at work at once when every slot has a full batch."""
         self.batch_s = 0.0
         """A moving mean of how long one batch takes, in seconds; 0 until one was run."""
 
-    def watch(self, depth: Callable[[], int], workers: Callable[[], int], slots: Callable[[], int]) -> None:
+    def watch(self, depth: Callable[[], int], workers: Callable[[], int]) -> None:
         """Reads the gauges from these functions whenever metrics are asked for."""
         self._metrics.depth.labels(self._name).set_function(depth)
         self._metrics.workers.labels(self._name).set_function(workers)
-        self._metrics.busy.labels(self._name).set_function(lambda: self.busy_fraction(slots()))
+        self._metrics.busy.labels(self._name).set_function(self.busy_fraction)
+
+    def serves(self, most: int, slots: int) -> None:
+        """Tells how many items a batch may have, and how many batches run at once."""
+        self._slots, self.places = slots, most * slots
 
     def arrived(self, count: int) -> float:
         """Notes that inputs came in; returns the time, for ``answered``."""
@@ -91,11 +103,16 @@ class ModelLoad:
     def answered(self, since: float, statuses: Iterable[str]) -> None:
         """Notes the statuses of inputs that came at ``since``."""
         seconds, count = time.monotonic() - since, 0
+        errors = 0
         for status in statuses:
+            errors += status not in _NOT_THE_SERVERS_FAULT
             (self._ok if status == "OK" else self._metrics.requests.labels(self._name, status)).inc()
             self._request.observe(seconds)
             count += 1
         self._in_flight.dec(count)
+        with self._lock:
+            self._answers.add(int(since + seconds), count)
+            self._errors.add(int(since + seconds), errors)
 
     def started(self, queued_s: Iterable[float]) -> float:
         """Notes the start of a batch whose items waited this long; returns the time, for ``finished``."""
@@ -114,10 +131,7 @@ class ModelLoad:
             took = now - since
             self.batch_s = took if not self.batch_s else 0.9 * self.batch_s + 0.1 * took
             for second in range(max(int(since), int(now) - _WINDOW_S), int(now) + 1):
-                part = min(now, second + 1) - max(since, second)
-                self._busy[second] = self._busy.get(second, 0.0) + part
-            for second in [second for second in self._busy if second < int(now) - _WINDOW_S]:
-                del self._busy[second]
+                self._busy.add(second, min(now, second + 1) - max(since, second))
         for name, amount in tally[0].items():
             if metric := self._metrics.own(name, Counter):
                 metric.labels(self._name).inc(amount)
@@ -134,9 +148,47 @@ class ModelLoad:
         """Notes a worker that died."""
         self._restarts.inc()
 
-    def busy_fraction(self, slots: int) -> float:
-        """The part of the last whole seconds that ``slots`` workers were busy with batches that have ended."""
+    def busy_fraction(self) -> float:
+        """The part of the last whole seconds that the workers were busy with batches that have ended."""
         now = int(time.monotonic())
         with self._lock:
-            busy = sum(self._busy.get(second, 0.0) for second in range(now - _WINDOW_S, now))
-        return min(1.0, busy / (_WINDOW_S * max(1, slots)))
+            return min(1.0, self._busy.total(now - _WINDOW_S, now) / (_WINDOW_S * self._slots))
+
+    @property
+    def capacity(self) -> float:
+        """Items a second that the workers could answer in full batches of the duration seen now; 0 if not known."""
+        return self.places / self.batch_s if self.batch_s else 0.0
+
+    def report(self, capacity: float) -> bytes:
+        """The OrcaLoadReport by which clients weigh this replica, given what it could answer in items a second.
+
+        A client weighs by rps / (utilisation + eps / rps), so by ``capacity`` as long as nothing fails. The busy
+        fraction would not do as utilisation: a model that batches is busy all the time from a small load on.
+        """
+        now = time.monotonic()
+        made, report = self._report
+        if now - made > _REPORT_AGE_S:
+            first, elapsed = int(now) - _WINDOW_S, now % 1 + _WINDOW_S
+            with self._lock:
+                rps = self._answers.total(first, int(now) + 1) / elapsed
+                eps = self._errors.total(first, int(now) + 1) / elapsed
+            orca = wire.message("orca", "xds.data.orca.v3.OrcaLoadReport")
+            utilization = rps / capacity if capacity else _UNKNOWN_UTILIZATION
+            report = orca(rps_fractional=rps, eps=eps, application_utilization=utilization).SerializeToString()
+            self._report = (now, report)
+        return report
+
+
+class _Window:
+    """Sums of the last seconds."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, float] = {}
+
+    def add(self, second: int, amount: float) -> None:
+        if second not in self._sums:
+            self._sums = {old: total for old, total in self._sums.items() if old >= second - _WINDOW_S} | {second: 0.0}
+        self._sums[second] += amount
+
+    def total(self, first: int, end: int) -> float:
+        return sum(self._sums.get(second, 0.0) for second in range(first, end))

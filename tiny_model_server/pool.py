@@ -259,7 +259,7 @@ class Pool:
         loaded = self._start_keeper(0)()
         if loaded.stages:
             return loaded
-        self._batcher.serves(loaded.options.max_batch_size, loaded.options.workers * loaded.options.concurrency)
+        self._load.serves(loaded.options.max_batch_size, loaded.options.workers * loaded.options.concurrency)
         try:
             for wait in [self._start_keeper(index) for index in range(1, loaded.options.workers)]:
                 wait()
@@ -442,7 +442,7 @@ class Pool:
         again = []
         for item in batch:
             item.attempts += 1
-            if item.attempts == 1 and not item.streamed:
+            if item.attempts == 1 and not item.once:
                 again.append(item)
                 continue
             twice = ", twice: the second time this input ran alone" if item.attempts > 1 else ""

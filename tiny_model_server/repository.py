@@ -70,7 +70,7 @@ class ServedModel:
         self.reason = reason
         self.load_of = ModelLoad(metrics, self.name)
         self.batcher = Batcher(ModelOptions().with_overrides(plugin.overrides).queue_size, self.load_of)
-        self.load_of.watch(lambda: self.batcher.depth, lambda: len(self.pids), lambda: self._slots)
+        self.load_of.watch(lambda: self.batcher.depth, lambda: len(self.pids))
         self.batcher.close(self._refusal(), drain=False)
         if reason:
             log.error("model %s FAILED: %s", self.name, reason)
@@ -145,10 +145,6 @@ class ServedModel:
     def pids(self) -> list[int]:
         """The worker processes that serve now."""
         return self._pool.pids if self._pool else []
-
-    @property
-    def _slots(self) -> int:
-        return self.loaded.options.workers * self.loaded.options.concurrency if self.loaded else 1
 
     def _load_quietly(self) -> None:
         try:

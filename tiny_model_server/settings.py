@@ -73,6 +73,7 @@ class Settings:
     host: str = _setting("0.0.0.0", str, "address to listen on; [::] for IPv6 too")
     port: int = _setting(50000, _number(int, 0, 65535), "gRPC port; 0 takes a free one")
     http_port: int | None = _setting(8080, _port_or_off, "HTTP port; 0 takes a free one, off opens none")
+    socket: str = _setting("", str, "path of a unix socket to listen on as well")
     models_dir: Path = _setting(Path("models"), Path, "folder whose subfolders are the models")
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
     log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
@@ -83,11 +84,20 @@ class Settings:
     lazy: bool = _setting(False, _flag, "1: a model is loaded at its first call")
     reload: bool = _setting(False, _flag, "1: a model is reloaded when its files change")
     drain_delay_s: float = _setting(
-        0.0, _number(float, 0), "seconds between NOT_SERVING and refusing calls when stopping"
+        1.0, _number(float, 0), "seconds between NOT_SERVING and refusing calls when stopping, for clients to leave"
     )
     grace_s: float = _setting(30.0, _number(float, 0), "seconds that accepted calls have to finish when stopping")
     max_image_pixels: int = _setting(1 << 27, _number(int, 1), "largest encoded image that is decoded, in pixels")
-    admin_token: str = _setting("", str, "token that lets other hosts stop the server", secret=True)
+    max_connection_age_s: float = _setting(
+        6.0, _number(float, 1), "seconds after which a connection is renewed, so that clients find new replicas"
+    )
+    tls_cert: Path | None = _setting(None, Path, "PEM file of the server's certificate chain; turns TLS on")
+    tls_key: Path | None = _setting(None, Path, "PEM file of its key")
+    tls_client_ca: Path | None = _setting(None, Path, "PEM file: only clients with a certificate from it are answered")
+    token: str = _setting("", str, "token that every call must bring; health needs none", secret=True)
+    admin_token: str = _setting(
+        "", str, "token that lets other hosts stop the server and change its models", secret=True
+    )
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
@@ -108,7 +118,8 @@ class Settings:
         )
 
 
-_ELSEWHERE = {"TMS_ADDRESS": None}  # read by the client, and allowed to stand in the same environment
+# Read by the client, and allowed to stand in the same environment.
+_ELSEWHERE = dict.fromkeys(["TMS_ADDRESS", "TMS_TLS", "TMS_TLS_CA", "TMS_CLIENT_CERT", "TMS_CLIENT_KEY"])
 
 
 @dataclass(frozen=True)
@@ -180,7 +191,7 @@ def _default(item: "Field[Any]") -> str:
     value = {} if item.default is MISSING else item.default
     if isinstance(value, tuple):
         return ",".join(value)
-    return str(int(value)) if isinstance(value, bool) else str(value)
+    return str(int(value)) if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def _checked(variable: str, text: str, item: "Field[Any]") -> Any:
