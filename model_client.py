@@ -1,22 +1,31 @@
-"""The client: ``ModelClient('name').run_image(image)``. It needs grpcio, protobuf and numpy, and nothing else."""
+"""The client: ``ModelClient('name').run_image(image)``, and the same for asyncio. Needs grpcio, protobuf and numpy."""
 
+import asyncio
+import atexit
 import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
+import grpc.aio
 import numpy as np
 
-from tiny_model_server import codec, errors, wire
-from tiny_model_server.channel import open_channel, target
+from tiny_model_server import channel, codec, errors, forks, wire
 from tiny_model_server.codec import Array, Packed
+from tiny_model_server.stats import NOBODY, Stats
+from tiny_model_server.trust import Trust
 
 __all__ = [
+    "AsyncModelClient",
     "Cancelled",
     "DeadlineExceeded",
     "InvalidInput",
@@ -28,27 +37,35 @@ __all__ = [
     "Overloaded",
     "PermissionDenied",
     "ServerUnavailable",
+    "Unauthenticated",
 ]
 
 Image = Array | str | os.PathLike[str] | bytes
 """An array HxW or HxWxC of any numeric dtype, the path of an image file, or the bytes of one."""
 
 DEFAULT_TIMEOUT_S = 60.0
-_LIVE_SERVICE = "TinyModelServer"
+_IN_FLIGHT = 16
+_POLL_S = 0.05
+_PROBE_S = 1.0
 _SERVICE = "server.Server"
 
 
 class ModelClientError(grpc.RpcError):
-    """A call that failed: ``code()`` is the gRPC status, ``details()`` what was wrong, ``model`` who was asked."""
+    """A call that failed: ``code()`` is the gRPC status, ``details()`` what was wrong.
 
-    def __init__(self, code: grpc.StatusCode, details: str, model: str = "") -> None:
-        super().__init__(f"{model}: {details}" if model and repr(model) not in details else details)
+    ``model`` was asked; ``replica`` ("host:port" as it calls itself) answered, or is "" if none did.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str, model: str = "", replica: str = "") -> None:
+        said = f"{model}: {details}" if model and repr(model) not in details else details
+        super().__init__(f"{said} (replica {replica})" if replica else said)
         self._code = code
         self._details = details
         self.model = model
+        self.replica = replica
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._code, self._details, self.model)
+        return type(self), (self._code, self._details, self.model, self.replica)
 
     def code(self) -> grpc.StatusCode:
         """The gRPC status."""
@@ -92,7 +109,11 @@ class Cancelled(ModelClientError):
 
 
 class PermissionDenied(ModelClientError):
-    """PERMISSION_DENIED or UNAUTHENTICATED: the server answers this only to its own host or to the right token."""
+    """PERMISSION_DENIED: the server answers this only to its own host or to the admin token."""
+
+
+class Unauthenticated(ModelClientError):
+    """UNAUTHENTICATED: a token or a certificate, the client's or the server's, is missing or wrong."""
 
 
 _ERRORS = {
@@ -105,17 +126,146 @@ _ERRORS = {
     "UNAVAILABLE": ServerUnavailable,
     "CANCELLED": Cancelled,
     "PERMISSION_DENIED": PermissionDenied,
-    "UNAUTHENTICATED": PermissionDenied,
+    "UNAUTHENTICATED": Unauthenticated,
 }
 _STATUS_OF_CODE = {number: name for name, number in errors.CODES.items()}
 
 
-class ModelClient:
-    """A client of one model, connected to one server or balanced over several. Threads may share it.
+class _Request(NamedTuple):
+    method: str
+    message: Any
+    decode: Callable[[Any], Any]
 
-    Every call takes ``args`` (a dict for the model) and ``timeout`` (seconds, from the call to its answer), and raises
-    a ``ModelClientError`` if it fails. Answers are what the model returned: JSON values with numpy arrays in them.
-    """
+
+class _Calls:
+    """What can be asked of a model; each way of calling says in ``_start`` how, and what comes of it."""
+
+    model: str
+
+    def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
+        raise NotImplementedError
+
+    def run_image(
+        self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> Any:
+        """The model's answer to one image. An array HxWx1 arrives as HxW; files are decoded by the server."""
+        return self._start(self._request("RunImage", "ImageArgs", {"image": _image(image)}, args), timeout, retry)
+
+    def run_text(
+        self, text: str, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> Any:
+        """The model's answer to one text."""
+        return self._start(self._request("RunText", "TextArgs", {"text": text}, args), timeout, retry)
+
+    def run(
+        self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> Any:
+        """The model's answer to any value: JSON values, with numpy arrays of any dtype and rank, and bytes, in it."""
+        return self._start(self._value_request("Run", data, args), timeout, retry)
+
+    def run_image_to_image(
+        self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> Any:
+        """The image, HxW or HxWxC of any numeric dtype, that the model makes of an image."""
+        message = _message("ImageArgs")(image=_image(image), model=self.model, args=_args(args))
+        return self._start(_Request("RunImageToImage", message, _image_answer), timeout, retry)
+
+    def run_image_batch(
+        self,
+        images: Sequence[Image],
+        args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        *,
+        return_exceptions: bool = False,
+        retry: bool = True,
+    ) -> Any:
+        """One answer an image, in order.
+
+        If some fail, the first one's error is raised, or, with ``return_exceptions``, errors stand in their places.
+        """
+        fields = {"images": [_image(image) for image in images]}
+        request = self._request("RunBatchImage", "BatchImageArgs", fields, args)
+        return self._start(self._batch(request, return_exceptions), timeout, retry)
+
+    def run_text_batch(
+        self,
+        texts: Sequence[str],
+        args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        *,
+        return_exceptions: bool = False,
+        retry: bool = True,
+    ) -> Any:
+        """One answer a text, in order; see ``run_image_batch``."""
+        if isinstance(texts, str):
+            raise TypeError("run_text_batch takes a list of texts; for one text there is run_text")
+        request = self._request("RunBatchText", "BatchTextArgs", {"texts": list(texts)}, args)
+        return self._start(self._batch(request, return_exceptions), timeout, retry)
+
+    def run_batch(
+        self,
+        items: Sequence[Any],
+        args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        *,
+        return_exceptions: bool = False,
+        retry: bool = True,
+    ) -> Any:
+        """One answer a value, in order; see ``run`` and ``run_image_batch``."""
+        values = [_value(codec.pack(item)) for item in items]
+        message = _message("BatchRunArgs")(items=values, model=self.model, args=_args(args))
+        return self._start(self._batch(_Request("RunBatch", message, _answer), return_exceptions), timeout, retry)
+
+    def get_input_shape(self, timeout: float | None = None) -> Any:
+        """The shape that the model wants, a list of ints, or None when any will do."""
+        request = _Request("GetInputShape", _message("StringArg")(data=self.model), _data)
+        return self._start(request, timeout)
+
+    def list_models(self, timeout: float | None = None) -> Any:
+        """{"name", "state", "reason"} of every model; states are UNLOADED, LOADING, READY, FAILED, UNLOADING."""
+        return self._start(_Request("GetModelStates", _message("EmptyArgs")(), _states), timeout)
+
+    def _any(
+        self, data: Any, args: Mapping[str, Any] | None, timeout: float | None, retry: bool, method: str | None
+    ) -> Any:
+        """Calls by the method named, or by the one that the kind of the data suggests."""
+        if method is None:
+            method = "run"
+            if isinstance(data, str):
+                method = "run_text"
+            elif isinstance(data, (bytes, os.PathLike)) or (isinstance(data, np.ndarray) and data.ndim in (2, 3)):
+                method = "run_image"
+        return getattr(self, method)(data, args, timeout, retry=retry)
+
+    def _request(self, method: str, kind: str, fields: dict[str, Any], args: Mapping[str, Any] | None) -> _Request:
+        message = _message(kind)(**fields, model=self.model, args=_args(args), accept_arrays=True)
+        return _Request(method, message, _answer)
+
+    def _value_request(self, method: str, data: Any, args: Mapping[str, Any] | None) -> _Request:
+        message = _message("RunArgs")(data=_value(codec.pack(data)), model=self.model, args=_args(args))
+        return _Request(method, message, _answer)
+
+    def _batch(self, request: _Request, in_place: bool) -> _Request:
+        def decode(response: Any) -> list[Any]:
+            outcomes: list[Any] = []
+            for index, item in enumerate(response.items):
+                if item.WhichOneof("outcome") == "value":
+                    outcomes.append(codec.unpack(Packed(item.value.json, _arrays(item.value.arrays))))
+                    continue
+                status = _STATUS_OF_CODE.get(item.error.code, "UNKNOWN")
+                error = _error(status, f"item {index}: {item.error.message}", self.model)
+                if not in_place:
+                    raise error
+                outcomes.append(error)
+            return outcomes
+
+        return request._replace(decode=decode)
+
+
+class _Client(_Calls):
+    """What the blocking and the asyncio client share: where the servers are, the channels there, what went wrong."""
+
+    _grpc: Any
 
     def __init__(
         self,
@@ -126,6 +276,13 @@ class ModelClient:
         addresses: Sequence[str] | str | None = None,
         timeout: float = DEFAULT_TIMEOUT_S,
         connect_timeout: float = 30.0,
+        balancing: str = "load",
+        tls: bool | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        cert: str | os.PathLike[str] | None = None,
+        key: str | os.PathLike[str] | None = None,
+        server_name: str = "",
+        token: str | None = None,
         admin_token: str = "",
     ) -> None:
         """Connects when the first call is made.
@@ -134,110 +291,262 @@ class ModelClient:
             model: the model's name; may stay empty for calls that need none.
             ip: host of the only server (with ``port``; "localhost" and 50000 if just one of them is given).
             port: see ``ip``.
-            addresses: "host:port" of every server, as a list or separated by commas; without it and ``ip`` and
-                ``port``, TMS_ADDRESS, else localhost:50000.
+            addresses: of every server, as a list or separated by commas: "host:port", where the host may be a name that
+                stands for many; "unix:/path"; or one "dns://nameserver/host:port". Without it and ``ip`` and ``port``,
+                TMS_ADDRESS, else localhost:50000.
             timeout: seconds that a call may take if it does not say otherwise.
             connect_timeout: seconds to wait for a server that is not there or still loading its models.
-            admin_token: lets ``stop_server`` work from another host.
+            balancing: "load", by what the servers report of theirs, away from those that fail; or "round_robin".
+            tls: True for TLS with the system's authorities (or TMS_TLS=1); implied by ``ca``.
+            ca: PEM file of the authority of the servers' certificates (or TMS_TLS_CA).
+            cert: PEM file of the client's own certificate (or TMS_CLIENT_CERT), with ``key`` (or TMS_CLIENT_KEY).
+            key: see ``cert``.
+            server_name: the name in the servers' certificates, if it is not that of the address.
+            token: what servers with TMS_TOKEN ask for (or TMS_TOKEN).
+            admin_token: lets calls that change the server work from another host.
 
-        Raises ValueError for a malformed address.
+        Raises ValueError for a malformed address or certificates that do not fit, OSError for files that are not there.
         """
+        env = os.environ
+        ca = ca if ca is not None else env.get("TMS_TLS_CA", "")
         self.model = model
         self.addresses = _addresses(ip, port, addresses)
-        self._timeout = timeout
-        self._connect_timeout = connect_timeout
-        self._metadata = [("authorization", f"Bearer {admin_token}")] if admin_token else None
+        self._options: dict[str, Any] = {
+            "addresses": self.addresses,
+            "timeout": timeout,
+            "connect_timeout": connect_timeout,
+            "balancing": balancing,
+            "tls": tls
+            if tls is not None
+            else bool(ca) or env.get("TMS_TLS", "0").lower() in ("1", "true", "yes", "on"),
+            "ca": str(ca),
+            "cert": str(cert if cert is not None else env.get("TMS_CLIENT_CERT", "")),
+            "key": str(key if key is not None else env.get("TMS_CLIENT_KEY", "")),
+            "server_name": server_name,
+            "token": token if token is not None else env.get("TMS_TOKEN", ""),
+            "admin_token": admin_token,
+        }
+        if balancing not in channel.POLICIES:
+            raise ValueError(f"balancing is one of {', '.join(channel.POLICIES)}, not {balancing!r}")
+        if min(timeout, connect_timeout) <= 0:
+            raise ValueError("timeout and connect_timeout are seconds, more than 0")
+        self._timeout, self._connect_timeout = timeout, connect_timeout
+        self._trust = Trust(*(self._options[name] for name in ("tls", "ca", "cert", "key", "server_name")))
+        self._trust.check()
+        token = admin_token or self._options["token"]
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._target = channel.Target(self.addresses)
+        self._stats = Stats()
         self._lock = threading.Lock()
-        self._channel: grpc.Channel | None = None
+        self._place: tuple[Any, ...] = ()
+        self._channels: dict[bool, Any] = {}
+        self._stubs: dict[tuple[str, bool], Any] = {}
         self._connected = False
-        self._calls: dict[str, Any] = {}
-        if len(self.addresses) == 1:
-            target(self.addresses)  # a malformed address is told here, not at the first call
+        self._last_deadline = 0.0
+        _clients.add(self)
 
-    # ---- running the model
+    def __getstate__(self) -> dict[str, Any]:
+        """Where the servers are, and how to call them; a client that is unpickled connects anew."""
+        return self._options | {"model": self.model}
 
-    def run_image(self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """The model's answer to one image. An array HxWx1 arrives as HxW; files are decoded by the server."""
-        return self._run("RunImage", "ImageArgs", {"image": _image(image)}, args, timeout)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
-    def run_text(self, text: str, args: Mapping[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """The model's answer to one text."""
-        return self._run("RunText", "TextArgs", {"text": text}, args, timeout)
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model!r}, addresses={self.addresses!r})"
 
-    def run(self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None) -> Any:
-        """The model's answer to any value: JSON values, with numpy arrays of any dtype and rank, and bytes, in it."""
-        request = self._request("RunArgs", {"data": _value(codec.pack(data))}, args)
-        return _answer(self._call("Run", request, timeout))
+    def stats(self) -> dict[str, Any]:
+        """{"calls", "failed", "retries", "replicas"}; of each replica the same, with p50_ms and p99_ms of late calls.
 
-    def run_image_to_image(
-        self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None
-    ) -> Array:
-        """The image, HxW or HxWxC of any numeric dtype, that the model makes of an image."""
-        request = self._request("ImageArgs", {"image": _image(image)}, args)
-        found = self._call("RunImageToImage", request, timeout).image
-        return codec.image_from(found.height, found.width, found.channels, found.dtype, found.data).copy()
-
-    def run_image_batch(
-        self,
-        images: Sequence[Image],
-        args: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-        *,
-        return_exceptions: bool = False,
-    ) -> list[Any]:
-        """One answer an image, in order.
-
-        If some fail, the first one's error is raised, or, with ``return_exceptions``, errors stand in their places.
+        A call counts for the replica that answered it in the end, "(none)" if none did.
         """
-        fields = {"images": [_image(image) for image in images]}
-        return self._run_batch("RunBatchImage", "BatchImageArgs", fields, args, timeout, return_exceptions)
+        return self._stats.snapshot()
 
-    def run_text_batch(
-        self,
-        texts: Sequence[str],
-        args: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-        *,
-        return_exceptions: bool = False,
-    ) -> list[Any]:
-        """One answer a text, in order; see ``run_image_batch``."""
-        if isinstance(texts, str):
-            raise TypeError("run_text_batch takes a list of texts; for one text there is run_text")
-        fields = {"texts": list(texts)}
-        return self._run_batch("RunBatchText", "BatchTextArgs", fields, args, timeout, return_exceptions)
+    def _loop(self) -> Any:
+        """What a channel is bound to beside its process."""
+        return None
 
-    def run_batch(
-        self,
-        items: Sequence[Any],
-        args: Mapping[str, Any] | None = None,
-        timeout: float | None = None,
-        *,
-        return_exceptions: bool = False,
-    ) -> list[Any]:
-        """One answer a value, in order; see ``run`` and ``run_image_batch``."""
-        fields = {"items": [_value(codec.pack(item)) for item in items]}
-        return self._run_batch("RunBatch", "BatchRunArgs", fields, args, timeout, return_exceptions)
+    def _close_channels(self, channels: Sequence[Any], after_s: float) -> None:
+        raise NotImplementedError
+
+    def _stub(self, method: str, retry: bool, timeout: float) -> tuple[Any, Any]:
+        """The channel and the callable of a method; a new channel where the addresses, process or loop have changed."""
+        if forks.unusable:
+            raise RuntimeError(
+                "this process was forked while its parent was in a call, or after it used AsyncModelClient, so gRPC "
+                "cannot work in it; fork before, or start processes by spawn or forkserver"
+            )
+        try:
+            target = self._target.current()
+        except OSError as error:
+            raise self._unreachable(str(error)) from None
+        place = (target, forks.generation, self._loop())
+        with self._lock:
+            if place != self._place:
+                self._leave(place)
+            if retry not in self._channels:
+                policy = self._options["balancing"]
+                self._channels[retry] = channel.open_channel(self._grpc, target, self._trust, policy, retry)
+            opened = self._channels[retry]
+            if (method, retry) not in self._stubs:
+                described = wire.methods("server", _SERVICE)[method]
+                kind = opened.unary_stream if described.server_streaming else opened.unary_unary
+                self._stubs[method, retry] = kind(
+                    described.path,
+                    request_serializer=described.request.SerializeToString,
+                    response_deserializer=described.response.FromString,
+                )
+            self._last_deadline = max(self._last_deadline, time.monotonic() + timeout)
+            return opened, self._stubs[method, retry]
+
+    def _leave(self, place: tuple[Any, ...]) -> None:
+        """Lets go of the channels to another place, when the calls in them are over."""
+        channels, self._channels, self._stubs = list(self._channels.values()), {}, {}
+        if self._place[1:] == place[1:]:
+            self._close_channels(channels, max(0.0, self._last_deadline - time.monotonic()))
+        else:
+            _abandoned.extend(channels)  # of the process or loop that was: to end them there is not for this one
+            self._connected = False
+        self._place = place
+
+    def _sent(self, retry: bool) -> tuple[tuple[str, str], ...]:
+        return self._metadata if retry else (*self._metadata, ("tms-retry", "no"))
+
+    def _ended(self, method: str, begun: float, trailing: Any, status: str = "OK") -> str:
+        return self._stats.add(method, time.monotonic() - begun, trailing, status)
+
+    def _error(self, failed: Any, method: str, begun: float) -> ModelClientError:
+        """The error of ours for gRPC's."""
+        status = failed.code().name
+        replica = self._ended(method, begun, failed.trailing_metadata(), status)
+        details = failed.details() or "no details"
+        return _error(status, details, self.model, "" if replica == NOBODY else replica)
+
+    def _unreachable(self, why: str) -> ModelClientError:
+        details = f"no server at {', '.join(self.addresses)}: {why}"
+        return ServerUnavailable(grpc.StatusCode.UNAVAILABLE, details, self.model)
+
+    def _refused(self) -> None:
+        """Raises Unauthenticated if a server is there, but it and this client do not trust each other."""
+        if why := channel.first_refusal(self.addresses, self._trust):
+            raise Unauthenticated(grpc.StatusCode.UNAUTHENTICATED, why, self.model)
+
+    def _never_ready(self, patience: float, why: str) -> ModelClientError:
+        return self._unreachable(f"it was not ready within {patience:g} s ({why})")
+
+    def _gone(self, timeout: float, why: str) -> ModelClientError:
+        return self._unreachable(f"it went away, and did not come back within {timeout:g} s ({why})")
+
+
+class ModelClient(_Client):
+    """A client of one model, connected to one server or balanced over several. Threads may share it.
+
+    Every call takes ``args`` (a dict for the model), ``timeout`` (seconds, from the call to its answer) and ``retry``
+    (False: what a server may have begun is not done again), and raises a ``ModelClientError`` if it fails. Answers are
+    what the model returned: JSON values with numpy arrays in them.
+    """
+
+    _grpc = grpc
 
     def run_stream(
-        self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None
+        self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> Iterator[Any]:
         """The model's answers as it makes them; leaving the loop early ends the model's work. See ``run``."""
-        request = self._request("RunArgs", {"data": _value(codec.pack(data))}, args)
-        timeout = self._timeout if timeout is None else timeout
-        channel, call = self._connect("RunStream", timeout)
-        responses = call(request, timeout=timeout, metadata=self._metadata)
-        try:
-            for response in responses:
-                yield _answer(response)
-        except grpc.RpcError as error:
-            raise self._explain(error, channel, timeout) from None
-        finally:
-            responses.cancel()
+        request = self._value_request("RunStream", data, args)
+        with _in_flight():
+            begun, timeout, opened, stub = self._connect(request, timeout, retry)
+            responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
+            try:
+                for response in responses:
+                    yield request.decode(response)
+                self._ended(request.method, begun, responses.trailing_metadata())
+            except grpc.RpcError as error:
+                raise self._explained(error, request, begun, timeout, opened) from None
+            finally:
+                responses.cancel()
 
-    def get_input_shape(self, timeout: float | None = None) -> list[int] | None:
-        """The shape that the model wants, or None when any will do."""
-        shape = _data(self._call("GetInputShape", _message("StringArg")(data=self.model), timeout))
-        return None if shape is None else list(shape)
+    # ---- several at once
+
+    def submit_image(
+        self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> "Future[Any]":
+        """Starts ``run_image``, and returns the future of its answer."""
+        return _Submitter(self).run_image(image, args, timeout, retry=retry)  # type: ignore[no-any-return]
+
+    def submit_text(
+        self, text: str, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> "Future[Any]":
+        """Starts ``run_text``."""
+        return _Submitter(self).run_text(text, args, timeout, retry=retry)  # type: ignore[no-any-return]
+
+    def submit(
+        self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> "Future[Any]":
+        """Starts ``run``."""
+        return _Submitter(self).run(data, args, timeout, retry=retry)  # type: ignore[no-any-return]
+
+    def submit_image_to_image(
+        self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> "Future[Any]":
+        """Starts ``run_image_to_image``."""
+        return _Submitter(self).run_image_to_image(image, args, timeout, retry=retry)  # type: ignore[no-any-return]
+
+    def submit_image_batch(self, images: Sequence[Image], *rest: Any, **options: Any) -> "Future[list[Any]]":
+        """Starts ``run_image_batch``, with its arguments."""
+        return _Submitter(self).run_image_batch(images, *rest, **options)  # type: ignore[no-any-return]
+
+    def submit_text_batch(self, texts: Sequence[str], *rest: Any, **options: Any) -> "Future[list[Any]]":
+        """Starts ``run_text_batch``, with its arguments."""
+        return _Submitter(self).run_text_batch(texts, *rest, **options)  # type: ignore[no-any-return]
+
+    def submit_batch(self, items: Sequence[Any], *rest: Any, **options: Any) -> "Future[list[Any]]":
+        """Starts ``run_batch``, with its arguments."""
+        return _Submitter(self).run_batch(items, *rest, **options)  # type: ignore[no-any-return]
+
+    def map(
+        self,
+        items: Iterable[Any],
+        args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        *,
+        method: str | None = None,
+        in_flight: int = _IN_FLIGHT,
+        return_exceptions: bool = False,
+        progress: bool = False,
+        retry: bool = True,
+    ) -> Iterator[Any]:
+        """One answer an item, in order, while up to ``in_flight`` calls run at once, over all replicas.
+
+        Items are taken as places become free, so they may be a camera's frames without end. Each is called by
+        ``method`` ("run_image", "run_text", "run", "run_image_to_image"); without it texts by run_text, arrays of two
+        or three dimensions, paths and bytes by run_image, all else by run. An error is raised in its item's turn, or,
+        with ``return_exceptions``, yielded. ``progress`` shows a bar on stderr (needs tqdm).
+        """
+        if in_flight < 1:
+            raise ValueError("in_flight is the number of calls at once, at least 1")
+        if progress:
+            from tqdm.auto import tqdm
+
+            items = tqdm(items, desc=self.model, unit="item")
+        submitter, pending = _Submitter(self), deque[Future[Any]]()
+
+        def first() -> Any:
+            future = pending.popleft()
+            error = future.exception()
+            if error is None or (return_exceptions and isinstance(error, ModelClientError)):
+                return error or future.result()
+            raise error
+
+        try:
+            for item in items:
+                while pending and (len(pending) >= in_flight or pending[0].done()):
+                    yield first()
+                pending.append(submitter._any(item, args, timeout, retry, method))
+            while pending:
+                yield first()
+        finally:
+            for future in pending:
+                future.cancel()
 
     # ---- changing the model: for callers on the servers' own host, or with the admin token
 
@@ -257,33 +566,41 @@ class ModelClient:
         """What each server tells of the model: state, reason, worker_pids, queue_depth, metadata, and more."""
         return self._on_each("GetModelInfo", _message("ModelName")(model=self.model), timeout)
 
-    # ---- asking about the servers
+    @contextmanager
+    def loaded(self, workers: int = 0, timeout: float = 300) -> Iterator["ModelClient"]:
+        """Loads the model on every server, and unloads it on leaving: ``with client.loaded(): ...``."""
+        self.load_model(workers, timeout)
+        try:
+            yield self
+        finally:
+            self.unload_model(timeout)
 
-    def list_models(self, timeout: float | None = None) -> list[dict[str, str]]:
-        """{"name", "state", "reason"} of every model; states are UNLOADED, LOADING, READY, FAILED, UNLOADING."""
-        answer = self._call("GetModelStates", _message("EmptyArgs")(), timeout)
-        return [{"name": model.name, "state": model.state, "reason": model.reason} for model in answer.models]
+    # ---- the servers
 
     def health_check(self, timeout: float | None = None) -> dict[str, list[str]]:
         """{"serving": addresses, "stopped_serving": addresses}: which servers take calls now. Waits for none."""
         result: dict[str, list[str]] = {"serving": [], "stopped_serving": []}
-        for address in self.addresses:
-            serving = self._is_serving(address, 2.0 if timeout is None else timeout)
-            result["serving" if serving else "stopped_serving"].append(address)
+        for one in self._each_server():
+            address = one.addresses[0]
+            try:
+                opened, _ = one._stub("GetPID", True, 2.0)
+                good = channel.health_check(opened)(timeout=2.0 if timeout is None else timeout).status == 1
+            except (grpc.RpcError, OSError):
+                good = False
+            result["serving" if good else "stopped_serving"].append(address)
         return result
 
     def stop_server(self, timeout: float | None = None) -> None:
         """Stops every server of ``addresses``; PermissionDenied from another host without the admin token."""
-        self._each("StopServer", _message("EmptyArgs")(), timeout)
-
-    # ---- the connection
+        self._each("StopServer", _message("EmptyArgs")(), _data, timeout)
 
     def close(self) -> None:
         """Ends the connection; calls in flight fail with ``Cancelled``. A later call connects again."""
         with self._lock:
-            channel, self._channel, self._calls, self._connected = self._channel, None, {}, False
-        if channel:
-            channel.close()
+            channels, self._channels, self._stubs = self._channels, {}, {}
+            self._connected = False
+        for opened in channels.values():
+            opened.close()
 
     def __enter__(self) -> "ModelClient":
         return self
@@ -293,118 +610,316 @@ class ModelClient:
     ) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"ModelClient({self.model!r}, addresses={self.addresses!r})"
+    def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
+        with _in_flight():
+            begun, timeout, opened, stub = self._connect(request, timeout, retry)
+            remaining = max(0.001, begun + timeout - time.monotonic())
+            try:
+                response, call = stub.with_call(request.message, timeout=remaining, metadata=self._sent(retry))
+            except grpc.RpcError as error:
+                raise self._explained(error, request, begun, timeout, opened) from None
+            except ValueError:  # what grpc raises for a call on a channel that another thread has closed
+                raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
+            self._ended(request.method, begun, call.trailing_metadata())
+        return request.decode(response)
 
-    def _each(self, method: str, request: Any, timeout: float | None) -> list[Any]:
-        answers = []
-        for address in self.addresses:
-            with ModelClient(self.model, addresses=[address], timeout=self._timeout) as one:
-                one._metadata = self._metadata
-                answers.append(one._call(method, request, timeout))
-        return answers
+    def _submit(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any]":
+        outcome: Future[Any] = Future()
+        if self._connected:
+            self._begin(request, timeout, retry, outcome)
+        else:  # waiting for a server is not for the caller's thread
+            threading.Thread(target=self._begin, args=(request, timeout, retry, outcome), daemon=True).start()
+        return outcome
 
-    def _on_each(self, method: str, request: Any, timeout: float | None) -> list[dict[str, Any]]:
-        return [
-            {
-                "name": info.name,
-                "state": info.state,
-                "reason": info.reason,
-                "worker_pids": list(info.worker_pids),
-                "max_batch_size": info.max_batch_size,
-                "queue_depth": info.queue_depth,
-                "input_shape": json.loads(info.input_shape),
-                "metadata": json.loads(info.metadata),
-                "stages": list(info.stages),
-            }
-            for info in self._each(method, request, timeout)
-        ]
+    def _begin(self, request: _Request, timeout: float | None, retry: bool, outcome: "Future[Any]") -> None:
+        """Starts a call, whose end resolves the outcome."""
 
-    def _run(self, method: str, kind: str, fields: dict[str, Any], args: Any, timeout: float | None) -> Any:
-        request = self._request(kind, fields | {"accept_arrays": True}, args)
-        return _answer(self._call(method, request, timeout))
+        def settle(answer: Any, error: BaseException | None) -> None:
+            forks.end()
+            if outcome.set_running_or_notify_cancel():
+                outcome.set_exception(error) if error else outcome.set_result(answer)
 
-    def _run_batch(
-        self, method: str, kind: str, fields: dict[str, Any], args: Any, timeout: float | None, in_place: bool
-    ) -> list[Any]:
-        if kind != "BatchRunArgs":
-            fields = fields | {"accept_arrays": True}
-        answer = self._call(method, self._request(kind, fields, args), timeout)
-        outcomes: list[Any] = []
-        for index, item in enumerate(answer.items):
-            if item.WhichOneof("outcome") == "value":
-                outcomes.append(codec.unpack(Packed(item.value.json, _arrays(item.value.arrays))))
-                continue
-            status = _STATUS_OF_CODE.get(item.error.code, "UNKNOWN")
-            error = _error(status, f"item {index}: {item.error.message}", self.model)
-            if not in_place:
-                raise error
-            outcomes.append(error)
-        return outcomes
-
-    def _request(self, kind: str, fields: dict[str, Any], args: Mapping[str, Any] | None) -> Any:
-        return _message(kind)(**fields, model=self.model, args=_args(args))
-
-    def _call(self, method: str, request: Any, timeout: float | None) -> Any:
-        timeout = self._timeout if timeout is None else timeout
-        deadline = time.monotonic() + timeout
-        channel, call = self._connect(method, timeout)
-        remaining = max(0.001, deadline - time.monotonic())
+        forks.begin()
         try:
-            return call(request, timeout=remaining, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise self._explain(error, channel, timeout) from None
-        except ValueError:  # what grpc raises for a call on a channel that another thread has closed
-            raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
+            begun, timeout, opened, stub = self._connect(request, timeout, retry)
+            remaining = max(0.001, begun + timeout - time.monotonic())
+            call = stub.future(request.message, timeout=remaining, metadata=self._sent(retry))
+        except Exception as error:
+            settle(None, error)
+            return
 
-    def _connect(self, method: str, timeout: float) -> tuple[grpc.Channel, Any]:
-        """The channel and the method's callable, after waiting for a server that is still starting."""
-        with self._lock:
-            if self._channel is None:
-                self._channel = open_channel(self.addresses)
-            channel = self._channel
-            if method not in self._calls:
-                described = wire.methods("server", _SERVICE)[method]
-                kind = channel.unary_stream if described.server_streaming else channel.unary_unary
-                self._calls[method] = kind(
-                    described.path,
-                    request_serializer=described.request.SerializeToString,
-                    response_deserializer=described.response.FromString,
-                )
-            call = self._calls[method]
+        def finish(call: Any) -> None:
+            answer: Any = None
+            error: BaseException | None = None
+            try:
+                response = call.result()
+                self._ended(request.method, begun, call.trailing_metadata())
+                answer = request.decode(response)
+            except grpc.FutureCancelledError:  # by close(), or by who has the future
+                error = Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model)
+            except ModelClientError as failed:  # of an item in a batch
+                error = failed
+            except grpc.RpcError as failed:
+                error = self._explained(failed, request, begun, timeout, opened)
+            except Exception as failed:
+                error = failed
+            settle(answer, error)
+
+        call.add_done_callback(finish)
+        outcome.add_done_callback(lambda future: call.cancel() if future.cancelled() else None)
+
+    def _connect(self, request: _Request, timeout: float | None, retry: bool) -> tuple[float, float, Any, Any]:
+        """(time, timeout, channel, callable), after waiting for a server that is still starting."""
+        begun, timeout = time.monotonic(), self._timeout if timeout is None else timeout
+        opened, stub = self._stub(request.method, retry, timeout)
         if not self._connected:
             patience = min(timeout, self._connect_timeout)
-            try:
-                grpc.channel_ready_future(channel).result(timeout=patience)
-            except grpc.FutureTimeoutError:
-                raise self._unreachable(f"was not ready within {patience:g} s") from None
+            self._wait_until_ready(opened, patience)
             self._connected = True
-        return channel, call
+        return begun, timeout, opened, stub
 
-    def _explain(self, error: Any, channel: grpc.Channel, timeout: float) -> ModelClientError:
-        status, details = error.code().name, error.details() or "no details"
-        if status == "DEADLINE_EXCEEDED" and not self._any_serving():
-            return self._unreachable(f"went away, and did not come back within {timeout:g} s")
-        return _error(status, details, self.model)
+    def _wait_until_ready(self, opened: Any, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while why := self._why_silent(opened, max(0.001, deadline - time.monotonic())):
+            self._refused()
+            if time.monotonic() > deadline:
+                raise self._never_ready(patience, why)
+            time.sleep(_POLL_S)
 
-    def _unreachable(self, what: str) -> ModelClientError:
-        details = f"no server at {', '.join(self.addresses)}: it {what}"
-        return ServerUnavailable(grpc.StatusCode.UNAVAILABLE, details, self.model)
-
-    def _any_serving(self) -> bool:
-        return any(self._is_serving(address, 0.5) for address in self.addresses)
-
-    def _is_serving(self, address: str, timeout: float) -> bool:
-        request = wire.message("health", "grpc.health.v1.HealthCheckRequest")(service=_LIVE_SERVICE)
-        response = wire.message("health", "grpc.health.v1.HealthCheckResponse")
+    def _why_silent(self, opened: Any, timeout: float) -> str | None:
+        """Why no server answers, None if one does."""
         try:
-            with open_channel([address]) as channel:
-                check = channel.unary_unary(
-                    "/grpc.health.v1.Health/Check", type(request).SerializeToString, response.FromString
-                )
-                return bool(check(request, timeout=timeout, wait_for_ready=False).status == response.SERVING)
-        except (grpc.RpcError, ValueError):
-            return False
+            channel.health_check(opened)(timeout=timeout)
+        except grpc.RpcError as error:
+            return _why_silent(error)
+        return None
+
+    def _explained(self, failed: Any, request: _Request, begun: float, timeout: float, opened: Any) -> ModelClientError:
+        error = self._error(failed, request.method, begun)
+        unanswered = isinstance(error, DeadlineExceeded) and not error.replica
+        if unanswered and (why := self._why_silent(opened, _PROBE_S)):
+            return self._gone(timeout, why)
+        return error
+
+    def _close_channels(self, channels: Sequence[Any], after_s: float) -> None:
+        for opened in channels:
+            timer = threading.Timer(after_s, opened.close)
+            timer.daemon = True
+            timer.start()
+
+    def _each_server(self) -> Iterator["ModelClient"]:
+        for address, host in channel.replicas(self.addresses):
+            name = self._trust.server_name or (host if self._trust.tls and address not in self.addresses else "")
+            with ModelClient(self.model, **self._options | {"addresses": [address], "server_name": name}) as one:
+                yield one
+
+    def _each(self, method: str, message: Any, decode: Callable[[Any], Any], timeout: float | None) -> list[Any]:
+        return [one._start(_Request(method, message, decode), timeout) for one in self._each_server()]
+
+    def _on_each(self, method: str, message: Any, timeout: float | None) -> list[dict[str, Any]]:
+        return self._each(method, message, _info, timeout)
+
+
+class _Submitter(_Calls):
+    """The way of calling that returns futures."""
+
+    def __init__(self, client: ModelClient) -> None:
+        self._client = client
+        self.model = client.model
+
+    def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> "Future[Any]":
+        return self._client._submit(request, timeout, retry)
+
+
+def _in_thread(name: str) -> Any:
+    """The coroutine function that does what a method of ``ModelClient`` does, without blocking the loop."""
+
+    async def call(self: "AsyncModelClient", *args: Any, **kwargs: Any) -> Any:
+        with ModelClient(self.model, **self._options) as blocking:
+            return await asyncio.to_thread(getattr(blocking, name), *args, **kwargs)
+
+    call.__name__, call.__doc__ = name, getattr(ModelClient, name).__doc__
+    return call
+
+
+class AsyncModelClient(_Client):
+    """``ModelClient`` for asyncio: the same calls, to be awaited. Each event loop has connections of its own."""
+
+    _grpc = grpc.aio
+
+    load_model = _in_thread("load_model")
+    unload_model = _in_thread("unload_model")
+    reload_model = _in_thread("reload_model")
+    model_info = _in_thread("model_info")
+    health_check = _in_thread("health_check")
+    stop_server = _in_thread("stop_server")
+
+    async def run_stream(
+        self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
+    ) -> AsyncIterator[Any]:
+        """The model's answers as it makes them: ``async for``; see ``ModelClient.run_stream``."""
+        request = self._value_request("RunStream", data, args)
+        with _in_flight():
+            begun, timeout, opened, stub = await self._connect(request, timeout, retry)
+            responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
+            try:
+                async for response in responses:
+                    yield request.decode(response)
+                self._ended(request.method, begun, await responses.trailing_metadata())
+            except grpc.RpcError as error:
+                raise await self._explained(error, request, begun, timeout, opened) from None
+            finally:
+                responses.cancel()
+
+    async def map(
+        self,
+        items: Iterable[Any] | AsyncIterable[Any],
+        args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        *,
+        method: str | None = None,
+        in_flight: int = _IN_FLIGHT,
+        return_exceptions: bool = False,
+        retry: bool = True,
+    ) -> AsyncIterator[Any]:
+        """One answer an item, in order, as ``ModelClient.map``; the items may come from an async iterator."""
+        if in_flight < 1:
+            raise ValueError("in_flight is the number of calls at once, at least 1")
+        pending = deque[asyncio.Task[Any]]()
+
+        async def first() -> Any:
+            try:
+                return await pending.popleft()
+            except ModelClientError as error:
+                if return_exceptions:
+                    return error
+                raise
+
+        try:
+            async for item in _each_of(items):
+                while pending and (len(pending) >= in_flight or pending[0].done()):
+                    yield await first()
+                pending.append(asyncio.ensure_future(self._any(item, args, timeout, retry, method)))
+            while pending:
+                yield await first()
+        finally:
+            for task in pending:
+                task.cancel()
+
+    async def close(self) -> None:
+        """Ends the connection; calls in flight fail with ``Cancelled``. A later call connects again."""
+        with self._lock:
+            channels, self._channels, self._stubs = self._channels, {}, {}
+            self._connected = False
+        for opened in channels.values():
+            await opened.close()
+
+    async def __aenter__(self) -> "AsyncModelClient":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _loop(self) -> Any:
+        return asyncio.get_running_loop()
+
+    async def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
+        with _in_flight():
+            begun, timeout, opened, stub = await self._connect(request, timeout, retry)
+            remaining = max(0.001, begun + timeout - time.monotonic())
+            call = stub(request.message, timeout=remaining, metadata=self._sent(retry))
+            try:
+                response = await call
+            except grpc.RpcError as error:
+                raise await self._explained(error, request, begun, timeout, opened) from None
+            except asyncio.CancelledError:
+                if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                    raise
+                raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
+            self._ended(request.method, begun, await call.trailing_metadata())
+        return request.decode(response)
+
+    async def _connect(self, request: _Request, timeout: float | None, retry: bool) -> tuple[float, float, Any, Any]:
+        begun, timeout = time.monotonic(), self._timeout if timeout is None else timeout
+        if not self._connected:
+            forks.polled = True
+            try:
+                await asyncio.to_thread(self._target.current)
+            except OSError:
+                pass  # said by _stub
+        opened, stub = self._stub(request.method, retry, timeout)
+        if not self._connected:
+            patience = min(timeout, self._connect_timeout)
+            deadline = begun + patience
+            while why := await self._why_silent(opened, max(0.001, deadline - time.monotonic())):
+                await asyncio.to_thread(self._refused)
+                if time.monotonic() > deadline:
+                    raise self._never_ready(patience, why)
+                await asyncio.sleep(_POLL_S)
+            self._connected = True
+        return begun, timeout, opened, stub
+
+    async def _explained(
+        self, failed: Any, request: _Request, begun: float, timeout: float, opened: Any
+    ) -> ModelClientError:
+        error = self._error(failed, request.method, begun)
+        unanswered = isinstance(error, DeadlineExceeded) and not error.replica
+        if unanswered and (why := await self._why_silent(opened, _PROBE_S)):
+            return self._gone(timeout, why)
+        return error
+
+    async def _why_silent(self, opened: Any, timeout: float) -> str | None:
+        try:
+            await channel.health_check(opened)(timeout=timeout)
+        except grpc.RpcError as error:
+            return _why_silent(error)
+        return None
+
+    def _close_channels(self, channels: Sequence[Any], after_s: float) -> None:
+        for opened in channels:
+            self._loop().call_later(after_s, lambda opened=opened: asyncio.ensure_future(opened.close()))
+
+
+_abandoned: list[Any] = []
+"""Channels of another process or event loop, kept so that nothing tries to close them here."""
+
+
+_clients: weakref.WeakSet[_Client] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_clients() -> None:
+    # At the interpreter's end gRPC's threads are gone, and a channel that is still open would wait for them for ever.
+    for client in list(_clients):
+        if isinstance(client, ModelClient):
+            client.close()
+
+
+@contextmanager
+def _in_flight() -> Iterator[None]:
+    forks.begin()
+    try:
+        yield
+    finally:
+        forks.end()
+
+
+def _why_silent(error: Any) -> str | None:
+    """What gRPC says of a server that is not there; None if the error is the answer of one that is."""
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return error.details() or "no details"
+    return None
+
+
+async def _each_of(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
 
 
 def _addresses(ip: str | None, port: int | None, addresses: Sequence[str] | str | None) -> list[str]:
@@ -471,5 +986,28 @@ def _data(response: Any) -> Any:
     return json.loads(response.data)
 
 
-def _error(status: str, details: str, model: str) -> ModelClientError:
-    return _ERRORS.get(status, ModelClientError)(grpc.StatusCode[status], details, model)
+def _image_answer(response: Any) -> Array:
+    found = response.image
+    return codec.image_from(found.height, found.width, found.channels, found.dtype, found.data).copy()
+
+
+def _states(response: Any) -> list[dict[str, str]]:
+    return [{"name": model.name, "state": model.state, "reason": model.reason} for model in response.models]
+
+
+def _info(info: Any) -> dict[str, Any]:
+    return {
+        "name": info.name,
+        "state": info.state,
+        "reason": info.reason,
+        "worker_pids": list(info.worker_pids),
+        "max_batch_size": info.max_batch_size,
+        "queue_depth": info.queue_depth,
+        "input_shape": json.loads(info.input_shape),
+        "metadata": json.loads(info.metadata),
+        "stages": list(info.stages),
+    }
+
+
+def _error(status: str, details: str, model: str, replica: str = "") -> ModelClientError:
+    return _ERRORS.get(status, ModelClientError)(grpc.StatusCode[status], details, model, replica)

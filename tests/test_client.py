@@ -16,7 +16,7 @@ import pytest
 import model_client
 from model_client import ModelClient
 from tests.conftest import MODELS, ROOT, Server, wait_for
-from tiny_model_server.channel import target
+from tiny_model_server.channel import Target
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from tiny_model_server.channel import target
     ],
 )
 def test_targets(addresses: list[str], expected: str) -> None:
-    assert target(addresses) == expected
+    assert Target(addresses).current() == expected
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,8 @@ def test_errors_say_everything(server: Server) -> None:
     assert isinstance(error, grpc.RpcError)
     assert error.code() is grpc.StatusCode.NOT_FOUND
     assert error.model == "nobody"
-    assert str(error) == error.details()
+    assert str(error) == f"{error.details()} (replica {server.address})"
+    assert error.replica == server.address
     assert "there is no model 'nobody'" in error.details()
 
 

@@ -1,0 +1,291 @@
+"""Scenes of balancing: real replicas, a steady load of large requests by one client, and something that goes wrong.
+
+``make faults`` prints their table; ``test_balancing.py`` holds each to its limit.
+"""
+
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dnslib import QTYPE, RR, A, DNSRecord
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from model_client import ModelClient  # noqa: E402
+from tests.conftest import Server  # noqa: E402
+
+MODELS = ROOT / "tests" / "models_steady"
+IMAGE = np.zeros((408, 408, 3), np.uint8)  # 499,392 bytes
+RATE = 60.0
+
+
+Scene = Callable[[], "Outcome"]
+
+
+@dataclass
+class Outcome:
+    """What a load saw."""
+
+    latencies: list[float] = field(default_factory=list)
+    failures: list[BaseException] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+    def percentile(self, percent: float) -> float:
+        """In seconds."""
+        return float(np.percentile(self.latencies, percent))
+
+    @property
+    def calls(self) -> int:
+        return len(self.latencies)
+
+    def row(self, name: str) -> str:
+        p50, p99, worst = (1000 * self.percentile(percent) for percent in (50, 99, 100))
+        retries = self.stats["retries"]
+        return f"| {name} | {self.calls} | {len(self.failures)} | {retries} | {p50:.0f} | {p99:.0f} | {worst:.0f} |"
+
+
+class Names:
+    """A DNS server of the test's own, whose only name stands for ``hosts``; while ``silent``, it answers nothing."""
+
+    def __init__(self, hosts: list[str]) -> None:
+        self.hosts = hosts
+        self.silent = False
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            packet, sender = self._socket.recvfrom(4096)
+            if self.silent:
+                continue
+            request = DNSRecord.parse(packet)
+            reply = request.reply()
+            if request.q.qtype == QTYPE.A:
+                for host in self.hosts:
+                    reply.add_answer(RR(request.q.qname, QTYPE.A, rdata=A(host), ttl=1))
+            self._socket.sendto(reply.pack(), sender)
+
+
+def start(port: int = 0, host: str = "127.0.0.1", **model_args: Any) -> Server:
+    """A replica whose model is constructed with these arguments."""
+    options = {"TMS_PORT": port, "TMS_HOST": host, "TMS_HTTP_PORT": "off", "TMS_LOG_LEVEL": "info"}
+    return Server(MODELS, TMS_MODEL_STEADY_ARGS=json.dumps(model_args), **options)
+
+
+@contextmanager
+def replicas(*each: dict[str, Any]) -> Iterator[list[Server]]:
+    """One replica for each dictionary of model arguments."""
+    servers: list[Server] = []
+    try:
+        for arguments in each:
+            servers.append(start(**arguments))
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def addresses(servers: list[Server]) -> list[str]:
+    return [server.address for server in servers]
+
+
+def steady(
+    client: ModelClient, seconds: float, event: Callable[[], None] | None = None, *, at_s: float = 2, rate: float = RATE
+) -> Outcome:
+    """Sends images at a rate, whatever the answers take, while ``event`` happens after ``at_s`` seconds."""
+    outcome, done, lock = Outcome(), threading.Semaphore(0), threading.Lock()
+    client.run_image(IMAGE)
+    happening = threading.Thread(target=lambda: (time.sleep(at_s), event and event()))
+    happening.start()
+    begun = time.monotonic()
+    count = int(seconds * rate)
+    for number in range(count):
+        time.sleep(max(0.0, begun + number / rate - time.monotonic()))
+        sent = time.monotonic()
+
+        def finished(future: Any, sent: float = sent) -> None:
+            with lock:
+                outcome.latencies.append(time.monotonic() - sent)
+                if error := future.exception():
+                    outcome.failures.append(error)
+            done.release()
+
+        client.submit_image(IMAGE).add_done_callback(finished)
+    for _ in range(count):
+        assert done.acquire(timeout=70), "a call never ended"
+    happening.join()
+    outcome.stats = client.stats()
+    return outcome
+
+
+def closed_loop(client: ModelClient, callers: int, seconds: float) -> Outcome:
+    """As many calls as ``callers`` make that each wait for their answer."""
+    outcome, end = Outcome(), time.monotonic() + seconds
+    client.run_image(IMAGE)
+
+    def call() -> None:
+        while time.monotonic() < end:
+            sent = time.monotonic()
+            client.run_image(IMAGE)
+            outcome.latencies.append(time.monotonic() - sent)
+
+    threads = [threading.Thread(target=call) for _ in range(callers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    outcome.stats = client.stats()
+    return outcome
+
+
+# ---- the scenes
+
+
+def kill_one() -> Outcome:
+    with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
+        return steady(client, 8, servers[0].kill)
+
+
+def terminate_one() -> Outcome:
+    with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
+        return steady(client, 8, lambda: assert_equal(servers[0].stop(), 0))
+
+
+def rolling_restart() -> Outcome:
+    with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
+
+        def restart() -> None:
+            for index, server in enumerate(list(servers)):
+                assert_equal(server.stop(), 0)
+                servers[index] = start(server.port)
+                time.sleep(1)
+
+        return steady(client, 16, restart)
+
+
+def freeze_one(rate: float = RATE) -> Outcome:
+    with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
+
+        def freeze() -> None:
+            servers[0].process.send_signal(signal.SIGSTOP)
+            time.sleep(8)
+            servers[0].process.send_signal(signal.SIGCONT)
+
+        return steady(client, 14, freeze, rate=rate)
+
+
+def one_fails_fast(balancing: str = "load") -> Outcome:
+    with (
+        replicas({}, {}, {"fails": True}) as servers,
+        ModelClient("steady", addresses=addresses(servers), balancing=balancing) as client,
+    ):
+        return steady(client, 20)
+
+
+def one_is_slow(balancing: str = "load", rate: float = RATE) -> Outcome:
+    with (
+        replicas({"ms": 20}, {"ms": 20}, {"ms": 80}) as servers,
+        ModelClient("steady", addresses=addresses(servers), balancing=balancing) as client,
+    ):
+        return steady(client, 10, rate=rate)
+
+
+def one_is_slow_closed_loop(balancing: str = "load") -> Outcome:
+    with (
+        replicas({"ms": 20}, {"ms": 20}, {"ms": 80}) as servers,
+        ModelClient("steady", addresses=addresses(servers), balancing=balancing) as client,
+    ):
+        return closed_loop(client, 12, 8)
+
+
+def one_is_full() -> Outcome:
+    """One replica has room for two items only, each of which takes it a second."""
+    servers = [start(), start(), Server(MODELS, TMS_MODEL_STEADY_ARGS='{"ms": 1000}', TMS_MODEL_STEADY_QUEUE_SIZE=1)]
+    try:
+        with ModelClient("steady", addresses=addresses(servers)) as client:
+            return steady(client, 8)
+    finally:
+        for server in servers:
+            server.kill()
+
+
+@contextmanager
+def named(count: int) -> Iterator[tuple[list[Server], Names, str]]:
+    """Replicas on one port of several loopback addresses, the DNS server that knows the first, and their address."""
+    servers: list[Server] = []
+    names = Names(["127.0.0.2"])
+    try:
+        servers.append(start(free_port(), "127.0.0.2"))
+        servers.extend(start(servers[0].port, f"127.0.0.{2 + index}") for index in range(1, count))
+        yield servers, names, f"dns://127.0.0.1:{names.port}/replicas.test:{servers[0].port}"
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.2", 0))
+        return int(probe.getsockname()[1])
+
+
+def names_gone() -> Outcome:
+    with named(3) as (_, names, address):
+        names.hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
+        with ModelClient("steady", addresses=address) as client:
+
+            def silence() -> None:
+                names.silent = True
+                time.sleep(12)
+                names.silent = False
+
+            return steady(client, 16, silence)
+
+
+def assert_equal(found: object, expected: object) -> None:
+    assert found == expected, (found, expected)
+
+
+SCENES: dict[str, Scene] = {
+    "kill -9 of one of three": kill_one,
+    "SIGTERM of one of three": terminate_one,
+    "rolling restart of all three": rolling_restart,
+    "one of three frozen for 8 s": freeze_one,
+    "one of three frozen for 8 s, 5 calls/s": lambda: freeze_one(5),
+    "one of three fails every call": one_fails_fast,
+    "one of three fails every call, round robin": lambda: one_fails_fast("round_robin"),
+    "one of three is 4x slower": one_is_slow,
+    "one of three is 4x slower, round robin": lambda: one_is_slow("round_robin"),
+    "one of three is 4x slower, 12 callers": one_is_slow_closed_loop,
+    "one of three is 4x slower, 12 callers, round robin": lambda: one_is_slow_closed_loop("round_robin"),
+    "one of three has a full queue": one_is_full,
+    "DNS gone for 12 s": names_gone,
+}
+
+
+def main() -> None:
+    """Prints the table."""
+    print(f"{RATE:g} requests/s of {IMAGE.nbytes} bytes, three replicas, one client.\n")
+    print("| what happens | calls | failed | retries | p50 ms | p99 ms | worst ms |\n|" + " --- |" * 7)
+    for name, scene in SCENES.items():
+        if len(sys.argv) < 2 or sys.argv[1] in name:
+            outcome = scene()
+            print(outcome.row(name), flush=True)
+            for failure in set(map(str, outcome.failures)):
+                print(f"  {failure}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

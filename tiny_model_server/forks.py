@@ -1,0 +1,62 @@
+"""Lets a process that uses the client fork: gRPC's fork handlers need a moment without calls.
+
+While a fork is under way no call starts, and the fork waits for those that are under way. If they take too long, the
+child is told so at its first call, where gRPC would hang.
+"""
+
+import os
+import threading
+
+_PATIENCE_S = 5.0
+
+_changed = threading.Condition()
+_in_flight = 0
+_forking = False
+generation = 0
+"""How many forks lie behind this process; what was connected in an earlier one is not to be used."""
+polled = False
+"""Set where gRPC's asyncio is used: it has a thread in gRPC all the time, so that no moment is good for a fork."""
+unusable = False
+"""True in a child that was forked while calls were under way, or after asyncio was used."""
+
+
+def begin() -> None:
+    """Notes that a call starts; waits while a fork is under way."""
+    global _in_flight
+    with _changed:
+        while _forking:
+            _changed.wait()
+        _in_flight += 1
+
+
+def end() -> None:
+    """Notes that a call has ended."""
+    global _in_flight
+    with _changed:
+        _in_flight -= 1
+        if _forking:
+            _changed.notify_all()
+
+
+def _before() -> None:
+    global _forking
+    _changed.acquire()
+    _forking = True
+    if not polled:
+        _changed.wait_for(lambda: _in_flight == 0, _PATIENCE_S)
+
+
+def _after_in_parent() -> None:
+    global _forking
+    _forking = False
+    _changed.notify_all()
+    _changed.release()
+
+
+def _after_in_child() -> None:
+    global _changed, _forking, _in_flight, generation, unusable
+    unusable = unusable or polled or _in_flight > 0
+    _changed, _forking, _in_flight, generation = threading.Condition(), False, 0, generation + 1
+
+
+os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)
