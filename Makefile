@@ -12,7 +12,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test check bench soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test check bench faults soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -37,6 +37,9 @@ check: $(VENV)/test.done ## lint, formatting, types, import direction, descripto
 
 bench: $(VENV)/test.done ## measure, and print the tables of BENCHMARKS.md
 	$(BIN)/python tests/bench.py
+
+faults: $(VENV)/test.done ## what replicas may do, and what a steady load of one client sees of it
+	$(BIN)/python tests/balance.py
 
 soak: $(VENV)/test.done ## ten minutes of mixed load, with the memory each minute
 	$(BIN)/python tests/bench.py soak
