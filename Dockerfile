@@ -1,23 +1,31 @@
 # The server with the models in models/. Build: docker build -t tiny-model-server .
-FROM python:3.11-slim
+ARG BASE=python:3.11-slim
 
-# An index with CPU builds of torch keeps the image small: --build-arg TORCH_INDEX=...
-ARG TORCH_INDEX=""
+# The models' requirements alone, so that a change of their code leaves the layer that installs them as it is.
+FROM ${BASE} AS requirements
+COPY models/ /models/
+RUN find /models -mindepth 1 -not -name requirements.txt -not -type d -delete && find /models -type d -empty -delete
+
+FROM ${BASE}
+# CPU builds of torch by default, which keep the image small; for the CUDA builds: --build-arg TORCH_INDEX=
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
-
-# Requirements first, so that a change of code installs nothing again.
 COPY requirements.txt ./
 RUN pip install -r requirements.txt
-COPY models/ /tmp/models/
-RUN find /tmp/models -maxdepth 2 -name requirements.txt | sed 's/^/-r /' | \
-    xargs -r pip install ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX} && rm -rf /tmp/models
+COPY --from=requirements /models/ /tmp/models/
+RUN find /tmp/models -name requirements.txt | sed 's/^/-r /' | \
+    xargs -r pip install ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX}
 
 COPY server.py model_client.py model_interface.py server.proto ./
 COPY tiny_model_server/ tiny_model_server/
 COPY models/ models/
 
-RUN useradd --system --uid 10001 server
+# Nothing is written but to /tmp and memory: the container's root may be read-only.
+RUN useradd --system --uid 10001 --home-dir /tmp server
 USER 10001
+ENV HOME=/tmp
 EXPOSE 50000 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --start-period=60s --interval=10s --timeout=3s CMD ["python", "server.py", "health"]
 CMD ["python", "server.py"]

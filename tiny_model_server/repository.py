@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from tiny_model_server.batcher import Batcher
 from tiny_model_server.errors import ModelNotFound, ModelUnavailable, ServerError, Stopping
@@ -145,6 +146,21 @@ class ServedModel:
     def pids(self) -> list[int]:
         """The worker processes that serve now."""
         return self._pool.pids if self._pool else []
+
+    def describe(self) -> dict[str, Any]:
+        """What is told of the model to those who ask, by the names of the contract's ModelInfo."""
+        loaded = self.loaded
+        return {
+            "name": self.name,
+            "state": self.state,
+            "reason": self.reason,
+            "worker_pids": self.pids,
+            "max_batch_size": loaded.options.max_batch_size if loaded else 0,
+            "queue_depth": self.batcher.depth,
+            "input_shape": loaded.input_shape if loaded else None,
+            "metadata": loaded.metadata if loaded else {},
+            "stages": self.stages,
+        }
 
     def _load_quietly(self) -> None:
         try:

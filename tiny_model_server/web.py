@@ -1,21 +1,47 @@
-"""The HTTP port: liveness, readiness, the models' states and metrics, for probes and people."""
+"""The HTTP port: probes, metrics, a page for people, and a plain POST that runs a model."""
 
+import base64
+import email
+import ipaddress
 import json
 import logging
 import threading
+import time
+from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
+import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from tiny_model_server.engine import Engine
+from tiny_model_server import codec
+from tiny_model_server.codec import EncodedImage
+from tiny_model_server.engine import Call, Engine
+from tiny_model_server.errors import InvalidInput, Overloaded, PermissionDenied, ServerError
 from tiny_model_server.settings import Settings, SettingsError
 
 log = logging.getLogger("tiny_model_server.web")
 
+_PAGE = Path(__file__).with_name("page.html")
+_HTTP_STATUS = {
+    "INVALID_ARGUMENT": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "FAILED_PRECONDITION": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+_TIMEOUT_S = 60.0
+_LONGEST_LIST = 32  # items of an array that the page shows as they are
+
 
 class WebServer:
-    """Answers GET /livez, /readyz, /models and /metrics."""
+    """Answers GET /, /livez, /readyz, /models and /metrics, and POST /models/NAME/ACTION."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         """Binds the port; SettingsError if it cannot be had."""
@@ -50,30 +76,164 @@ class _Handler(BaseHTTPRequestHandler):
     engine: Engine
 
     def do_GET(self) -> None:
-        path = self.path.split("?")[0].rstrip("/")
+        path = urlsplit(self.path).path.rstrip("/")
         engine = self.engine
-        if path == "/livez":
+        if path == "":
+            self._send(200, "text/html; charset=utf-8", _PAGE.read_bytes())
+        elif path == "/livez":
             self._answer(200, {"live": True})
         elif path == "/readyz":
             ready = engine.ready and not engine.stopping
             self._answer(200 if ready else 503, {"ready": ready})
         elif path == "/models":
-            states = [{"name": m.name, "state": m.state, "reason": m.reason} for m in engine.models()]
-            self._answer(200, {"models": states})
+            self._answer(200, {"models": [model.describe() for model in engine.models()]})
         elif path == "/metrics":
             self._send(200, CONTENT_TYPE_LATEST, engine.metrics.text())
         else:
-            self._answer(404, {"error": f"there is no {path or '/'}; there are /livez, /readyz, /models and /metrics"})
+            known = "/, /livez, /readyz, /models, /metrics, and POST /models/NAME/run"
+            self._answer(404, {"error": f"there is no {path}; there are {known}"})
 
-    def _answer(self, status: int, value: Any) -> None:
-        self._send(status, "application/json", json.dumps(value).encode() + b"\n")
+    def do_POST(self) -> None:
+        try:
+            body = self._body()
+            parts = [unquote(part) for part in urlsplit(self.path).path.split("/")]
+            if len(parts) != 4 or parts[1] != "models" or parts[3] not in ("run", "load", "unload", "reload"):
+                return self._answer(404, {"error": "post to /models/NAME/run, or load, unload, reload"})
+            self._refuse_other_sites()
+            metadata = {name.lower(): value for name, value in self.headers.items()}
+            host, port = self.client_address[:2]
+            peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+            call = Call(time.monotonic() + _TIMEOUT_S, peer, metadata)
+            self.engine.authenticate(metadata)
+            if parts[3] == "run":
+                return self._run(parts[2], body, call)
+            self.engine.authorize(call)
+            self._answer(200, getattr(self.engine, parts[3])(parts[2]).describe())
+        except ServerError as error:
+            later = error.retry_after_ms if isinstance(error, Overloaded) else None
+            more = {} if later is None else {"Retry-After": str(-(-later // 1000))}
+            self._answer(_HTTP_STATUS.get(error.status, 500), {"error": str(error), "status": error.status}, more)
+        except Exception as error:
+            log.exception("POST %s failed", self.path)
+            self._answer(500, {"error": f"a fault in the server: {type(error).__name__}: {error}"})
 
-    def _send(self, status: int, kind: str, body: bytes) -> None:
+    def _run(self, name: str, body: bytes, call: Call) -> None:
+        data, args = _input(self.headers.get("Content-Type", ""), body)
+        if "view" not in parse_qs(urlsplit(self.path).query, keep_blank_values=True):
+            answer = self.engine.run(name, codec.pack(data), args, call, plain=True)
+            return self._send(200, "application/json", answer.text.encode() + b"\n")
+        begun = time.monotonic()
+        value = codec.unpack(self.engine.run(name, codec.pack(data), args, call))
+        self._answer(200, {"ms": 1000 * (time.monotonic() - begun), "answer": _view(value)})
+
+    def _body(self) -> bytes:
+        length = self.headers.get("Content-Length", "")
+        limit = self.engine.settings.max_message_mb << 20
+        if not (length.isascii() and length.isdigit() and int(length) <= limit):
+            self.close_connection = True  # what follows cannot be told from the next request
+            raise InvalidInput(f"send Content-Length, of {limit} bytes at most (TMS_MAX_MESSAGE_MB), not {length!r}")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            self.close_connection = True
+            raise InvalidInput(f"the body has {len(body)} bytes, but Content-Length says {length}")
+        return body
+
+    def _refuse_other_sites(self) -> None:
+        """PermissionDenied if another site's page sent this, or a page whose name was made to stand for this host."""
+        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
+        same_site = self.headers.get("Sec-Fetch-Site", "none") in ("same-origin", "none")
+        if not same_site or (origin is not None and urlsplit(origin).netloc != host):
+            raise PermissionDenied("another site's page may not do this")
+        if origin is not None and _is_local(self.client_address[0]) and not _is_local(urlsplit(f"//{host}").hostname):
+            raise PermissionDenied("a page from this host is asked for by localhost or 127.0.0.1")
+
+    def _answer(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
+        self._send(status, "application/json", json.dumps(value).encode() + b"\n", headers)
+
+    def _send(self, status: int, kind: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'"
+        more = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": policy} | dict(headers or {})
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in ({"Content-Type": kind, "Content-Length": str(len(body))} | more).items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         log.debug("%s %s", self.address_string(), format % args)
+
+
+def _is_local(host: str | None) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
+
+
+def _input(kind: str, body: bytes) -> tuple[Any, dict[str, Any]]:
+    """(data, args) of a form with image=@file, text= or data= (JSON), and args= (JSON); or of a body of one kind."""
+    fields: dict[str, Any] = {}
+    message = email.message_from_bytes(b"Content-Type: " + kind.encode("latin-1") + b"\r\n\r\n" + body)
+    if message.get_content_type() == "multipart/form-data" and message.is_multipart():
+        for part in message.get_payload():
+            name = part.get_param("name", header="content-disposition")  # type: ignore[union-attr]
+            fields[str(name)] = part.get_payload(decode=True)  # type: ignore[union-attr]
+    elif message.get_content_type() == "application/x-www-form-urlencoded":
+        fields = {name: value[-1].encode() for name, value in parse_qs(body.decode(errors="replace")).items()}
+    elif message.get_content_maintype() == "image":
+        fields = {"image": body}
+    elif message.get_content_type() in ("application/json", "text/plain"):
+        fields = {"data" if kind.startswith("application/json") else "text": body}
+    args = codec.parse_args(_text(fields.pop("args", b"")))
+    if len(fields) == 1 and "image" in fields:
+        return EncodedImage(fields["image"]), args
+    if len(fields) == 1 and "text" in fields:
+        return _text(fields["text"]), args
+    if len(fields) == 1 and "data" in fields:
+        return codec.parse_json(_text(fields["data"])), args
+    raise InvalidInput(
+        "send one of image (a file), text or data (JSON), and args (a JSON object) if you like, as a form; "
+        "or a body of type image/*, text/plain or application/json"
+    )
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise InvalidInput("text must be UTF-8") from None
+
+
+def _view(value: Any) -> Any:
+    """An answer as the page shows it: small arrays as lists, others by their facts, a picture if they may be one."""
+    if isinstance(value, dict):
+        return {key: _view(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_view(item) for item in value]
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    if not isinstance(value, np.ndarray):
+        return json.loads(codec.plain_json(value))
+    if value.size <= _LONGEST_LIST:
+        return json.loads(codec.plain_json(value))
+    facts: dict[str, Any] = {"array": f"{codec.dtype_name(value.dtype)} {'x'.join(map(str, value.shape))}"}
+    if value.dtype.kind in "biuf":
+        with np.errstate(all="ignore"):
+            facts |= {"min": float(np.nanmin(value)), "max": float(np.nanmax(value)), "mean": float(np.nanmean(value))}
+        facts = json.loads(codec.plain_json(facts))
+        if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (1, 3)):
+            facts["png"] = _png(value)
+    return facts
+
+
+def _png(array: np.ndarray[Any, Any]) -> str:
+    """The picture of an array: uint8 as it is, all else stretched from its least to its greatest value."""
+    import cv2  # not before somebody looks at a picture
+
+    if array.dtype != np.uint8:
+        array = np.nan_to_num(array.astype(np.float64), posinf=0, neginf=0)
+        low, high = array.min(), array.max()
+        array = ((array - low) * (255 / (high - low or 1))).astype(np.uint8)
+    coloured = array[..., ::-1] if array.ndim == 3 and array.shape[2] == 3 else array
+    _, encoded = cv2.imencode(".png", np.ascontiguousarray(coloured))
+    return "data:image/png;base64," + base64.b64encode(encoded.tobytes()).decode()

@@ -118,18 +118,9 @@ class _Native:
         return self._describe(self._engine.reload(request.model))
 
     def _describe(self, model: ServedModel) -> Any:
-        loaded = model.loaded
-        return self._info(
-            name=model.name,
-            state=model.state,
-            reason=model.reason,
-            worker_pids=model.pids,
-            max_batch_size=loaded.options.max_batch_size if loaded else 0,
-            queue_depth=model.batcher.depth,
-            input_shape=json.dumps(loaded.input_shape if loaded else None),
-            metadata=json.dumps(loaded.metadata if loaded else {}),
-            stages=model.stages,
-        )
+        facts = model.describe()
+        facts |= {name: json.dumps(facts[name]) for name in ("input_shape", "metadata")}
+        return self._info(**facts)
 
     def StopServer(self, request: Any, call: Call) -> Any:
         self._engine.authorize(call)
