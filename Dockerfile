@@ -14,8 +14,8 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN pip install -r requirements.txt
 COPY --from=requirements /models/ /tmp/models/
-RUN find /tmp/models -name requirements.txt | sed 's/^/-r /' | \
-    xargs -r pip install ${TORCH_INDEX:+--extra-index-url $TORCH_INDEX}
+RUN find /tmp/models -name requirements.txt -exec cat {} + > /tmp/models.txt && \
+    pip install ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} -r /tmp/models.txt
 
 COPY server.py model_client.py model_interface.py server.proto ./
 COPY tiny_model_server/ tiny_model_server/

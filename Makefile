@@ -4,6 +4,7 @@ VENV ?= .venv
 # An index with CPU builds of torch, where the usual one would bring CUDA: see README, "Install".
 TORCH_INDEX ?=
 IMAGE ?= tiny-model-server
+DOCKER_FLAGS ?=
 PORT ?= 50000
 HTTP_PORT ?= 8080
 PIP_FLAGS = --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -48,7 +49,7 @@ proto: $(VENV)/test.done ## compile the .proto files to the committed descriptor
 	$(MAKE) -B $(DESCRIPTORS)
 
 docker: ## build the image
-	docker build --build-arg TORCH_INDEX=$(TORCH_INDEX) -t $(IMAGE) .
+	docker build $(if $(TORCH_INDEX),--build-arg TORCH_INDEX=$(TORCH_INDEX)) $(DOCKER_FLAGS) -t $(IMAGE) .
 
 run_docker_server: docker ## build the image and serve from it on port 50000
 	docker run --rm --init -p $(PORT):50000 -p $(HTTP_PORT):8080 $(IMAGE)
@@ -64,8 +65,10 @@ $(VENV)/run.done: requirements.txt examples/requirements.txt $(MODEL_REQUIREMENT
 	$(BIN)/pip install $(PIP_FLAGS) $(foreach file,$^,-r $(file))
 	@touch $@
 
-$(VENV)/test.done: tests/requirements.txt $(VENV)/run.done
+$(VENV)/test.done: tests/requirements.txt tests/requirements-lint.txt $(VENV)/run.done
 	$(BIN)/pip install $(PIP_FLAGS) -r tests/requirements.txt
+	$(PYTHON) -m venv $(VENV)/lint
+	$(VENV)/lint/bin/pip install $(PIP_FLAGS) -r tests/requirements-lint.txt
 	@touch $@
 
 tiny_model_server/protocols/server.binpb: server.proto

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import urllib.request
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="load, warm up and run one model, without serving")
     check.add_argument("name")
     commands.add_parser("list", help="tell which models are found")
+    commands.add_parser("health", help="exit with 0 if the server on this host has all its models ready")
     options = parser.parse_args(arguments)
     try:
         settings = Settings.from_env()
@@ -40,6 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
             return check_model(settings, options.name)
         if options.command == "list":
             return list_models(settings)
+        if options.command == "health":
+            return health(settings)
         return serve(settings)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -134,4 +138,18 @@ def list_models(settings: Settings) -> int:
     """Prints the model folders, and what is wrong with those that cannot be loaded."""
     for name, path, reason in discover(settings.models_dir):
         print(f"{name}\t{path}{f'  (cannot be loaded: {reason})' if reason else ''}")
+    return 0
+
+
+def health(settings: Settings) -> int:
+    """Asks the server of these settings whether it is ready: 0 if it is, 1 if not. For containers' health checks."""
+    if not settings.http_port:
+        raise SettingsError("health asks TMS_HTTP_PORT, which must be a fixed port for that")
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(settings.host, settings.host)
+    try:
+        with urllib.request.urlopen(f"http://{host}:{settings.http_port}/readyz", timeout=2) as answer:
+            print(answer.read().decode().strip())
+    except OSError as error:
+        print(f"not ready: {error}", file=sys.stderr)
+        return 1
     return 0
