@@ -4,7 +4,8 @@ ARG BASE=python:3.11-slim
 # The models' requirements alone, so that a change of their code leaves the layer that installs them as it is.
 FROM ${BASE} AS requirements
 COPY models/ /models/
-RUN find /models -mindepth 1 -not -name requirements.txt -not -type d -delete && find /models -type d -empty -delete
+RUN find /models -mindepth 1 -not -name requirements.txt -not -type d -delete && \
+    find /models -mindepth 1 -type d -empty -delete
 
 FROM ${BASE}
 # CPU builds of torch by default, which keep the image small; for the CUDA builds: --build-arg TORCH_INDEX=

@@ -5,6 +5,9 @@ VENV ?= .venv
 TORCH_INDEX ?=
 IMAGE ?= tiny-model-server
 DOCKER_FLAGS ?=
+CLUSTER ?= ../shared/cluster
+HOST ?= localhost:50000
+LOCUST ?=
 PORT ?= 50000
 HTTP_PORT ?= 8080
 PIP_FLAGS = --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -13,7 +16,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test check bench faults soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test check bench faults locust test_k8s soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -41,6 +44,12 @@ bench: $(VENV)/test.done ## measure, and print the tables of BENCHMARKS.md
 
 faults: $(VENV)/test.done ## what replicas may do, and what a steady load of one client sees of it
 	$(BIN)/python tests/balance.py
+
+locust: $(VENV)/test.done ## load test of the server at HOST (localhost:50000), with its page on port 8089; see tests/locustfile.py
+	$(BIN)/locust -f tests/locustfile.py --host $(HOST) $(LOCUST)
+
+test_k8s: $(VENV)/test.done ## prove the manifests on a real node, as root; CLUSTER: the scripts that build and start it
+	$(BIN)/python tests/k8s_cluster.py $(CLUSTER)
 
 soak: $(VENV)/test.done ## ten minutes of mixed load, with the memory each minute
 	$(BIN)/python tests/bench.py soak

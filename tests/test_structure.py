@@ -38,6 +38,7 @@ ORDER = [
     "tiny_model_server.web",
     "tiny_model_server.reload",
     "tiny_model_server.launcher",
+    "tiny_model_server.__main__",
     "server",
 ]
 CLIENT_NEEDS = {"errors", "codec", "wire", "trust", "channel", "forks", "stats"}

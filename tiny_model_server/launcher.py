@@ -10,7 +10,7 @@ import urllib.request
 from dataclasses import replace
 from typing import Any
 
-from tiny_model_server import codec, logs
+from tiny_model_server import __version__, codec, logs
 from tiny_model_server.devices import keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
@@ -34,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("name")
     commands.add_parser("list", help="tell which models are found")
     commands.add_parser("health", help="exit with 0 if the server on this host has all its models ready")
+    parser.add_argument("--version", action="version", version=__version__)
     options = parser.parse_args(arguments)
     try:
         settings = Settings.from_env()

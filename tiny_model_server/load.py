@@ -40,6 +40,7 @@ class Metrics:
         self.in_flight = Gauge("tms_in_flight", "Inputs queued or at work", ["model"], **make)
         self.busy = Gauge("tms_busy_fraction", "Part of the last seconds that the workers worked", ["model"], **make)
         self.workers = Gauge("tms_workers", "Worker processes that serve", ["model"], **make)
+        self.wanted = Gauge("tms_wanted", "1 if the model is meant to have workers", ["model"], **make)
         self._own: dict[str, Any] = {}
         self._lock = threading.Lock()
 
@@ -85,10 +86,11 @@ class ModelLoad:
         self.batch_s = 0.0
         """A moving mean of how long one batch takes, in seconds; 0 until one was run."""
 
-    def watch(self, depth: Callable[[], int], workers: Callable[[], int]) -> None:
+    def watch(self, depth: Callable[[], int], workers: Callable[[], int], wanted: Callable[[], bool]) -> None:
         """Reads the gauges from these functions whenever metrics are asked for."""
         self._metrics.depth.labels(self._name).set_function(depth)
         self._metrics.workers.labels(self._name).set_function(workers)
+        self._metrics.wanted.labels(self._name).set_function(wanted)
         self._metrics.busy.labels(self._name).set_function(self.busy_fraction)
 
     def serves(self, most: int, slots: int) -> None:

@@ -1,0 +1,92 @@
+"""The package as pip installs it: the client alone with little, the server with its extra and its command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tiny_model_server
+from model_client import ModelClient
+from tests.conftest import ROOT, Server, wait_for
+from tests.engine import copy_tree
+from tests.test_faults import ANSWERS, write_model
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("package")
+    tree = copy_tree(folder / "tree")
+    pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(tree))
+    (built,) = folder.glob("*.whl")
+    assert built.name.startswith(f"tiny_model_server-{tiny_model_server.__version__}-")
+    return built
+
+
+def pip(*arguments: str, python: Path | str = sys.executable) -> None:
+    command = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
+    subprocess.run(command, check=True, timeout=280)
+
+
+def environment(folder: Path, requirement: str) -> Path:
+    """The folder of programs of a new virtual environment with this requirement."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    pip("install", requirement, python=folder / "bin" / "python")
+    return folder / "bin"
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("TMS_")}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=clean | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_the_client_alone(wheel: Path, server: Server, tmp_path: Path) -> None:
+    programs = environment(tmp_path / "venv", str(wheel))
+    code = (
+        "import numpy, model_client\n"
+        "with model_client.ModelClient('echo') as client:\n"
+        "    print(client.run_image(numpy.zeros((2, 2), 'uint8')).shape)\n"
+        "from importlib.metadata import distributions\n"
+        "print(sorted({one.name.lower() for one in distributions()} - {'pip', 'setuptools'}))\n"
+    )
+    ran = run(programs / "python", "-c", code, cwd=tmp_path, TMS_ADDRESS=server.address)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.splitlines()[0] == "(2, 2)"
+    assert ran.stdout.splitlines()[1] == str(["grpcio", "numpy", "protobuf", "tiny-model-server", "typing_extensions"])
+    ran = run(programs / "tiny-model-server", cwd=tmp_path)
+    assert ran.returncode == 2
+    assert "the server needs: pip install 'tiny-model-server[server]'" in ran.stderr
+
+
+def test_the_server(wheel: Path, tmp_path: Path) -> None:
+    programs = environment(tmp_path / "venv", f"{wheel}[server]")
+    write_model(tmp_path / "models", "mine", ANSWERS.format("here"))
+    command = programs / "tiny-model-server"
+    assert run(command, "--version", cwd=tmp_path).stdout.strip() == tiny_model_server.__version__
+    assert run(command, "list", cwd=tmp_path).stdout.startswith("mine\t")
+    env = {"PATH": os.environ["PATH"], "TMS_PORT": "50777", "TMS_HTTP_PORT": "8777", "TMS_HOST": "127.0.0.1"}
+    process = subprocess.Popen([command], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
+    try:
+        with ModelClient("mine", "127.0.0.1", 50777) as client:
+            assert client.run_text("x") == "here"
+            wait_for(lambda: run(command, "health", cwd=tmp_path, **env).returncode == 0, "health")
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_the_licence_is_apache() -> None:
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text
+    assert "Version 2.0, January 2004" in text
