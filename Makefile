@@ -16,7 +16,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test check bench faults locust test_k8s soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test check bench faults locust ray test_k8s soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -47,6 +47,10 @@ faults: $(VENV)/test.done ## what replicas may do, and what a steady load of one
 
 locust: $(VENV)/test.done ## load test of the server at HOST (localhost:50000), with its page on port 8089; see tests/locustfile.py
 	$(BIN)/locust -f tests/locustfile.py --host $(HOST) $(LOCUST)
+
+ray: $(VENV)/run.done ## serve the models on Ray: on a cluster of its own, or the one that RAY_ADDRESS names
+	$(BIN)/pip install $(PIP_FLAGS) -r examples/requirements-ray.txt
+	$(BIN)/python examples/on_ray.py
 
 test_k8s: $(VENV)/test.done ## prove the manifests on a real node, as root; CLUSTER: the scripts that build and start it
 	$(BIN)/python tests/k8s_cluster.py $(CLUSTER)

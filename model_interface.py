@@ -23,6 +23,8 @@ class ModelInterface(ABC):
     """How long the first item of a batch may wait for company, in milliseconds. 0: never while a worker is idle."""
     workers: ClassVar[int] = 1
     """Processes that run this model."""
+    max_workers: ClassVar[int] = 0
+    """On Ray, where their number follows the load: the most there may be. 0: always ``workers``."""
     concurrency: ClassVar[int] = 1
     """Threads in each worker that call ``run`` at once; for models that wait on the network."""
     timeout_s: ClassVar[float] = 60

@@ -116,7 +116,9 @@ def scenes() -> None:
         kubectl("delete", "pod", pods()[0]["metadata"]["name"], "--force", "--grace-period=0")
         wait_for(lambda: ready(2), "its successor", timeout=60)
     with load("drain, held by the disruption budget", 50):
-        assert "Cannot evict pod" in kubectl("drain", "node1", "--force", "--timeout=15s", check=False)
+        assert "Cannot evict pod" in kubectl(
+            "drain", "node1", "--force", "--delete-emptydir-data", "--timeout=15s", check=False
+        )
         assert sum("deletionTimestamp" not in pod["metadata"] for pod in pods()) >= 1
         kubectl("uncordon", "node1")
     wait_for(lambda: ready(2), "the drained pod's successor", timeout=60)

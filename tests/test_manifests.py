@@ -1,4 +1,4 @@
-"""What is shipped for containers and clusters, unmodified, by schemas and linters; ``make test_k8s`` runs it for real."""
+"""What is shipped for containers and clusters, unmodified, by schemas and linters; ``make test_k8s`` runs it."""
 
 import shutil
 import subprocess

@@ -129,6 +129,7 @@ class ModelOptions:
     max_batch_size: int = _setting(1, _number(int, 1, 65536), "most items in one batch")
     max_wait_ms: float = _setting(0.0, _number(float, 0, 60000), "how long a batch may wait for company")
     workers: int = _setting(1, _number(int, 1, 256), "worker processes")
+    max_workers: int = _setting(0, _number(int, 0, 4096), "on Ray: most worker processes when it scales; 0: workers")
     concurrency: int = _setting(1, _number(int, 1, 64), "threads in a worker that call run at once")
     timeout_s: float = _setting(60.0, _number(float, 0.001), "longest time of one batch")
     load_timeout_s: float = _setting(300.0, _number(float, 0.001), "longest time of import, __init__ and warm-up")
