@@ -18,8 +18,9 @@ import psutil
 import pytest
 
 import model_client
+from tests import settings_table
 from tests.conftest import MODELS, ROOT, Server, wait_for
-from tiny_model_server.settings import ModelOptions, Settings, SettingsError, model_overrides, settings_table
+from tiny_model_server.settings import ModelOptions, Settings, SettingsError, model_overrides
 
 BROKEN = ROOT / "tests" / "broken_models"
 
@@ -146,8 +147,7 @@ def test_settings_are_frozen_and_all_described() -> None:
     with pytest.raises(AttributeError):
         settings.port = 1  # type: ignore[misc]
     readme = (ROOT / "README.md").read_text()
-    for variable, default, meaning in settings_table():
-        assert f"| `{variable}` | `{default}` | {meaning} |" in readme
+    assert "\n".join(settings_table.rows()) in readme
     assert model_overrides("my-net", {"TMS_MODEL_MY_NET_WORKERS": "2"}) == {"workers": 2}
     with pytest.raises(SettingsError, match="TMS_MODEL_X_TIMEOUT_S='soon' must be a number"):
         model_overrides("x", {"TMS_MODEL_X_TIMEOUT_S": "soon"})

@@ -23,6 +23,7 @@ class Item:
         "_done",
         "args",
         "attempts",
+        "begun",
         "chunks",
         "deadline",
         "enqueued",
@@ -55,7 +56,7 @@ class Item:
         self.chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
         self.once = once
         self.attempts = 0
-        self.enqueued = time.monotonic()
+        self.enqueued = self.begun = time.monotonic()
         self.outcome: Outcome | None = None
         self._done = threading.Lock()
         self._done.acquire()

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from tiny_model_server import wire
+import grpc
+
+from tiny_model_server import tracing, wire
 from tiny_model_server.trust import Trust
 
 LIVE_SERVICE = "TinyModelServer"
@@ -55,9 +57,14 @@ def open_channel(grpc_or_aio: Any, target: str, trust: Trust, policy: str = "loa
     """
     credentials, more = trust.credentials(), trust.options(target)
     options = _options(POLICIES[policy], retry) + more
-    if credentials:
-        return grpc_or_aio.secure_channel(target, credentials, options=options)
-    return grpc_or_aio.insecure_channel(target, options=options)
+    kind, with_credentials = (
+        (grpc_or_aio.secure_channel, [credentials]) if credentials else (grpc_or_aio.insecure_channel, [])
+    )
+    if grpc_or_aio is grpc:
+        return tracing.traced(kind(target, *with_credentials, options=options))
+    return kind(
+        target, *with_credentials, options=options, interceptors=tracing.interceptors("aio_client_interceptors")
+    )
 
 
 class Target:

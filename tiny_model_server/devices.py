@@ -9,14 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _CUDA = re.compile(r"(?:cuda:)?(\d+)|(GPU-[0-9a-fA-F-]+|MIG-[0-9a-zA-Z/-]+)")
-_THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "OPENCV_FOR_THREADS_NUM",
-)
+_THREAD_VARIABLES = """OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS NUMEXPR_NUM_THREADS
+VECLIB_MAXIMUM_THREADS OPENCV_FOR_THREADS_NUM""".split()
 # glibc gives buffers of 128 KiB and more back to the system at once, and page-faults them anew for each image.
 # One arena, so that what one thread has freed serves the next one.
 _MALLOC = {

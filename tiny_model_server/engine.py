@@ -1,6 +1,7 @@
 """The one door: every protocol comes through here to run models and to ask about them."""
 
 import hmac
+import itertools
 import json
 import logging
 import queue
@@ -14,6 +15,7 @@ from ipaddress import ip_address
 from typing import Any
 from urllib.parse import unquote
 
+from tiny_model_server import tracing
 from tiny_model_server.batcher import Item, Outcome, cancelled
 from tiny_model_server.codec import ARRAY, Packed, dtype_name, signature
 from tiny_model_server.errors import (
@@ -254,6 +256,9 @@ class Engine:
             items = [Item(data, args, key(data), deadline=call.deadline, plain=plain, once=once) for data in values]
             self._submit(model, items, call)
             outcomes = [item.wait() for item in items]
+            now = time.monotonic()
+            steps = ((("queue", item.enqueued, item.begun), ("compute", item.begun, now)) for item in items)
+            tracing.spans(model.name, itertools.chain.from_iterable(steps))
             statuses = [_status(outcome) for outcome in outcomes]
             return outcomes
         except ServerError as error:

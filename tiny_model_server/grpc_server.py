@@ -13,7 +13,7 @@ import grpc
 from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection
 
-from tiny_model_server import health, tls, wire
+from tiny_model_server import health, tls, tracing, wire
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput, Overloaded, ServerError
 from tiny_model_server.protocols import native
@@ -50,7 +50,10 @@ class GrpcServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 500),  # clients ping to notice a frozen server
                 ("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)),
             ],
-            interceptors=[_TokenCheck(engine)] if settings.token else [],
+            interceptors=[
+                *tracing.interceptors("server_interceptor"),
+                *([_TokenCheck(engine)] if settings.token else []),
+            ],
         )
         for protocol in PROTOCOLS:
             self._bind(protocol.SCHEMA, protocol.SERVICE, protocol.handlers(engine))

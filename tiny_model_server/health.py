@@ -85,9 +85,7 @@ class Health:
                 check, methods["Check"].request.FromString, self._response.SerializeToString
             ),
             "Watch": grpc.unary_stream_rpc_method_handler(
-                watch,
-                methods["Watch"].request.FromString,
-                self._response.SerializeToString,
+                watch, methods["Watch"].request.FromString, self._response.SerializeToString
             ),
         }
         return grpc.method_handlers_generic_handler(SERVICE, table)

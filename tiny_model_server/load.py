@@ -74,8 +74,10 @@ class ModelLoad:
         self._compute = metrics.compute.labels(name)
         self._batch = metrics.batch.labels(name)
         self._in_flight = metrics.in_flight.labels(name)
-        self._dropped = metrics.dropped.labels(name)
-        self._restarts = metrics.restarts.labels(name)
+        self.dropped: Callable[[], None] = metrics.dropped.labels(name).inc
+        """Notes an input that was not run because nobody waits for it."""
+        self.restarted: Callable[[], None] = metrics.restarts.labels(name).inc
+        """Notes a worker that died."""
         self._ok = metrics.requests.labels(name, "OK")
         self._busy, self._answers, self._errors = _Window(), _Window(), _Window()
         self._report = (0.0, b"")
@@ -141,14 +143,6 @@ class ModelLoad:
             if metric := self._metrics.own(name, Histogram):
                 for value in values:
                     metric.labels(self._name).observe(value)
-
-    def dropped(self) -> None:
-        """Notes an input that was not run because nobody waits for it."""
-        self._dropped.inc()
-
-    def restarted(self) -> None:
-        """Notes a worker that died."""
-        self._restarts.inc()
 
     def busy_fraction(self) -> float:
         """The part of the last whole seconds that the workers were busy with batches that have ended."""

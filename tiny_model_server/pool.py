@@ -409,6 +409,8 @@ class Pool:
         while (batch := self._batcher.take(options.max_batch_size, options.max_wait_ms / 1000, leave)) is not None:
             suspect = batch[0].attempts > 0
             now = time.monotonic()
+            for item in batch:
+                item.begun = now
             started = self._load.started([now - item.enqueued for item in batch])
             try:
                 with self._suspects if suspect else nullcontext():

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,22 +177,6 @@ def stray_overrides(names: list[str], env: Mapping[str, str] = os.environ) -> li
 def model_prefix(name: str) -> str:
     """TMS_MODEL_MY_NET_ for a model called my-net."""
     return f"{MODEL_PREFIX}{name.upper().replace('-', '_')}_"
-
-
-def settings_table() -> list[tuple[str, str, str]]:
-    """(variable, default, meaning) of every setting, for the README's table."""
-    rows = [(PREFIX + item.name.upper(), _default(item), item.metadata["doc"]) for item in fields(Settings)]
-    return rows + [
-        (f"{MODEL_PREFIX}<NAME>_{item.name.upper()}", _default(item), item.metadata["doc"])
-        for item in fields(ModelOptions)
-    ]
-
-
-def _default(item: "Field[Any]") -> str:
-    value = {} if item.default is MISSING else item.default
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return str(int(value)) if isinstance(value, bool) else "" if value is None else str(value)
 
 
 def _checked(variable: str, text: str, item: "Field[Any]") -> Any:

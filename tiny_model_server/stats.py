@@ -53,10 +53,5 @@ class Stats:
 
     def _of(self, replica: _Replica) -> dict[str, float]:
         cuts = statistics.quantiles([*replica.latencies, *replica.latencies], n=100)
-        return {
-            "calls": replica.calls,
-            "failed": replica.failed,
-            "retries": replica.retries,
-            "p50_ms": 1000 * cuts[49],
-            "p99_ms": 1000 * cuts[98],
-        }
+        counts = {key: getattr(replica, key) for key in ("calls", "failed", "retries")}
+        return counts | {"p50_ms": 1000 * cuts[49], "p99_ms": 1000 * cuts[98]}

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,9 @@ class WebServer:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         """Binds the port; SettingsError if it cannot be had."""
 
-        class Handler(_Handler):
-            pass
-
-        Handler.engine = engine
+        handler = type("Handler", (_Handler,), {"engine": engine})
         try:
-            self._server = ThreadingHTTPServer((settings.host, settings.http_port or 0), Handler)
+            self._server = ThreadingHTTPServer((settings.host, settings.http_port or 0), handler)
         except OSError as error:
             raise SettingsError(
                 f"TMS_HTTP_PORT={settings.http_port} cannot be listened on: {error.strerror}; "
@@ -141,11 +138,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse_other_sites(self) -> None:
         """PermissionDenied if another site's page sent this, or a page whose name was made to stand for this host."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        same_site = self.headers.get("Sec-Fetch-Site", "none") in ("same-origin", "none")
-        if not same_site or (origin is not None and urlsplit(origin).netloc != host):
-            raise PermissionDenied("another site's page may not do this")
-        if origin is not None and _is_local(self.client_address[0]) and not _is_local(urlsplit(f"//{host}").hostname):
-            raise PermissionDenied("a page from this host is asked for by localhost or 127.0.0.1")
+        foreign = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
+        if origin is not None:  # a browser; a name that leads to this host must be this host's own
+            renamed = _is_local(self.client_address[0]) and not _is_local(urlsplit(f"//{host}").hostname)
+            foreign = foreign or urlsplit(origin).netloc != host or renamed
+        if foreign:
+            raise PermissionDenied(
+                "another site's page may not do this; from this host, ask for localhost or 127.0.0.1"
+            )
 
     def _answer(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
         self._send(status, "application/json", json.dumps(value).encode() + b"\n", headers)
@@ -185,12 +185,14 @@ def _input(kind: str, body: bytes) -> tuple[Any, dict[str, Any]]:
     elif message.get_content_type() in ("application/json", "text/plain"):
         fields = {"data" if kind.startswith("application/json") else "text": body}
     args = codec.parse_args(_text(fields.pop("args", b"")))
-    if len(fields) == 1 and "image" in fields:
-        return EncodedImage(fields["image"]), args
-    if len(fields) == 1 and "text" in fields:
-        return _text(fields["text"]), args
-    if len(fields) == 1 and "data" in fields:
-        return codec.parse_json(_text(fields["data"])), args
+    parsers: dict[str, Callable[[bytes], Any]] = {
+        "image": EncodedImage,
+        "text": _text,
+        "data": lambda content: codec.parse_json(_text(content)),
+    }
+    field, content = fields.popitem() if len(fields) == 1 else ("", b"")
+    if parse := parsers.get(field):
+        return parse(content), args
     raise InvalidInput(
         "send one of image (a file), text or data (JSON), and args (a JSON object) if you like, as a form; "
         "or a body of type image/*, text/plain or application/json"
@@ -212,9 +214,7 @@ def _view(value: Any) -> Any:
         return [_view(item) for item in value]
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
-    if not isinstance(value, np.ndarray):
-        return json.loads(codec.plain_json(value))
-    if value.size <= _LONGEST_LIST:
+    if not isinstance(value, np.ndarray) or value.size <= _LONGEST_LIST:
         return json.loads(codec.plain_json(value))
     facts: dict[str, Any] = {"array": f"{codec.dtype_name(value.dtype)} {'x'.join(map(str, value.shape))}"}
     if value.dtype.kind in "biuf":

@@ -34,13 +34,13 @@ class _Native:
         self._states = wire.message(SCHEMA, "server.ModelStates")
 
     def RunText(self, request: Any, call: Call) -> Any:
-        return self._run(request, _text(request.text), call)
+        return self._run(request, codec.pack(request.text), call)
 
     def RunImage(self, request: Any, call: Call) -> Any:
         return self._run(request, _image(request.image), call)
 
     def RunBatchText(self, request: Any, call: Call) -> Any:
-        return self._run_batch(request, [_text(text) for text in request.texts], call)
+        return self._run_batch(request, [codec.pack(text) for text in request.texts], call)
 
     def RunBatchImage(self, request: Any, call: Call) -> Any:
         return self._run_batch(request, [_named(_image, i, image) for i, image in enumerate(request.images)], call)
@@ -155,10 +155,6 @@ class _Native:
 
     def _json(self, value: Any) -> Any:
         return self._response(data=json.dumps(value))
-
-
-def _text(text: str) -> Packed:
-    return codec.pack(text)
 
 
 def _image(image: Any) -> Packed:
