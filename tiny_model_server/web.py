@@ -185,11 +185,7 @@ def _input(kind: str, body: bytes) -> tuple[Any, dict[str, Any]]:
     elif message.get_content_type() in ("application/json", "text/plain"):
         fields = {"data" if kind.startswith("application/json") else "text": body}
     args = codec.parse_args(_text(fields.pop("args", b"")))
-    parsers: dict[str, Callable[[bytes], Any]] = {
-        "image": EncodedImage,
-        "text": _text,
-        "data": lambda content: codec.parse_json(_text(content)),
-    }
+    parsers: dict[str, Callable[[bytes], Any]] = {"image": EncodedImage, "text": _text, "data": _json}
     field, content = fields.popitem() if len(fields) == 1 else ("", b"")
     if parse := parsers.get(field):
         return parse(content), args
@@ -204,6 +200,10 @@ def _text(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         raise InvalidInput("text must be UTF-8") from None
+
+
+def _json(data: bytes) -> Any:
+    return codec.parse_json(_text(data))
 
 
 def _view(value: Any) -> Any:
