@@ -88,5 +88,5 @@ def copy_tree(folder: Path, *models: str) -> Path:
     for file in files:
         if not file.startswith(("models/", "tests/")) or file.split("/")[1] in models:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
+            shutil.copy2(ROOT / file, folder / file)
     return folder
