@@ -1,13 +1,17 @@
 """The load test, headless and short, against a real server; and that a missed service level is told."""
 
 import csv
+import json
 import subprocess
 import sys
+import urllib.parse
+import urllib.request
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Server
+from tests.balance import free_port
+from tests.conftest import ROOT, Server, wait_for
 
 
 def locust(server: Server, folder: Path, *options: str) -> tuple[int, list[dict[str, str]], str]:
@@ -46,3 +50,30 @@ def test_a_missed_service_level_is_an_exit_code(server: Server, tmp_path: Path, 
     code, _, printed = locust(server, tmp_path, *options)
     assert code == 1
     assert said in printed
+
+
+def test_its_page(server: Server) -> None:
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    options = ["--host", server.address, "--web-host", "127.0.0.1", "--web-port", str(port)]
+    command = [sys.executable, "-m", "locust", "-f", "tests/locustfile.py", *options]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def fetch(path: str, **form: object) -> str:
+        data = urllib.parse.urlencode(form).encode() if form else None
+        try:
+            with urllib.request.urlopen(f"{address}{path}", data, timeout=5) as answer:
+                return str(answer.read().decode())
+        except OSError:
+            return ""
+
+    try:
+        page = wait_for(lambda: fetch("/"), "the page")
+        assert "max_p99_ms" in page  # our options can be set there
+        started = fetch("/swarm", user_count=2, spawn_rate=2, host=server.address, model="echo", mix="text=1")
+        assert json.loads(started)["success"]
+        wait_for(lambda: json.loads(fetch("/stats/requests"))["stats"][0]["num_requests"] > 50, "calls")
+        assert json.loads(fetch("/stats/requests"))["fail_ratio"] == 0
+    finally:
+        process.terminate()
+        process.wait(20)

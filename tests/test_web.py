@@ -108,6 +108,8 @@ def test_who_may_do_what(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(tmp_path, TMS_TOKEN="sesame", TMS_ADMIN_TOKEN="admin")
     run, reload = "/models/one/run", "/models/one/reload"
     assert post(server, run, b"x")[0] == 401
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/models", timeout=10)
     assert post(server, run, b"x", Authorization="Bearer sesame") == (200, "x")
     assert post(server, reload, b"", Authorization="Bearer sesame")[0] == 200  # from the server's own host
     assert post(server, "/models/one/unload", b"", Authorization="Bearer sesame")[1]["state"] == "UNLOADED"
@@ -236,6 +238,17 @@ def test_the_page(page: tuple[WebDriver, Server], png: bytes, tmp_path: Path) ->
         wait_for(busy, "the rate to be shown")
     for line in browser.get_log("browser"):  # type: ignore[attr-defined]
         assert "409" in line["message"] or "favicon" in line["message"], line
+
+
+def test_the_page_asks_for_the_token(browser: WebDriver, start_server: StartServer) -> None:
+    server = start_server(TMS_TOKEN="sesame")
+    browser.get(f"http://127.0.0.1:{server.http_port}/")
+    wait_for(lambda: browser.find_element(By.ID, "token").is_displayed(), "the question")
+    browser.find_element(By.ID, "token").send_keys("sesame")
+    choose(browser, "echo")
+    browser.find_element(By.ID, "text").send_keys("hello")
+    browser.find_element(By.CSS_SELECTOR, "#form button").click()
+    wait_for(lambda: '"hello"' in text_of(browser, "answer"), "the answer")
 
 
 def test_the_page_on_a_phone(page: tuple[WebDriver, Server]) -> None:

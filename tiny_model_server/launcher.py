@@ -16,7 +16,7 @@ from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
 from tiny_model_server.reload import watch
-from tiny_model_server.repository import ServedModel, State, discover
+from tiny_model_server.repository import State, discover
 from tiny_model_server.settings import Settings, SettingsError
 from tiny_model_server.web import WebServer
 
@@ -41,11 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         logs.configure(settings.log_level, settings.log_format)
         if options.command == "check":
             return check_model(settings, options.name)
-        if options.command == "list":
-            return list_models(settings)
-        if options.command == "health":
-            return health(settings)
-        return serve(settings)
+        return {"list": list_models, "health": health}.get(options.command, serve)(settings)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -117,21 +113,17 @@ def check_model(settings: Settings, name: str) -> int:
         model.load()
         assert model.loaded
         print(f"{name}: loaded and warmed up; input shape {model.loaded.input_shape}, {model.loaded.options}")
-        return _round_trip(engine, model)
+        if model.loaded.example is None:
+            print(f"{name}: has no example, so nothing was run; give the class one to have it checked")
+        else:
+            answer = codec.unpack(engine.run(name, model.loaded.example, {}, Call()))
+            print(f"{name}: answers its example with {answer!r}")
+        return 0
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
         engine.stop(_STOP_WORKERS_S)
-
-
-def _round_trip(engine: Engine, model: ServedModel) -> int:
-    if not model.loaded or model.loaded.example is None:
-        print(f"{model.name}: has no example, so nothing was run; give the class one to have it checked")
-        return 0
-    answer = engine.run(model.name, model.loaded.example, {}, Call())
-    print(f"{model.name}: answers its example with {codec.unpack(answer)!r}")
-    return 0
 
 
 def list_models(settings: Settings) -> int:

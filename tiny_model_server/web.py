@@ -19,7 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from tiny_model_server import codec
 from tiny_model_server.codec import EncodedImage
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import InvalidInput, Overloaded, PermissionDenied, ServerError
+from tiny_model_server.errors import InvalidInput, PermissionDenied, ServerError
 from tiny_model_server.settings import Settings, SettingsError
 
 log = logging.getLogger("tiny_model_server.web")
@@ -73,6 +73,19 @@ class _Handler(BaseHTTPRequestHandler):
     engine: Engine
 
     def do_GET(self) -> None:
+        try:
+            self._get() if self.command == "GET" else self._post()
+        except ServerError as error:
+            later = getattr(error, "retry_after_ms", None)
+            more = {"Retry-After": str(-(-later // 1000))} if later else {}
+            self._answer(_HTTP_STATUS.get(error.status, 500), {"error": str(error), "status": error.status}, more)
+        except Exception as error:
+            log.exception("%s %s failed", self.command, self.path)
+            self._answer(500, {"error": f"a fault in the server: {type(error).__name__}: {error}"})
+
+    do_POST = do_GET
+
+    def _get(self) -> None:
         path = urlsplit(self.path).path.rstrip("/")
         engine = self.engine
         if path == "":
@@ -83,6 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             ready = engine.ready and not engine.stopping
             self._answer(200 if ready else 503, {"ready": ready})
         elif path == "/models":
+            engine.authenticate(self._metadata())
             self._answer(200, {"models": [model.describe() for model in engine.models()]})
         elif path == "/metrics":
             self._send(200, CONTENT_TYPE_LATEST, engine.metrics.text())
@@ -90,29 +104,23 @@ class _Handler(BaseHTTPRequestHandler):
             known = "/, /livez, /readyz, /models, /metrics, and POST /models/NAME/run"
             self._answer(404, {"error": f"there is no {path}; there are {known}"})
 
-    def do_POST(self) -> None:
-        try:
-            body = self._body()
-            parts = [unquote(part) for part in urlsplit(self.path).path.split("/")]
-            if len(parts) != 4 or parts[1] != "models" or parts[3] not in ("run", "load", "unload", "reload"):
-                return self._answer(404, {"error": "post to /models/NAME/run, or load, unload, reload"})
-            self._refuse_other_sites()
-            metadata = {name.lower(): value for name, value in self.headers.items()}
-            host, port = self.client_address[:2]
-            peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-            call = Call(time.monotonic() + _TIMEOUT_S, peer, metadata)
-            self.engine.authenticate(metadata)
-            if parts[3] == "run":
-                return self._run(parts[2], body, call)
-            self.engine.authorize(call)
-            self._answer(200, getattr(self.engine, parts[3])(parts[2]).describe())
-        except ServerError as error:
-            later = error.retry_after_ms if isinstance(error, Overloaded) else None
-            more = {} if later is None else {"Retry-After": str(-(-later // 1000))}
-            self._answer(_HTTP_STATUS.get(error.status, 500), {"error": str(error), "status": error.status}, more)
-        except Exception as error:
-            log.exception("POST %s failed", self.path)
-            self._answer(500, {"error": f"a fault in the server: {type(error).__name__}: {error}"})
+    def _post(self) -> None:
+        body, metadata = self._body(), self._metadata()
+        parts = [unquote(part) for part in urlsplit(self.path).path.split("/")]
+        if len(parts) != 4 or parts[1] != "models" or parts[3] not in ("run", "load", "unload", "reload"):
+            return self._answer(404, {"error": "post to /models/NAME/run, or load, unload, reload"})
+        self._refuse_other_sites()
+        host, port = self.client_address[:2]
+        peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+        call = Call(time.monotonic() + _TIMEOUT_S, peer, metadata)
+        self.engine.authenticate(metadata)
+        if parts[3] == "run":
+            return self._run(parts[2], body, call)
+        self.engine.authorize(call)
+        self._answer(200, getattr(self.engine, parts[3])(parts[2]).describe())
+
+    def _metadata(self) -> dict[str, str]:
+        return {name.lower(): value for name, value in self.headers.items()}
 
     def _run(self, name: str, body: bytes, call: Call) -> None:
         data, args = _input(self.headers.get("Content-Type", ""), body)
