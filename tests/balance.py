@@ -106,7 +106,7 @@ def steady(
 ) -> Outcome:
     """Sends images at a rate, whatever the answers take, while ``event`` happens after ``at_s`` seconds."""
     outcome, done, lock = Outcome(), threading.Semaphore(0), threading.Lock()
-    client.run_image(IMAGE)
+    client.list_models()
     happening = threading.Thread(target=lambda: (time.sleep(at_s), event and event()))
     happening.start()
     begun = time.monotonic()
@@ -133,7 +133,7 @@ def steady(
 def closed_loop(client: ModelClient, callers: int, seconds: float) -> Outcome:
     """As many calls as ``callers`` make that each wait for their answer."""
     outcome, end = Outcome(), time.monotonic() + seconds
-    client.run_image(IMAGE)
+    client.list_models()
 
     def call() -> None:
         while time.monotonic() < end:

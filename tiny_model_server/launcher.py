@@ -4,11 +4,11 @@ import argparse
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import urllib.request
 from dataclasses import replace
-from typing import Any
 
 from tiny_model_server import __version__, codec, logs
 from tiny_model_server.devices import keep_memory, keep_to_one_core
@@ -58,14 +58,22 @@ def serve(settings: Settings) -> int:
     web = WebServer(engine, settings) if settings.http_port is not None else None
     hurry = threading.Event()
 
-    def on_signal(number: int, frame: Any) -> None:
-        if engine.stop_requested.is_set():
-            hurry.set()
-            grpc_server.stop(0)
-        engine.request_stop()
+    # Python's handlers run in the main thread, which a signal that the kernel gives to another thread does not wake;
+    # the descriptor is written to at once, and its reader may take locks.
+    heard, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
+    def obey() -> None:
+        while heard.recv(1):
+            if engine.stop_requested.is_set():
+                hurry.set()
+                grpc_server.stop(0)
+            engine.request_stop()
+
+    threading.Thread(target=obey, name="signals", daemon=True).start()
     grpc_server.start()
     if web:
         web.start()
