@@ -124,6 +124,17 @@ def test_only_settings_and_client_read_the_environment() -> None:
 
 
 def test_the_inside_stays_small() -> None:
-    inside = (ROOT / "tiny_model_server").rglob("*.py")
-    lines = sum(1 for path in inside for line in path.read_text().splitlines() if line.strip())
+    """Lines of code: docstrings and comments are asked for elsewhere, and are not to be saved on."""
+    lines = 0
+    for path in (ROOT / "tiny_model_server").rglob("*.py"):
+        text = path.read_text()
+        strings = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)]
+        docstrings = {
+            line
+            for node in strings
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+        }
+        numbered = enumerate(text.splitlines(), 1)
+        lines += sum(number not in docstrings and line.strip()[:1] not in ("", "#") for number, line in numbered)
     assert lines < 3500

@@ -16,13 +16,13 @@ from grpc_reflection.v1alpha import reflection
 from tiny_model_server import health, tls, tracing, wire
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput, Overloaded, ServerError
-from tiny_model_server.protocols import native
+from tiny_model_server.protocols import native, open_inference
 from tiny_model_server.settings import Settings, SettingsError
 
 log = logging.getLogger("tiny_model_server.grpc")
 
-PROTOCOLS = [native]
-"""Each has SCHEMA, SERVICE and handlers(engine)."""
+DOORS: dict[str, Any] = {"native": native, "open_inference": open_inference}
+"""The protocols by their names in TMS_DOORS; each has SCHEMA, SERVICE and handlers(engine)."""
 
 LIVE_SERVICE = "TinyModelServer"
 """The health name under which the replica serves once every model was loaded or has failed, until it stops."""
@@ -55,10 +55,13 @@ class GrpcServer:
                 *([_TokenCheck(engine)] if settings.token else []),
             ],
         )
-        for protocol in PROTOCOLS:
+        if unknown := set(settings.doors) - set(DOORS):
+            raise SettingsError(f"TMS_DOORS names {', '.join(sorted(unknown))}; there are {', '.join(DOORS)}")
+        protocols = [DOORS[name] for name in settings.doors]
+        for protocol in protocols:
             self._bind(protocol.SCHEMA, protocol.SERVICE, protocol.handlers(engine))
         self._server.add_generic_rpc_handlers([self._health.generic_handler()])
-        names = [protocol.SERVICE for protocol in PROTOCOLS]
+        names = [protocol.SERVICE for protocol in protocols]
         reflection.enable_server_reflection(
             [*names, health.SERVICE, reflection.SERVICE_NAME], self._server, pool=wire.pool
         )
@@ -99,12 +102,14 @@ class GrpcServer:
             raise SettingsError(f"{setting} cannot be listened on: is another server there? Choose another") from None
 
     def _bind(self, schema: str, service: str, handlers: dict[str, Callable[[Any, Call], Any]]) -> None:
-        table: dict[str, Any] = {
-            name: grpc.unary_stream_rpc_method_handler(self._streaming(method, handlers[name]))
-            if method.server_streaming
-            else grpc.unary_unary_rpc_method_handler(self._unary(method, handlers[name]))
-            for name, method in wire.methods(schema, service).items()
-        }
+        table: dict[str, Any] = {}
+        for name, method in wire.methods(schema, service).items():
+            if not method.server_streaming:
+                table[name] = grpc.unary_unary_rpc_method_handler(self._unary(method, handlers[name]))
+            elif method.client_streaming:
+                table[name] = grpc.stream_stream_rpc_method_handler(self._streaming(method, handlers[name]))
+            else:
+                table[name] = grpc.unary_stream_rpc_method_handler(self._streaming(method, handlers[name]))
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, table)])
 
     def _unary(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], bytes]:
@@ -119,9 +124,10 @@ class GrpcServer:
         return answer
 
     def _streaming(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[..., Iterator[bytes]]:
-        def answer(data: bytes, context: Any) -> Iterator[bytes]:
+        def answer(data: Any, context: Any) -> Iterator[bytes]:
             with self._answering(method, context) as call:
-                for response in handler(_parse(method, data), call):
+                many = (_parse(method, one) for one in data) if method.client_streaming else _parse(method, data)
+                for response in handler(many, call):
                     yield response.SerializeToString()
 
         return answer

@@ -48,6 +48,10 @@ def _one_of(*allowed: str) -> Check:
     return check
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
 def _port_or_off(text: str) -> int | None:
     return None if text.lower() == "off" else int(_number(int, 0, 65535)(text))
 
@@ -74,6 +78,9 @@ class Settings:
     port: int = _setting(50000, _number(int, 0, 65535), "gRPC port; 0 takes a free one")
     http_port: int | None = _setting(8080, _port_or_off, "HTTP port; 0 takes a free one, off opens none")
     socket: str = _setting("", str, "path of a unix socket to listen on as well")
+    doors: tuple[str, ...] = _setting(
+        ("native", "open_inference"), _names, "protocols that are answered on the gRPC port"
+    )
     models_dir: Path = _setting(Path("models"), Path, "folder whose subfolders are the models")
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
     log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
