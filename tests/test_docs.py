@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import cv2
 import numpy as np
 import pytest
 
-from model_client import ModelClient
+from model_client import DeadlineExceeded, ModelClient, ServerUnavailable
 from tests.conftest import ROOT
 from tests.engine import copy_tree
 from tests.test_security import Certificates
@@ -84,10 +85,18 @@ class Reader:
 
     def serve(self, **settings: str) -> None:
         self.stop()
-        self.server = subprocess.Popen([sys.executable, "server.py"], cwd=self.folder, env=self.env | settings)
         ca = self.folder / "ca.pem" if "TMS_TLS_CERT" in settings else None
-        with ModelClient("", "localhost", 50000, ca=ca, token=settings.get("TMS_TOKEN", "")) as client:
-            client.list_models()
+        for _ in range(5):  # the docs' port may be what another process's connection happens to have
+            self.server = subprocess.Popen([sys.executable, "server.py"], cwd=self.folder, env=self.env | settings)
+            with ModelClient("", "localhost", 50000, ca=ca, token=settings.get("TMS_TOKEN", "")) as client:
+                while self.server.poll() is None:
+                    try:
+                        client.list_models(timeout=1)
+                        return
+                    except (ServerUnavailable, DeadlineExceeded):
+                        pass
+            time.sleep(1)
+        raise AssertionError("the server does not start")
 
     def stop(self) -> None:
         if self.server:
