@@ -11,7 +11,9 @@ import pytest
 import skimage.data
 
 import model_client
+from model_client import ModelClient
 from tests.conftest import Server, wait_for
+from tiny_model_server import wire
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
 DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
@@ -286,3 +288,14 @@ def test_mixed_load_reaches_its_own_callers(server: Server) -> None:
 
     with ThreadPoolExecutor(32) as threads:
         assert all(threads.map(call, range(400)))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5, 5), (8, 16), (100, 200, 3), (600, 1000, 4)])
+@pytest.mark.parametrize("dtype", ["uint8", "float64"])
+def test_pixels_apart_are_the_same_message(shape: tuple[int, ...], dtype: str) -> None:
+    array = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
+    kind = wire.message("server", "server.ImageArgs")
+    sent = ModelClient("m")._image_request("RunImage", array[::-1], {"a": 1}, lambda response: response).message
+    height, width, channels = (*shape, 1)[:3]
+    image = {"height": height, "width": width, "channels": channels, "dtype": dtype, "data": array[::-1].tobytes()}
+    assert kind.FromString(sent) == kind(image=image, model="m", args='{"a": 1}', accept_arrays=True)
