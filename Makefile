@@ -16,7 +16,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test check bench faults locust ray test_k8s soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test fuzz check bench faults locust ray test_k8s soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -32,6 +32,9 @@ test: $(VENV)/test.done ## install what the tests need and run them
 	$(BIN)/python -m pytest
 
 run_tests: test ## the same
+
+fuzz: $(VENV)/test.done ## malformed requests at random, thousands for each kind
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --timeout=0
 
 check: $(VENV)/test.done ## lint, formatting, types, import direction, descriptors
 	$(BIN)/ruff check .

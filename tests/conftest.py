@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from model_client import ModelClient
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "models"
+
+# The suite tries the same requests each time; `make fuzz` tries many others.
+settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("fuzz", max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("suite")
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20) -> Any:

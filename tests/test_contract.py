@@ -14,7 +14,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, Server, wait_for
@@ -221,7 +221,6 @@ models = st.sampled_from(["echo", "describe", "nobody", "", "../echo"])
 ALLOWED = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"}
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_request_gets_a_status_of_the_right_set(raw: RawClient, data: st.DataObject) -> None:
     method = data.draw(st.sampled_from(["RunText", "RunImage", "RunBatchImage", "RunImageToImage", "Run", "RunBatch"]))
@@ -262,7 +261,6 @@ def test_any_request_gets_a_status_of_the_right_set(raw: RawClient, data: st.Dat
     assert raw.call("RunText", raw.message("TextArgs", text="good", model="echo")).data == '"good"'
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(method=st.sampled_from(sorted(wire.methods("server", "server.Server"))), noise=st.binary(max_size=60))
 def test_any_bytes_get_a_status_of_the_right_set(raw: RawClient, method: str, noise: bytes) -> None:
     if method == "StopServer":

@@ -185,7 +185,7 @@ def _input(tensor: Any, raw: bytes | None) -> Any:
     found = getattr(tensor.contents, field)
     _check_count(tensor, len(found))
     try:
-        return np.array(list(found), dtype).reshape(tuple(tensor.shape))
+        return codec.array_from(dtype, tensor.shape, codec.raw(np.array(list(found), dtype)))
     except OverflowError as error:
         raise InvalidInput(str(error)) from None
 
