@@ -25,6 +25,7 @@ ARRAY = '{"$array": 0}'
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|<U\d{1,9}|\|S\d{1,9}|<[mM]8(\[\d*\w+\])?")
 
+_IMAGE_FILES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
 _ARRAY_REFERENCE = re.compile(r'"\$array":\s*(\d{1,9})\b')
 
 
@@ -147,6 +148,20 @@ def image_from(height: int, width: int, channels: int, dtype: str, data: Buffer)
     if min(height, width, channels) < 1:
         raise InvalidInput(f"an image needs positive height, width and channels, not {height}x{width}x{channels}")
     return array_from(dtype or "uint8", (height, width) if channels == 1 else (height, width, channels), data)
+
+
+def from_bytes(data: bytes, kind: str = "") -> Any:
+    """An EncodedImage, text or bytes: as ``kind`` says, "image...", "bytes" or a media type; or by what ``data`` is."""
+    if kind.startswith("image") or (not kind and data.startswith(_IMAGE_FILES)):
+        return EncodedImage(data)
+    if kind in ("bytes", "raw", "application/octet-stream"):
+        return data
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        if kind:
+            raise InvalidInput(f"content type {kind!r}, but the text is not UTF-8") from None
+        return data
 
 
 def require_image(array: Array) -> Array:

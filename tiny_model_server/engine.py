@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -50,6 +51,8 @@ class Call:
     """Registers a function to be called when the call ends, by cancellation too; False if it has ended."""
     repeatable: bool = True
     """False forbids to run the inputs again if a worker dies of them or with them."""
+    model: str = ""
+    """The model that a router in front chose; it goes before the one that the request names."""
     trailing: dict[str, str | bytes] = field(default_factory=dict)
     """Metadata to send with the answer's status."""
 
@@ -64,6 +67,7 @@ class Engine:
         self.metrics = Metrics()
         self._repository = Repository(settings, self.metrics, self._changed)
         self._admitted = threading.BoundedSemaphore(settings.threads)
+        self._room = threading.Lock()
         self._stopping = threading.Event()
         self.started = False
         """True once every model was loaded or has failed."""
@@ -78,7 +82,8 @@ class Engine:
         """Loads every model, several at once, and returns when each is READY or FAILED."""
         if not self.settings.lazy:
             with ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="load") as loader:
-                wait([loader.submit(self._try_load, model) for model in self.models()])
+                first = self.models()[: self.settings.max_loaded or None]
+                wait([loader.submit(self._try_load, model) for model in first])
         self.started = True
         self._changed()
 
@@ -131,8 +136,20 @@ class Engine:
             raise InvalidInput(f"the number of workers cannot be {workers}; 0 takes the model's own")
         self._repository.find()
         model = self.model(name)
+        self._make_room(model)
         model.load(workers)
         return model
+
+    def adopt(self, name: str, path: Path) -> ServedModel:
+        """Knows the folder ``path``, wherever it is, as a model of this name; it is to be loaded then."""
+        if not (path / "__init__.py").is_file():
+            raise InvalidInput(f"{str(path)!r} is no model folder: there is no __init__.py in it")
+        return self._repository.add(name, path.resolve())
+
+    def forget(self, name: str, grace_s: float) -> None:
+        """Finishes what an adopted model has queued within ``grace_s`` seconds, and knows it no more."""
+        self.model(name).stop(grace_s)
+        self._repository.remove(name)
 
     def reload(self, name: str) -> ServedModel:
         """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
@@ -155,6 +172,8 @@ class Engine:
     def ready(self) -> bool:
         """True when every model that is meant to be loaded is, and there is one; a lazy server needs one folder."""
         wanted = [model for model in self.models() if model.wanted]
+        if "model_mesh" in self.settings.doors:  # which begins with none, and sends them
+            return self.started and all(self.serving(model) for model in wanted)
         if not self.settings.lazy and not wanted:
             return False
         return bool(self.models()) and all(self.serving(model) for model in wanted)
@@ -181,8 +200,7 @@ class Engine:
         if not items:
             raise InvalidInput("the batch is empty; send at least one input")
         with self._admission():
-            model = self.model(name)
-            model.open_if_lazy()
+            model = self._open(call.model or name)
             args_text = json.dumps(args, sort_keys=True) if args else ""
             if not model.stages:
                 try:
@@ -211,8 +229,7 @@ class Engine:
     def run_stream(self, name: str, data: Packed, args: Mapping[str, Any], call: Call) -> Iterator[Packed]:
         """What the model yields for one input, as it comes; leaving the iterator ends the model's work on it."""
         with self._admission():
-            model = self.model(name)
-            model.open_if_lazy()
+            model = self._open(call.model or name)
             if model.stages:
                 raise ModelUnavailable(f"model {name!r} is a pipeline, which does not stream; call it by Run")
             args_text = json.dumps(args, sort_keys=True) if args else ""
@@ -280,9 +297,28 @@ class Engine:
         loads = [self.model(stage).load_of for stage in model.stages] or [model.load_of]
         call.trailing["endpoint-load-metrics-bin"] = model.load_of.report(min(load.capacity for load in loads))
 
+    def _open(self, name: str) -> ServedModel:
+        model = self.model(name)
+        model.used = time.monotonic()
+        if self.settings.lazy and model.state is State.UNLOADED:
+            self._make_room(model)
+            model.open_if_lazy()
+        return model
+
+    def _make_room(self, model: ServedModel) -> None:
+        """Unloads the models that were not called for longest, if this one would be one too many."""
+        if not self.settings.max_loaded:
+            return
+        with self._room:
+            model.used, model.wanted = time.monotonic(), True
+            others = [other for other in self.models() if other.wanted and other is not model and not other.stages]
+            others.sort(key=lambda other: other.used, reverse=True)
+            for idle in others[self.settings.max_loaded - 1 :]:
+                log.info("model %s is unloaded: TMS_MAX_LOADED=%d", idle.name, self.settings.max_loaded)
+                idle.unload()
+
     def _stage(self, pipeline: ServedModel, name: str) -> ServedModel:
-        stage = self.model(name)
-        stage.open_if_lazy()
+        stage = self._open(name)
         if stage.stages:
             raise ModelUnavailable(f"{pipeline.name!r} names the stage {name!r}, which is a pipeline itself")
         return stage

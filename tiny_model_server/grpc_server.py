@@ -16,12 +16,18 @@ from grpc_reflection.v1alpha import reflection
 from tiny_model_server import health, tls, tracing, wire
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput, Overloaded, ServerError
-from tiny_model_server.protocols import native, open_inference
+from tiny_model_server.protocols import model_mesh, modzy, native, nos, open_inference
 from tiny_model_server.settings import Settings, SettingsError
 
 log = logging.getLogger("tiny_model_server.grpc")
 
-DOORS: dict[str, Any] = {"native": native, "open_inference": open_inference}
+DOORS: dict[str, Any] = {
+    "native": native,
+    "open_inference": open_inference,
+    "model_mesh": model_mesh,
+    "modzy": modzy,
+    "nos": nos,
+}
 """The protocols by their names in TMS_DOORS; each has SCHEMA, SERVICE and handlers(engine)."""
 
 LIVE_SERVICE = "TinyModelServer"
@@ -180,7 +186,12 @@ def _call(context: Any) -> Call:
         metadata=metadata,
         on_end=context.add_callback,
         repeatable=metadata.get("tms-retry") != "no",
+        model=_text(metadata.get("mm-model-id-bin") or metadata.get("mm-model-id", "")),
     )
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else value
 
 
 def _refuse_taken(path: str) -> None:

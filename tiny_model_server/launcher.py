@@ -79,6 +79,7 @@ def serve(settings: Settings) -> int:
         web.start()
     http = f", HTTP on {settings.host}:{web.port}" if web else ""
     log.info("listening: gRPC on %s:%d%s, pid %d", settings.host, grpc_server.port, http, os.getpid())
+    log.info("doors: %s", ", ".join(settings.doors))
     failed = threading.Event()
     threading.Thread(target=_load, args=(engine, settings, failed), name="start").start()
     engine.stop_requested.wait()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
 
 from tiny_model_server import wire
 from tiny_model_server.tally import Tally
@@ -56,6 +57,12 @@ class Metrics:
                 self._own[name] = made
             found = self._own[name]
         return found if isinstance(found, kind) else None
+
+    def forget(self, model: str) -> None:
+        """Drops what was counted of a model that is no more."""
+        for metric in (*vars(self).values(), *self._own.values()):
+            if isinstance(metric, MetricWrapperBase):
+                metric.remove_by_labels({"model": model})
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

@@ -452,6 +452,14 @@ class Pool:
         self._batcher.put_back(again)
 
 
+def resident_memory(pid: int) -> int:
+    """Bytes of a process that are in memory; 0 if it is gone or the system does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
 def _placement(index: int, options: ModelOptions) -> dict[str, str]:
     return devices.environment(index, options.workers, options.devices, os.environ, devices.gpus())
 

@@ -12,7 +12,7 @@ from typing import Any
 from tiny_model_server.batcher import Batcher
 from tiny_model_server.errors import ModelNotFound, ModelUnavailable, ServerError, Stopping
 from tiny_model_server.load import Metrics, ModelLoad
-from tiny_model_server.pool import Loaded, Plugin, Pool
+from tiny_model_server.pool import Loaded, Plugin, Pool, resident_memory
 from tiny_model_server.settings import (
     ModelOptions,
     Settings,
@@ -67,6 +67,8 @@ class ServedModel:
         self._stopped = False
         self.wanted = False
         """True if it is meant to be loaded."""
+        self.used = 0.0
+        """When it was last called, on the monotonic clock."""
         self.state = State.FAILED if reason else State.UNLOADED
         self.reason = reason
         self.load_of = ModelLoad(metrics, self.name)
@@ -146,6 +148,11 @@ class ServedModel:
     def pids(self) -> list[int]:
         """The worker processes that serve now."""
         return self._pool.pids if self._pool else []
+
+    @property
+    def memory(self) -> int:
+        """Resident memory of its workers in bytes; 0 where the system does not tell."""
+        return sum(map(resident_memory, self.pids))
 
     def describe(self) -> dict[str, Any]:
         """What is told of the model to those who ask, by the names of the contract's ModelInfo."""
@@ -263,18 +270,38 @@ class Repository:
         self._metrics = metrics
         self._changed = changed
         self._models: dict[str, ServedModel] = {}
+        self._lock = threading.Lock()  # of changes; readers take the dictionary as it is
         self.find()
         for variable in stray_overrides(list(self._models)):
             log.warning("%s belongs to no model that was found, or names no option", variable)
 
     def find(self) -> None:
-        """Adds the model folders that are new."""
-        found = dict(self._models)
-        for name, path, reason in discover(self._settings.models_dir):
-            if name not in found:
-                plugin = Plugin(name, path, {} if reason else model_overrides(name))
-                found[name] = ServedModel(plugin, self._settings, self._metrics, self._changed, self._known, reason)
-        self._models = dict(sorted(found.items()))
+        """Adds the model folders that are new, and the aliases of them."""
+        with self._lock:
+            folders = discover(self._settings.models_dir)
+            for name, path, reason in folders:
+                self._add(name, path, reason)
+            for alias, folder in self._settings.aliases:
+                known = next((path for name, path, _ in folders if name == folder), None)
+                self._add(alias, known or Path(folder), "" if known else f"there is no folder {folder!r}, its alias")
+
+    def add(self, name: str, path: Path) -> ServedModel:
+        """The model of this name; if there is none, the folder ``path``, wherever it is, becomes it."""
+        with self._lock:
+            return self._add(name, path, "")
+
+    def remove(self, name: str) -> None:
+        """Forgets a model, with its metrics; it must have been stopped."""
+        with self._lock:
+            self._models = {known: model for known, model in self._models.items() if known != name}
+            self._metrics.forget(name)
+
+    def _add(self, name: str, path: Path, reason: str) -> ServedModel:
+        if name not in self._models:
+            plugin = Plugin(name, path, {} if reason else model_overrides(name))
+            model = ServedModel(plugin, self._settings, self._metrics, self._changed, self._known, reason)
+            self._models = dict(sorted((self._models | {name: model}).items()))
+        return self._models[name]
 
     def _known(self, name: str) -> bool:
         return name in self._models

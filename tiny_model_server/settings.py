@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from tiny_model_server import devices
 
 PREFIX = "TMS_"
 MODEL_PREFIX = "TMS_MODEL_"
+_MODZY_PORT = "PSC_MODEL_PORT"  # Modzy's own name for what is TMS_PORT here
 Check = Callable[[str], Any]
 
 
@@ -52,6 +54,13 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    pairs = [item.strip().partition("=") for item in text.split(",") if item.strip()]
+    if not all(name and folder for name, _, folder in pairs):
+        raise ValueError("names and folders such as big=net,small=net")
+    return tuple((name, folder) for name, _, folder in pairs)
+
+
 def _port_or_off(text: str) -> int | None:
     return None if text.lower() == "off" else int(_number(int, 0, 65535)(text))
 
@@ -82,6 +91,12 @@ class Settings:
         ("native", "open_inference"), _names, "protocols that are answered on the gRPC port"
     )
     models_dir: Path = _setting(Path("models"), Path, "folder whose subfolders are the models")
+    aliases: tuple[tuple[str, str], ...] = _setting(
+        (), _pairs, "more names for folders, each a model of its own with settings of its own: big=net,small=net"
+    )
+    max_loaded: int = _setting(
+        0, _number(int, 0), "most models loaded at once; for one more, the least recently used is unloaded; 0: no limit"
+    )
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
     log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
     max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
@@ -101,6 +116,11 @@ class Settings:
     tls_cert: Path | None = _setting(None, Path, "PEM file of the server's certificate chain; turns TLS on")
     tls_key: Path | None = _setting(None, Path, "PEM file of its key")
     tls_client_ca: Path | None = _setting(None, Path, "PEM file: only clients with a certificate from it are answered")
+    mesh_capacity_mb: int = _setting(
+        0, _number(int, 0), "ModelMesh: memory for models, in MiB; 0: three quarters of the machine's or container's"
+    )
+    mesh_default_mb: int = _setting(256, _number(int, 1), "ModelMesh: a model's size until it was measured, in MiB")
+    modzy_model: str = _setting("", str, "Modzy: the model that is served, where there are several")
     token: str = _setting("", str, "token that every call must bring; health needs none", secret=True)
     admin_token: str = _setting(
         "", str, "token that lets other hosts stop the server and change its models", secret=True
@@ -113,7 +133,10 @@ class Settings:
         for name in env:
             if name.startswith(PREFIX) and not name.startswith(MODEL_PREFIX) and name not in known | _ELSEWHERE:
                 raise SettingsError(f"{name} is no setting of the server; there are {', '.join(sorted(known))}")
-        return cls(**{item.name: _checked(name, env[name], item) for name, item in known.items() if name in env})
+        given = {item.name: _checked(name, env[name], item) for name, item in known.items() if name in env}
+        if "modzy" in given.get("doors", ()) and _MODZY_PORT in env:
+            given.setdefault("port", _checked(_MODZY_PORT, env[_MODZY_PORT], known["TMS_PORT"]))
+        return cls(**given)
 
     def describe(self) -> str:
         """All settings in one line, for the log at start; secrets only as set or not."""
@@ -183,7 +206,7 @@ def stray_overrides(names: list[str], env: Mapping[str, str] = os.environ) -> li
 
 def model_prefix(name: str) -> str:
     """TMS_MODEL_MY_NET_ for a model called my-net."""
-    return f"{MODEL_PREFIX}{name.upper().replace('-', '_')}_"
+    return f"{MODEL_PREFIX}{re.sub(r'[^A-Z0-9]', '_', name.upper())}_"
 
 
 def _checked(variable: str, text: str, item: "Field[Any]") -> Any:

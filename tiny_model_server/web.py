@@ -16,10 +16,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from tiny_model_server import codec
+from tiny_model_server import codec, pictures
 from tiny_model_server.codec import EncodedImage
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput, PermissionDenied, ServerError
+from tiny_model_server.protocols import open_inference
+from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.settings import Settings, SettingsError
 
 log = logging.getLogger("tiny_model_server.web")
@@ -41,12 +43,13 @@ _LONGEST_LIST = 32  # items of an array that the page shows as they are
 
 
 class WebServer:
-    """Answers GET /, /livez, /readyz, /models and /metrics, and POST /models/NAME/ACTION."""
+    """Answers GET /, /livez, /readyz, /models and /metrics, POST /models/NAME/ACTION, and /v2 (Open Inference)."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
         """Binds the port; SettingsError if it cannot be had."""
 
-        handler = type("Handler", (_Handler,), {"engine": engine})
+        rest = Rest(open_inference.handlers(engine)) if "open_inference" in settings.doors else None
+        handler = type("Handler", (_Handler,), {"engine": engine, "rest": rest})
         try:
             self._server = ThreadingHTTPServer((settings.host, settings.http_port or 0), handler)
         except OSError as error:
@@ -70,7 +73,9 @@ class WebServer:
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 30  # seconds that a silent connection is kept
+    disable_nagle_algorithm = True
     engine: Engine
+    rest: Rest | None
 
     def do_GET(self) -> None:
         try:
@@ -88,7 +93,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _get(self) -> None:
         path = urlsplit(self.path).path.rstrip("/")
         engine = self.engine
-        if path == "":
+        if self._is_rest():
+            self._answer_rest(b"")
+        elif path == "":
             self._send(200, "text/html; charset=utf-8", _PAGE.read_bytes())
         elif path == "/livez":
             self._answer(200, {"live": True})
@@ -101,23 +108,41 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/metrics":
             self._send(200, CONTENT_TYPE_LATEST, engine.metrics.text())
         else:
-            known = "/, /livez, /readyz, /models, /metrics, and POST /models/NAME/run"
+            known = "/, /livez, /readyz, /models, /metrics, /v2, and POST /models/NAME/run"
             self._answer(404, {"error": f"there is no {path}; there are {known}"})
 
     def _post(self) -> None:
         body, metadata = self._body(), self._metadata()
+        if self._is_rest():
+            return self._answer_rest(body)
         parts = [unquote(part) for part in urlsplit(self.path).path.split("/")]
         if len(parts) != 4 or parts[1] != "models" or parts[3] not in ("run", "load", "unload", "reload"):
             return self._answer(404, {"error": "post to /models/NAME/run, or load, unload, reload"})
         self._refuse_other_sites()
-        host, port = self.client_address[:2]
-        peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-        call = Call(time.monotonic() + _TIMEOUT_S, peer, metadata)
+        call = self._call(metadata)
         self.engine.authenticate(metadata)
         if parts[3] == "run":
             return self._run(parts[2], body, call)
         self.engine.authorize(call)
         self._answer(200, getattr(self.engine, parts[3])(parts[2]).describe())
+
+    def _is_rest(self) -> bool:
+        return self.rest is not None and (self.path + "/").startswith("/v2/")
+
+    def _answer_rest(self, body: bytes) -> None:
+        assert self.rest
+        metadata, path = self._metadata(), unquote(urlsplit(self.path).path)
+        if not path.startswith("/v2/health/"):
+            self.engine.authenticate(metadata)
+        if self.command == "POST":
+            self._refuse_other_sites()
+        answer = self.rest.answer(self.command, path, metadata, body, self._call(metadata))
+        self._send(answer.status, answer.kind, answer.body, answer.headers)
+
+    def _call(self, metadata: Mapping[str, str]) -> Call:
+        host, port = self.client_address[:2]
+        peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+        return Call(time.monotonic() + _TIMEOUT_S, peer, metadata)
 
     def _metadata(self) -> dict[str, str]:
         return {name.lower(): value for name, value in self.headers.items()}
@@ -230,18 +255,5 @@ def _view(value: Any) -> Any:
             facts |= {"min": float(np.nanmin(value)), "max": float(np.nanmax(value)), "mean": float(np.nanmean(value))}
         facts = json.loads(codec.plain_json(facts))
         if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (1, 3)):
-            facts["png"] = _png(value)
+            facts["png"] = "data:image/png;base64," + base64.b64encode(pictures.image_file(value)).decode()
     return facts
-
-
-def _png(array: np.ndarray[Any, Any]) -> str:
-    """The picture of an array: uint8 as it is, all else stretched from its least to its greatest value."""
-    import cv2  # not before somebody looks at a picture
-
-    if array.dtype != np.uint8:
-        array = np.nan_to_num(array.astype(np.float64), posinf=0, neginf=0)
-        low, high = array.min(), array.max()
-        array = ((array - low) * (255 / (high - low or 1))).astype(np.uint8)
-    coloured = array[..., ::-1] if array.ndim == 3 and array.shape[2] == 3 else array
-    _, encoded = cv2.imencode(".png", np.ascontiguousarray(coloured))
-    return "data:image/png;base64," + base64.b64encode(encoded.tobytes()).decode()

@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -36,7 +37,11 @@ DEFAULT_BATCH = 32
 
 
 def import_plugin(name: str, path: Path) -> type[ModelInterface]:
-    """The class Model of the plug-in folder ``path``, imported as the package ``models.<name>``."""
+    """The class Model of the plug-in folder ``path``, imported as a package ``models.<name>``.
+
+    An alias may be any text, and so may the name of a folder that an orchestrator made.
+    """
+    name = re.sub(r"[^\w-]", "_", name)
     package = types.ModuleType("models")
     package.__path__ = [str(path.parent)]
     sys.modules["models"] = package

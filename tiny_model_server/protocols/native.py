@@ -20,9 +20,8 @@ SERVICE = "server.Server"
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
-    return {
-        name: getattr(_Native(engine), name) for name in wire.methods(SCHEMA, SERVICE)
-    }  # a method without its function is an error at start
+    door = _Native(engine)
+    return {name: getattr(door, name) for name in wire.methods(SCHEMA, SERVICE)}
 
 
 class _Native:
@@ -88,7 +87,7 @@ class _Native:
         return answer
 
     def GetInputShape(self, request: Any, call: Call) -> Any:
-        return self._json(self._engine.input_shape(request.data))
+        return self._json(self._engine.input_shape(call.model or request.data))
 
     def GetPID(self, request: Any, call: Call) -> Any:
         return self._json({"pid": os.getpid()})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tiny_model_server import __version__, codec, wire
-from tiny_model_server.codec import Array, EncodedImage
+from tiny_model_server.codec import Array
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput, ServerError
 from tiny_model_server.repository import ServedModel, State
@@ -38,12 +38,12 @@ _TYPES = {
     "BF16": ("uint16", 14, ""),
 }
 _DATATYPES = {dtype: name for name, (dtype, _, _) in _TYPES.items() if name != "BF16"}
-_IMAGE_FILES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
-    return {name: getattr(_OpenInference(engine), name) for name in wire.methods(SCHEMA, SERVICE)}
+    door = _OpenInference(engine)
+    return {name: getattr(door, name) for name in wire.methods(SCHEMA, SERVICE)}
 
 
 class _OpenInference:
@@ -69,7 +69,7 @@ class _OpenInference:
         return self._answer("ServerMetadata", name="tiny-model-server", version=__version__, extensions=extensions)
 
     def ModelMetadata(self, request: Any, call: Call) -> Any:
-        model = self._engine.model(request.name)
+        model = self._engine.model(call.model or request.name)
         inputs, outputs = _declared(model, "inputs"), _declared(model, "outputs")
         return self._answer(
             "ModelMetadata", name=model.name, versions=["1"], platform="python", inputs=inputs, outputs=outputs
@@ -117,15 +117,15 @@ class _OpenInference:
                 yield self._answer("ModelStreamInfer", error_message=str(error), infer_response=failed)
 
     def ModelInfer(self, request: Any, call: Call) -> Any:
-        model = self._engine.model(request.model_name)
+        model = self._engine.model(call.model or request.model_name)
         args = {name: _parameter(value) for name, value in request.parameters.items()}
         values = _inputs(request)
         if model.loaded is not None and model.loaded.metadata.get("batch"):
             items = [codec.pack(_one_or_all(row)) for row in _rows(values)]
-            outcomes = self._engine.run_batch(request.model_name, items, args, call)
+            outcomes = self._engine.run_batch(model.name, items, args, call)
             answer = _stacked([_value(outcome, f"row {index}: ") for index, outcome in enumerate(outcomes)])
         else:
-            answer = _value(self._engine.run(request.model_name, codec.pack(_one_or_all(values)), args, call))
+            answer = _value(self._engine.run(model.name, codec.pack(_one_or_all(values)), args, call))
         raw = bool(request.raw_input_contents) or not any(tensor.HasField("contents") for tensor in request.inputs)
         return self._response(request, _outputs(model, answer), raw)
 
@@ -213,21 +213,8 @@ def _texts(tensor: Any, elements: list[bytes]) -> Any:
     """One value for one element, a list of them for several."""
     _check_count(tensor, len(elements))
     kind = _parameter(tensor.parameters["content_type"]) if "content_type" in tensor.parameters else ""
-    values = [_text(element, str(kind)) for element in elements]
+    values = [codec.from_bytes(element, str(kind)) for element in elements]
     return values[0] if len(values) == 1 else values
-
-
-def _text(element: bytes, kind: str) -> Any:
-    if kind.startswith("image") or (not kind and element.startswith(_IMAGE_FILES)):
-        return EncodedImage(element)
-    if kind in ("bytes", "raw", "application/octet-stream"):
-        return element
-    try:
-        return element.decode()
-    except UnicodeDecodeError:
-        if kind:
-            raise InvalidInput(f"content_type {kind!r}, but the text is not UTF-8") from None
-        return element
 
 
 def _parameter(value: Any) -> Any:

@@ -1,0 +1,175 @@
+"""mmesh.ModelRuntime: ModelMesh's sidecar loads models from any path by ids of its own, and routes calls by these ids.
+
+Loads and unloads of one id come one after the other. A load whose caller has gone ends, and leaves nothing behind.
+"""
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiny_model_server import __version__, wire
+from tiny_model_server.engine import Call, Engine
+from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ModelNotFound, ServerError
+from tiny_model_server.repository import ServedModel, State
+from tiny_model_server.settings import ModelOptions, SettingsError
+
+SCHEMA = "model_mesh"
+SERVICE = "mmesh.ModelRuntime"
+
+_LOADS_AT_ONCE = 4
+_MIB = 1 << 20
+# Where these calls carry the model's name: field numbers. The sidecar passes on no other calls.
+_NAME_FIELDS = {
+    "inference.GRPCInferenceService": {"ModelInfer": 1, "ModelMetadata": 1},
+    "server.Server": dict.fromkeys(
+        ("RunText", "RunImage", "RunBatchText", "RunBatchImage", "RunImageToImage", "Run", "RunBatch", "RunStream"), 2
+    )
+    | {"GetInputShape": 1},
+}
+
+
+def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
+    """The function that answers each method; SettingsError if the sidecar would not start with these settings."""
+    door = _ModelMesh(engine)
+    return {name: getattr(door, name) for name in wire.methods(SCHEMA, SERVICE)}
+
+
+class _ModelMesh:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._methods = wire.methods(SCHEMA, SERVICE)
+        self._turns: weakref.WeakValueDictionary[str, _Turn] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+        self._adopted: set[str] = set()
+        self._measured: dict[str, int] = {}  # bytes, by path
+        self._default = engine.settings.mesh_default_mb * _MIB
+        self._capacity = engine.settings.mesh_capacity_mb * _MIB or _memory() * 3 // 4
+        least = max(2 * self._default, min(512 * _MIB, 10 * self._default))
+        if self._capacity < least:
+            raise SettingsError(
+                f"TMS_MESH_CAPACITY_MB is {self._capacity // _MIB}; with TMS_MESH_DEFAULT_MB={self._default // _MIB} "
+                f"ModelMesh wants at least {least // _MIB}"
+            )
+
+    def loadModel(self, request: Any, call: Call) -> Any:
+        self._engine.authorize(call)
+        if not request.modelId or not request.modelPath:
+            raise InvalidInput("send modelId, and modelPath: a folder with an __init__.py that holds class Model")
+        with self._turn(request.modelId):
+            if (known := self._find(request.modelId)) and known.state is State.READY:
+                return self._loaded(request, known)
+            model = self._engine.adopt(request.modelId, Path(request.modelPath))
+            self._adopted.add(request.modelId)
+            gone, loaded = threading.Event(), threading.Event()
+
+            def end() -> None:
+                gone.set()
+                if not loaded.is_set():
+                    threading.Thread(target=model.stop, args=(0,), name="undo").start()
+
+            if not call.on_end(end):
+                end()
+            try:
+                self._engine.load(request.modelId)
+                loaded.set()
+                if not gone.is_set():
+                    return self._loaded(request, model)
+                raise Cancelled("the load was cancelled")
+            except ServerError as error:
+                self._forget(request.modelId, 0)
+                if gone.is_set():
+                    raise Cancelled("the load was cancelled") from None
+                raise ModelError(str(error)) from None  # other codes say that no load was tried
+
+    def unloadModel(self, request: Any, call: Call) -> Any:
+        self._engine.authorize(call)
+        with self._turn(request.modelId):
+            self._unload(request.modelId)
+        return self._answer("unloadModel")
+
+    def predictModelSize(self, request: Any, call: Call) -> Any:
+        size = self._measured.get(request.modelPath, self._default)
+        return self._answer("predictModelSize", sizeInBytes=size)
+
+    def modelSize(self, request: Any, call: Call) -> Any:
+        model = self._engine.model(request.modelId)
+        if model.state is not State.READY:
+            raise ModelNotFound(f"model {request.modelId!r} is not loaded")
+        return self._answer("modelSize", sizeInBytes=model.memory or self._default)
+
+    def runtimeStatus(self, request: Any, call: Call) -> Any:
+        self._engine.authorize(call)
+        if not self._engine.started:
+            return self._answer("runtimeStatus", status="STARTING")
+        for model in self._engine.models():
+            with self._turn(model.name):
+                self._unload(model.name)
+        calls = {
+            f"{service}/{method}": {"idInjectionPath": [field]}
+            for service, fields in _NAME_FIELDS.items()
+            for method, field in fields.items()
+        }
+        return self._answer(
+            "runtimeStatus",
+            status="READY",
+            capacityInBytes=self._capacity,
+            maxLoadingConcurrency=_LOADS_AT_ONCE,
+            modelLoadingTimeoutMs=int(ModelOptions().load_timeout_s * 1000),
+            defaultModelSizeInBytes=self._default,
+            runtimeVersion=__version__,
+            methodInfos=calls,
+        )
+
+    def _answer(self, method: str, **fields: Any) -> Any:
+        return self._methods[method].response(**fields)
+
+    def _loaded(self, request: Any, model: ServedModel) -> Any:
+        size = self._measured[request.modelPath] = model.memory or self._default
+        return self._answer("loadModel", sizeInBytes=size, maxConcurrency=model.load_of.places)
+
+    def _find(self, name: str) -> ServedModel | None:
+        try:
+            return self._engine.model(name)
+        except ModelNotFound:
+            return None
+
+    def _unload(self, name: str) -> None:
+        model = self._find(name)
+        if model and name in self._adopted:
+            self._forget(name, model.loaded.options.timeout_s if model.loaded else 0)
+        elif model:
+            model.unload()
+
+    def _forget(self, name: str, grace_s: float) -> None:
+        self._engine.forget(name, grace_s)
+        self._adopted.discard(name)
+
+    def _turn(self, name: str) -> "_Turn":
+        with self._lock:
+            turn = self._turns[name] = self._turns.get(name) or _Turn()
+        return turn
+
+
+class _Turn:
+    """A lock that is forgotten when nobody holds it or waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def _memory() -> int:
+    """Bytes that this machine, or the container, has."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return physical
