@@ -287,3 +287,19 @@ def test_the_readmes_own_model_works_as_it_says(start_server: Callable[..., Serv
     env = os.environ | {"TMS_ADDRESS": server.address}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == call[1]
+
+
+def test_one_folder_under_several_names(start_server: Callable[..., Server]) -> None:
+    """Each name is a model of its own: its workers, its settings, its metrics."""
+    server = start_server(
+        TMS_ALIASES="org/twice=declares, thrice=declares,lost=nowhere",
+        TMS_MODEL_ORG_TWICE_ARGS='{"factor": 2}',
+        TMS_MODEL_THRICE_ARGS='{"factor": 3}',
+    )
+    image = np.full((2, 2, 3), 5, np.uint8)
+    for name, answer in {"declares": 5, "org/twice": 10, "thrice": 15}.items():
+        with server.client(name) as client:
+            assert client.run_image(image) == answer
+    assert any("model lost FAILED: there is no folder 'nowhere'" in line for line in server.log)
+    with pytest.raises(AssertionError, match="TMS_ALIASES='x' must be names and folders such as big=net,small=net"):
+        start_server(TMS_ALIASES="x")
