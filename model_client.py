@@ -19,8 +19,10 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from tiny_model_server import channel, codec, errors, forks, wire
+from tiny_model_server import channel, codec, errors, forks, lane, tracing, wire
 from tiny_model_server.codec import Array, Packed
+from tiny_model_server.lane import Lane, Lanes
+from tiny_model_server.shm import Segment
 from tiny_model_server.stats import NOBODY, Stats
 from tiny_model_server.trust import Trust
 
@@ -131,10 +133,38 @@ _ERRORS = {
 _STATUS_OF_CODE = {number: name for name, number in errors.CODES.items()}
 
 
+class _Message:
+    """A message of the contract, and the bytes that belong into some of its parts: sent along, or put elsewhere."""
+
+    def __init__(self, message: Any, parts: Sequence[tuple[Any, Array]] = ()) -> None:
+        self._message = message
+        self._parts = parts
+
+    def inline(self) -> bytes:
+        """The message with all bytes in it."""
+        image = getattr(self._message, "image", None)
+        for part, array in self._parts:
+            part.ClearField("place")
+            if part is not image:
+                part.data = bytes(codec.raw(array))
+        data: bytes = self._message.SerializeToString()
+        return _with_pixels(data, codec.raw(self._parts[0][1])) if image and self._parts else data
+
+    def placed(self, lane: Lane) -> bytes:
+        """The message, with the bytes put into shared memory."""
+        if self._parts:
+            places = lane.place([array for _, array in self._parts])
+            for (part, array), place in zip(self._parts, places, strict=True):
+                part.ClearField("data")
+                part.place.offset, part.place.length = place.offset, array.nbytes
+        data: bytes = self._message.SerializeToString()
+        return data
+
+
 class _Request(NamedTuple):
     method: str
-    message: Any
-    decode: Callable[[Any], Any]
+    message: _Message
+    decode: Callable[[Any, Segment | None], Any]
 
 
 class _Calls:
@@ -182,8 +212,11 @@ class _Calls:
 
         If some fail, the first one's error is raised, or, with ``return_exceptions``, errors stand in their places.
         """
-        fields = {"images": [_image(image) for image in images]}
-        request = self._request("RunBatchImage", "BatchImageArgs", fields, args)
+        described = [_image_parts(image) for image in images]
+        fields = {"images": [message for message, _ in described]}
+        message = _message("BatchImageArgs")(**fields, model=self.model, args=_args(args), accept_arrays=True)
+        parts = list(zip(message.images, (array for _, array in described), strict=True))
+        request = _Request("RunBatchImage", _Message(message, parts), _answer)
         return self._start(self._batch(request, return_exceptions), timeout, retry)
 
     def run_text_batch(
@@ -211,18 +244,19 @@ class _Calls:
         retry: bool = True,
     ) -> Any:
         """One answer a value, in order; see ``run`` and ``run_image_batch``."""
-        values = [_value(codec.pack(item)) for item in items]
-        message = _message("BatchRunArgs")(items=values, model=self.model, args=_args(args))
-        return self._start(self._batch(_Request("RunBatch", message, _answer), return_exceptions), timeout, retry)
+        message = _message("BatchRunArgs")(model=self.model, args=_args(args))
+        parts = [part for item in items for part in _fill(message.items.add(), codec.pack(item))]
+        request = _Request("RunBatch", _Message(message, parts), _answer)
+        return self._start(self._batch(request, return_exceptions), timeout, retry)
 
     def get_input_shape(self, timeout: float | None = None) -> Any:
         """The shape that the model wants, a list of ints, or None when any will do."""
-        request = _Request("GetInputShape", _message("StringArg")(data=self.model), _data)
+        request = _Request("GetInputShape", _Message(_message("StringArg")(data=self.model)), _data)
         return self._start(request, timeout)
 
     def list_models(self, timeout: float | None = None) -> Any:
         """{"name", "state", "reason"} of every model; states are UNLOADED, LOADING, READY, FAILED, UNLOADING."""
-        return self._start(_Request("GetModelStates", _message("EmptyArgs")(), _states), timeout)
+        return self._start(_Request("GetModelStates", _Message(_message("EmptyArgs")()), _states), timeout)
 
     def _any(
         self, data: Any, args: Mapping[str, Any] | None, timeout: float | None, retry: bool, method: str | None
@@ -238,29 +272,23 @@ class _Calls:
 
     def _request(self, method: str, kind: str, fields: dict[str, Any], args: Mapping[str, Any] | None) -> _Request:
         message = _message(kind)(**fields, model=self.model, args=_args(args), accept_arrays=True)
-        return _Request(method, message, _answer)
+        return _Request(method, _Message(message), _answer)
 
-    def _image_request(self, method: str, image: Image, args: Any, decode: Callable[[Any], Any]) -> _Request:
-        """The request already serialised, with the pixels copied once; protobuf would copy them three times.
-
-        They stand alone in a second occurrence of the field ``image``, which parsers merge with the first.
-        """
+    def _image_request(self, method: str, image: Image, args: Any, decode: Callable[..., Any]) -> _Request:
         described, pixels = _image_parts(image)
         message = _message("ImageArgs")(image=described, model=self.model, args=_args(args), accept_arrays=True)
-        data = b"\x22" + _varint(len(pixels))  # NumpyImage.data
-        parts = (message.SerializeToString(), b"\x0a", _varint(len(data) + len(pixels)), data, pixels)
-        return _Request(method, b"".join(parts), decode)
+        return _Request(method, _Message(message, [(message.image, pixels)]), decode)
 
     def _value_request(self, method: str, data: Any, args: Mapping[str, Any] | None) -> _Request:
-        message = _message("RunArgs")(data=_value(codec.pack(data)), model=self.model, args=_args(args))
-        return _Request(method, message, _answer)
+        message = _message("RunArgs")(model=self.model, args=_args(args))
+        return _Request(method, _Message(message, _fill(message.data, codec.pack(data))), _answer)
 
     def _batch(self, request: _Request, in_place: bool) -> _Request:
-        def decode(response: Any) -> list[Any]:
+        def decode(response: Any, memory: Segment | None) -> list[Any]:
             outcomes: list[Any] = []
             for index, item in enumerate(response.items):
                 if item.WhichOneof("outcome") == "value":
-                    outcomes.append(codec.unpack(Packed(item.value.json, _arrays(item.value.arrays))))
+                    outcomes.append(codec.unpack(Packed(item.value.json, _arrays(item.value.arrays, memory))))
                     continue
                 status = _STATUS_OF_CODE.get(item.error.code, "UNKNOWN")
                 error = _error(status, f"item {index}: {item.error.message}", self.model)
@@ -349,6 +377,9 @@ class _Client(_Calls):
         self._stats = Stats()
         self._lock = threading.Lock()
         self._place: tuple[Any, ...] = ()
+        port = lane.port_of(self.addresses) if _short_cut(self._trust) else None
+        self._lane_port = port
+        self._lanes: Lanes | None = None
         self._channels: dict[bool, Any] = {}
         self._stubs: dict[tuple[str, bool], Any] = {}
         self._connected = False
@@ -403,7 +434,7 @@ class _Client(_Calls):
                 kind = opened.unary_stream if described.server_streaming else opened.unary_unary
                 self._stubs[method, retry] = kind(
                     described.path,
-                    request_serializer=_serialize,
+                    request_serializer=_Message.inline,
                     response_deserializer=described.response.FromString,
                 )
             self._last_deadline = max(self._last_deadline, time.monotonic() + timeout)
@@ -417,6 +448,7 @@ class _Client(_Calls):
         else:
             _abandoned.extend(channels)  # of the process or loop that was: to end them there is not for this one
             self._connected = False
+        self._lanes = Lanes(self._lane_port, dict(self._metadata)) if self._lane_port else None
         self._place = place
 
     def _sent(self, retry: bool) -> tuple[tuple[str, str], ...]:
@@ -468,7 +500,7 @@ class ModelClient(_Client):
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
                 for response in responses:
-                    yield request.decode(response)
+                    yield request.decode(response, None)
                 self._ended(request.method, begun, responses.trailing_metadata())
             except grpc.RpcError as error:
                 raise self._explained(error, request, begun, timeout, opened) from None
@@ -608,7 +640,10 @@ class ModelClient(_Client):
         """Ends the connection; calls in flight fail with ``Cancelled``. A later call connects again."""
         with self._lock:
             channels, self._channels, self._stubs = self._channels, {}, {}
-            self._connected = False
+            lanes, self._lanes = self._lanes, None
+            self._place, self._connected = (), False
+        if lanes:
+            lanes.close()
         for opened in channels.values():
             opened.close()
 
@@ -620,9 +655,13 @@ class ModelClient(_Client):
     ) -> None:
         self.close()
 
-    def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
+    def _start(
+        self, request: _Request, timeout: float | None, retry: bool = True, outcome: "Future[Any] | None" = None
+    ) -> Any:
         with _in_flight():
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
+            if self._lanes and (found := self._by_lane(request, begun + timeout, retry, self._lanes, outcome)):
+                return found[0]
             remaining = max(0.001, begun + timeout - time.monotonic())
             try:
                 response, call = stub.with_call(request.message, timeout=remaining, metadata=self._sent(retry))
@@ -631,15 +670,67 @@ class ModelClient(_Client):
             except ValueError:  # what grpc raises for a call on a channel that another thread has closed
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
             self._ended(request.method, begun, call.trailing_metadata())
-        return request.decode(response)
+        return request.decode(response, None)
+
+    def _by_lane(
+        self, request: _Request, deadline: float, retry: bool, lanes: Lanes, outcome: "Future[Any] | None"
+    ) -> tuple[Any] | None:
+        """What came of the call by the short cut; None if gRPC is to make it, with all that it does for a call."""
+        if (taken := lanes.take()) is None:
+            return None
+        if outcome:
+            outcome.add_done_callback(lambda future: taken.close() if future.cancelled() else None)
+        usable, begun = False, time.monotonic()
+        trailing = (("tms-replica", taken.server),)
+        try:
+            described = wire.methods("server", _SERVICE)[request.method]
+            try:
+                message = request.message.placed(taken)
+            except (OSError, ValueError) as error:
+                lanes.give_up(f"memory cannot be shared: {error}")
+                return None
+            answer = taken.call(described.path.encode(), message, max(0.001, deadline - begun), retry)
+            usable = True
+            status = _STATUS_OF_CODE.get(answer.code & ~lane.FINAL, "UNKNOWN")
+            if status in channel.RETRIED and retry and not answer.code & lane.FINAL:
+                return None
+            self._ended(request.method, begun, trailing, status)
+            if answer.code:
+                raise _error(status, answer.body.decode(), self.model, taken.server)
+            return (request.decode(described.response.FromString(answer.body), answer.outbox),)
+        except TimeoutError:
+            self._ended(request.method, begun, trailing, "DEADLINE_EXCEEDED")
+            raise _error("DEADLINE_EXCEEDED", "Deadline Exceeded", self.model, taken.server) from None
+        except OSError as error:
+            if lanes is not self._lanes or (outcome and outcome.cancelled()):
+                raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
+            if retry:
+                return None
+            self._ended(request.method, begun, trailing, "UNAVAILABLE")
+            raise _error("UNAVAILABLE", f"the server went away: {error}", self.model, taken.server) from None
+        finally:
+            lanes.give_back(taken, usable=usable)
 
     def _submit(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any]":
         outcome: Future[Any] = Future()
+        if self._connected and self._lanes and self._lanes.begin(lambda: self._wait(request, timeout, retry, outcome)):
+            return outcome
         if self._connected:
             self._begin(request, timeout, retry, outcome)
         else:  # waiting for a server is not for the caller's thread
             threading.Thread(target=self._begin, args=(request, timeout, retry, outcome), daemon=True).start()
         return outcome
+
+    def _wait(self, request: _Request, timeout: float | None, retry: bool, outcome: "Future[Any]") -> None:
+        """Makes a call in this thread, whose end resolves the outcome."""
+        answer: Any = None
+        error: BaseException | None = None
+        try:
+            answer = self._start(request, timeout, retry, outcome)
+        except Exception as failed:
+            error = failed
+        if outcome.set_running_or_notify_cancel():
+            outcome.set_exception(error) if error else outcome.set_result(answer)
 
     def _begin(self, request: _Request, timeout: float | None, retry: bool, outcome: "Future[Any]") -> None:
         """Starts a call, whose end resolves the outcome."""
@@ -664,7 +755,7 @@ class ModelClient(_Client):
             try:
                 response = call.result()
                 self._ended(request.method, begun, call.trailing_metadata())
-                answer = request.decode(response)
+                answer = request.decode(response, None)
             except grpc.FutureCancelledError:  # by close(), or by who has the future
                 error = Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model)
             except ModelClientError as failed:  # of an item in a batch
@@ -723,8 +814,8 @@ class ModelClient(_Client):
             with ModelClient(self.model, **self._options | {"addresses": [address], "server_name": name}) as one:
                 yield one
 
-    def _each(self, method: str, message: Any, decode: Callable[[Any], Any], timeout: float | None) -> list[Any]:
-        return [one._start(_Request(method, message, decode), timeout) for one in self._each_server()]
+    def _each(self, method: str, message: Any, decode: Callable[..., Any], timeout: float | None) -> list[Any]:
+        return [one._start(_Request(method, _Message(message), decode), timeout) for one in self._each_server()]
 
     def _on_each(self, method: str, message: Any, timeout: float | None) -> list[dict[str, Any]]:
         return self._each(method, message, _info, timeout)
@@ -774,7 +865,7 @@ class AsyncModelClient(_Client):
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
                 async for response in responses:
-                    yield request.decode(response)
+                    yield request.decode(response, None)
                 self._ended(request.method, begun, await responses.trailing_metadata())
             except grpc.RpcError as error:
                 raise await self._explained(error, request, begun, timeout, opened) from None
@@ -849,7 +940,7 @@ class AsyncModelClient(_Client):
                     raise
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
             self._ended(request.method, begun, await call.trailing_metadata())
-        return request.decode(response)
+        return request.decode(response, None)
 
     async def _connect(self, request: _Request, timeout: float | None, retry: bool) -> tuple[float, float, Any, Any]:
         begun, timeout = time.monotonic(), self._timeout if timeout is None else timeout
@@ -950,16 +1041,17 @@ def _message(name: str) -> Any:
     return wire.message("server", f"{_SERVICE.partition('.')[0]}.{name}")
 
 
+def _short_cut(trust: Trust) -> bool:
+    wanted = os.environ.get("TMS_LANE", "1").lower() in ("1", "true", "yes", "on")
+    return wanted and lane.available() and not trust.tls and not tracing.provider()
+
+
 def _args(args: Mapping[str, Any] | None) -> str:
     if args is None:
         return ""
     if not isinstance(args, Mapping):
         raise TypeError(f"args must be a dict, not {type(args).__name__}")
     return codec.plain_json(args)
-
-
-def _serialize(message: Any) -> bytes:
-    return message if isinstance(message, bytes) else message.SerializeToString()
 
 
 def _varint(number: int) -> bytes:
@@ -971,60 +1063,68 @@ def _varint(number: int) -> bytes:
     return bytes([*groups, number])
 
 
-def _image(image: Image) -> Any:
-    described, pixels = _image_parts(image)
-    described.data = bytes(pixels)
-    return described
+def _with_pixels(message: bytes, pixels: memoryview) -> bytes:
+    """The bytes of an ImageArgs with its image's data, copied once; protobuf would copy them three times.
+
+    They stand alone in a second occurrence of the field ``image``, which parsers merge with the first.
+    """
+    data = b"\x22" + _varint(len(pixels))  # NumpyImage.data
+    return b"".join((message, b"\x0a", _varint(len(data) + len(pixels)), data, pixels))
 
 
-def _image_parts(image: Image) -> tuple[Any, Any]:
-    """The message of an image without its data, and the data."""
+def _image_parts(image: Image) -> tuple[Any, Array]:
+    """The message of an image without its data, and the data; a file's bytes as an array."""
     kind = _message("NumpyImage")
     if isinstance(image, (str, os.PathLike)):
         image = Path(image).read_bytes()
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return kind(encoded=True), image if isinstance(image, bytes) else bytes(image)
+        return kind(encoded=True), np.frombuffer(image, np.uint8)
     try:
         array = codec.require_image(np.asarray(image))
     except errors.InvalidInput as error:
         raise InvalidInput(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
     height, width, channels = (*array.shape, 1)[:3]
     described = kind(height=height, width=width, channels=channels, dtype=codec.dtype_name(array.dtype))
-    return described, codec.raw(array)
+    return described, array
 
 
-def _value(packed: Packed) -> Any:
-    array = _message("Array")
-    arrays = [
-        array(dtype=codec.dtype_name(item.dtype), shape=item.shape, data=bytes(codec.raw(item)))
-        for item in packed.arrays
-    ]
-    return _message("Value")(json=packed.text, arrays=arrays)
+def _fill(value: Any, packed: Packed) -> list[tuple[Any, Array]]:
+    """Puts a packed value into its message, but for the arrays' bytes: those are returned with their places in it."""
+    value.json = packed.text
+    return [(value.arrays.add(dtype=codec.dtype_name(one.dtype), shape=one.shape), one) for one in packed.arrays]
 
 
-def _arrays(messages: Any) -> list[Array]:
+def _arrays(messages: Any, memory: Segment | None) -> list[Array]:
     # Copied, so that what the application gets is its own to write to.
-    return [codec.array_from(array.dtype, array.shape, array.data).copy() for array in messages]
+    return [codec.array_from(array.dtype, array.shape, _bytes(array, memory)).copy() for array in messages]
 
 
-def _answer(response: Any) -> Any:
-    return codec.unpack(Packed(response.data, _arrays(response.arrays)))
+def _bytes(message: Any, memory: Segment | None) -> bytes | memoryview:
+    if memory and message.HasField("place"):
+        return memory.bytes_at(message.place.offset, message.place.length)
+    data: bytes = message.data
+    return data
 
 
-def _data(response: Any) -> Any:
+def _answer(response: Any, memory: Segment | None) -> Any:
+    return codec.unpack(Packed(response.data, _arrays(response.arrays, memory)))
+
+
+def _data(response: Any, memory: Segment | None) -> Any:
     return json.loads(response.data)
 
 
-def _image_answer(response: Any) -> Array:
+def _image_answer(response: Any, memory: Segment | None) -> Array:
     found = response.image
-    return codec.image_from(found.height, found.width, found.channels, found.dtype, found.data).copy()
+    data = _bytes(found, memory)
+    return codec.image_from(found.height, found.width, found.channels, found.dtype, data).copy()
 
 
-def _states(response: Any) -> list[dict[str, str]]:
+def _states(response: Any, memory: Segment | None) -> list[dict[str, str]]:
     return [{"name": model.name, "state": model.state, "reason": model.reason} for model in response.models]
 
 
-def _info(info: Any) -> dict[str, Any]:
+def _info(info: Any, memory: Segment | None) -> dict[str, Any]:
     return {
         "name": info.name,
         "state": info.state,

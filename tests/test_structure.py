@@ -22,6 +22,7 @@ ORDER = [
     "tiny_model_server.wire",
     "tiny_model_server.trust",
     "tiny_model_server.tracing",
+    "tiny_model_server.lane",
     "tiny_model_server.channel",
     "tiny_model_server.forks",
     "tiny_model_server.stats",
@@ -37,13 +38,14 @@ ORDER = [
     "tiny_model_server.health",
     "tiny_model_server.tls",
     "tiny_model_server.grpc_server",
+    "tiny_model_server.lane_server",
     "tiny_model_server.web",
     "tiny_model_server.reload",
     "tiny_model_server.launcher",
     "tiny_model_server.__main__",
     "server",
 ]
-CLIENT_NEEDS = {"errors", "codec", "wire", "trust", "tracing", "channel", "forks", "stats"}
+CLIENT_NEEDS = {"errors", "codec", "shm", "lane", "wire", "trust", "tracing", "channel", "forks", "stats"}
 SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]
 SOURCES += sorted((ROOT / "tiny_model_server").rglob("*.py"))
 
@@ -76,7 +78,8 @@ def test_imports_point_one_way() -> None:
 
 
 def test_the_client_needs_leaves_and_three_packages_only() -> None:
-    allowed = {f"tiny_model_server.{name}" for name in CLIENT_NEEDS} | {"grpc", "grpc.aio", "google.protobuf", "numpy"}
+    allowed = {f"tiny_model_server.{name}" for name in CLIENT_NEEDS} | {"grpc", "grpc.aio", "numpy"}
+    allowed |= {"google.protobuf", "google.protobuf.message"}
     allowed |= {"tqdm.auto"}  # only for map(progress=True)
     todo, seen = [ROOT / "model_client.py"], set()
     while todo:
@@ -142,7 +145,7 @@ def test_the_inside_stays_small() -> None:
             assert lines < 250, f"{path.name}: a door converts, delegates and converts back"
         else:
             core += lines
-    assert core < 3500
+    assert core < 3750
 
 
 def test_no_door_imports_another() -> None:

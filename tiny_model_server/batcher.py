@@ -9,6 +9,7 @@ from collections.abc import Callable, Hashable, Sequence
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import Cancelled, DeadlineExceeded, Overloaded, ServerError
 from tiny_model_server.load import ModelLoad
+from tiny_model_server.shm import Pair
 
 Outcome = Packed | ServerError
 
@@ -28,6 +29,7 @@ class Item:
         "deadline",
         "enqueued",
         "key",
+        "lane",
         "once",
         "outcome",
         "packed",
@@ -55,6 +57,7 @@ class Item:
         self.plain = plain
         self.chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
         self.once = once
+        self.lane: Pair | None = None  # takes the outcome's arrays
         self.attempts = 0
         self.enqueued = self.begun = time.monotonic()
         self.outcome: Outcome | None = None
@@ -110,6 +113,17 @@ class Item:
         return self.outcome is not None or (self.deadline is not None and self.deadline < time.monotonic())
 
 
+class Seat:
+    """Where one worker's thread waits for batches. While it waits, a caller's thread may use the worker instead."""
+
+    def __init__(self, leave: Callable[[], bool]) -> None:
+        """``leave`` says whether the worker's thread is to go."""
+        self.leave = leave
+        self.run: Callable[[Item], bool] = lambda item: False
+        """Runs an item in the borrower's thread; False if the worker was not ready when its deadline came."""
+        self.lent = self.late = False
+
+
 class Batcher:
     """A queue that is bounded, grouped by key, and taken from in batches by any number of threads."""
 
@@ -118,6 +132,8 @@ class Batcher:
         self._load = load
         self._changed = threading.Condition()
         self._groups: dict[Hashable, deque[Item]] = {}
+        self._idle: list[Seat] = []
+        self._lent = 0
         self._depth = 0
         self._closed: ServerError | None = None
 
@@ -138,7 +154,31 @@ class Batcher:
             for item in items:
                 self._groups.setdefault(item.key, deque()).append(item)
             self._depth += len(items)
-            self._changed.notify(len(items))
+            self._wake(len(items))
+
+    def run(self, item: Item) -> bool:
+        """Runs an item in this thread, on a worker that waits for work; False if none does. Spares two hand-overs."""
+        with self._changed:
+            if self._closed or self._groups or not self._idle:
+                return False
+            seat = self._idle.pop()
+            seat.lent = True
+            self._lent += 1
+        if seat.run(item):
+            self.take_back(seat)
+        else:
+            seat.late = True
+            self.wake()
+        return True
+
+    def take_back(self, seat: Seat) -> None:
+        """Ends the lending of a seat."""
+        with self._changed:
+            seat.lent = seat.late = False
+            self._lent -= 1
+            self._idle.append(seat)
+            if self._groups or self._closed or seat.leave():
+                self._changed.notify_all()
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Queues items of a worker that died again, each to be run alone and before all others."""
@@ -147,20 +187,30 @@ class Batcher:
                 item.key = object()  # equal to no other key
                 self._groups[item.key] = deque([item])
             self._depth += len(items)
-            self._changed.notify(len(items))
+            self._wake(len(items))
 
-    def take(self, most: int, max_wait_s: float, leave: Callable[[], bool]) -> list[Item] | None:
+    def take(self, most: int, max_wait_s: float, seat: Seat) -> list[Item] | None:
         """The next batch, of one key and at most ``most`` items, as soon as there is one.
 
-        None when ``leave()`` becomes true (call ``wake`` then) or the queue is closed and empty.
+        None when ``seat.leave()`` becomes true (call ``wake`` then) or the queue is closed and empty. No item at all
+        when a borrower has left the seat in the middle: finish that, and call ``take_back``.
         """
         with self._changed:
-            while not leave():
+            self._sit(seat, idle=False)
+            while seat.lent or not seat.leave():
+                if seat.late:
+                    return []
+                if seat.lent:
+                    self._changed.wait()
+                    self._sit(seat, idle=False)
+                    continue
                 self._drop_dead_heads()
                 if not self._groups:
                     if self._closed:
                         return None
+                    self._sit(seat, idle=not max_wait_s)
                     self._changed.wait()
+                    self._sit(seat, idle=False)
                     continue
                 key = min(self._groups, key=lambda key: self._groups[key][0].enqueued)
                 group = self._groups[key]
@@ -179,6 +229,19 @@ class Batcher:
                 if batch:
                     return batch
             return None
+
+    def _wake(self, most: int) -> None:
+        if self._lent:  # one of those that wait may have lent its worker
+            self._changed.notify_all()
+        else:
+            self._changed.notify(most)
+
+    def _sit(self, seat: Seat, *, idle: bool) -> None:
+        """Notes whether a seat's worker has nothing to do."""
+        if seat in self._idle:
+            self._idle.remove(seat)
+        if idle:
+            self._idle.append(seat)
 
     def _wait_s(self) -> float:
         """How long a new item would wait for the full batches before it."""

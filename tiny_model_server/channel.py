@@ -39,12 +39,14 @@ _BY_LOAD: dict[str, Any] = {
         "childPolicy": [{"weighted_round_robin": {"blackoutPeriod": "0.05s", "weightUpdatePeriod": "0.2s"}}],
     }
 }
+RETRIED = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
+"""Statuses after which a call is tried again."""
 _RETRIES = {
     "maxAttempts": 5,
     "initialBackoff": "0.02s",
     "maxBackoff": "0.5s",
     "backoffMultiplier": 2,
-    "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+    "retryableStatusCodes": RETRIED,
 }
 POLICIES = {"load": [_BY_LOAD, _ROUND_ROBIN], "round_robin": [_ROUND_ROBIN]}
 """How calls are balanced: by the load that replicas report, or in turns."""

@@ -26,6 +26,7 @@ _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|<U\d{1,9}|\|S\d{1,9}|<[mM]8(\[\d*\w+\])?")
 
 _IMAGE_FILES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*")
+_to_json = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make an encoder for each call
 _ARRAY_REFERENCE = re.compile(r'"\$array":\s*(\d{1,9})\b')
 
 
@@ -38,6 +39,8 @@ class Packed(NamedTuple):
 
     text: str
     arrays: list[Array]
+    shared: Any = None
+    """(shm.Pair, places) if the arrays lie in memory that workers can map; else they are copied there."""
 
 
 def pack(value: Any) -> Packed:
@@ -46,7 +49,7 @@ def pack(value: Any) -> Packed:
     if isinstance(value, np.ndarray):
         return Packed(ARRAY, [portable(value)])
     try:
-        return Packed(json.dumps(_encode(value, arrays, ""), allow_nan=False), arrays)
+        return Packed(_to_json(_encode(value, arrays, "")), arrays)
     except RecursionError:
         raise TypeError("the value is nested too deeply, or contains itself") from None
 

@@ -32,6 +32,7 @@ from tiny_model_server.errors import (
 from tiny_model_server.load import Metrics
 from tiny_model_server.repository import Repository, ServedModel, State
 from tiny_model_server.settings import Settings
+from tiny_model_server.shm import Pair
 
 log = logging.getLogger("tiny_model_server.engine")
 
@@ -53,6 +54,10 @@ class Call:
     """False forbids to run the inputs again if a worker dies of them or with them."""
     model: str = ""
     """The model that a router in front chose; it goes before the one that the request names."""
+    lane: Pair | None = None
+    """The memory that the caller shares with the server, if it does."""
+    pixels: memoryview | None = None
+    """The data of the request's image, if the transport has left them out of the message."""
     trailing: dict[str, str | bytes] = field(default_factory=dict)
     """Metadata to send with the answer's status."""
 
@@ -204,7 +209,7 @@ class Engine:
             args_text = json.dumps(args, sort_keys=True) if args else ""
             if not model.stages:
                 try:
-                    return self._run(model, items, args_text, call, plain)
+                    return self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)
                 finally:
                     self._report_load(model, call)
             arrived = model.load_of.arrived(len(items))
@@ -254,7 +259,15 @@ class Engine:
                 model.load_of.answered(arrived, [status])
                 self._report_load(model, call)
 
-    def _run(self, model: ServedModel, values: Sequence[Packed], args: str, call: Call, plain: bool) -> list[Outcome]:
+    def _run(
+        self,
+        model: ServedModel,
+        values: Sequence[Packed],
+        args: str,
+        call: Call,
+        plain: bool,
+        lane: Pair | None = None,
+    ) -> list[Outcome]:
         arrived = model.load_of.arrived(len(values))
         statuses = [ServerError.status] * len(values)
         try:
@@ -271,6 +284,7 @@ class Engine:
 
             once = not call.repeatable
             items = [Item(data, args, key(data), deadline=call.deadline, plain=plain, once=once) for data in values]
+            items[0].lane = lane
             self._submit(model, items, call)
             outcomes = [item.wait() for item in items]
             now = time.monotonic()
@@ -289,11 +303,14 @@ class Engine:
             for item in items:
                 item.resolve(cancelled())
 
-        model.batcher.put(items)
         if not call.on_end(give_up):
             give_up()
+        if len(items) > 1 or items[0].chunks is not None or not model.batcher.run(items[0]):
+            model.batcher.put(items)
 
     def _report_load(self, model: ServedModel, call: Call) -> None:
+        if call.lane:
+            return  # that caller has no other replica
         loads = [self.model(stage).load_of for stage in model.stages] or [model.load_of]
         call.trailing["endpoint-load-metrics-bin"] = model.load_of.report(min(load.capacity for load in loads))
 

@@ -32,7 +32,7 @@ class ModelError(ServerError):
 
 
 class Overloaded(ServerError):
-    """The queue is full. ``retry_after_ms`` says when it may have room, where that is known."""
+    """The queue is full. ``retry_after_ms`` says when it may have room, where that is known; -1: never."""
 
     status = "RESOURCE_EXHAUSTED"
 

@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection
 
 from tiny_model_server import health, tls, tracing, wire
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import InvalidInput, Overloaded, ServerError
+from tiny_model_server.errors import Overloaded, ServerError
 from tiny_model_server.protocols import model_mesh, modzy, native, nos, open_inference
 from tiny_model_server.settings import Settings, SettingsError
 
@@ -79,7 +78,8 @@ class GrpcServer:
             _refuse_taken(settings.socket)
             self._listen(f"unix:{settings.socket}", tls_credentials, f"TMS_SOCKET={settings.socket!r}")
         name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # in a container, the pod's name
-        self._replica = f"{name}:{self.port}"
+        self.replica = f"{name}:{self.port}"
+        """The name that answers carry."""
         engine.on_change(self._update_health)
         self._update_health()
 
@@ -121,19 +121,17 @@ class GrpcServer:
     def _unary(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], bytes]:
         def answer(data: bytes, context: Any) -> bytes:
             with self._answering(method, context) as call:
-                response: bytes = handler(_parse(method, data), call).SerializeToString()
-                if len(response) > self._largest:
-                    call.trailing["grpc-retry-pushback-ms"] = "-1"
-                    raise Overloaded(f"the answer has {len(response)} bytes, more than TMS_MAX_MESSAGE_MB allows")
-            return response
+                # Parsed here, because a request that grpcio cannot parse would be answered as INTERNAL.
+                return wire.respond(method, handler, data, call, self._largest)
+            raise AssertionError  # _answering lets no error pass
 
         return answer
 
     def _streaming(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[..., Iterator[bytes]]:
         def answer(data: Any, context: Any) -> Iterator[bytes]:
             with self._answering(method, context) as call:
-                many = (_parse(method, one) for one in data) if method.client_streaming else _parse(method, data)
-                for response in handler(many, call):
+                each = (wire.parse(method, one) for one in data) if method.client_streaming else None
+                for response in handler(each or wire.parse(method, data), call):
                     yield response.SerializeToString()
 
         return answer
@@ -142,7 +140,7 @@ class GrpcServer:
     def _answering(self, method: wire.Method, context: Any) -> Iterator[Call]:
         """Answers an error raised inside with its gRPC status, and tells which replica answered."""
         call = _call(context)
-        call.trailing["tms-replica"] = self._replica
+        call.trailing["tms-replica"] = self.replica
         if attempts := call.metadata.get("grpc-previous-rpc-attempts"):
             call.trailing["tms-retries"] = attempts
         try:
@@ -160,14 +158,6 @@ class GrpcServer:
         engine = self._engine
         serving = {model.name: engine.serving(model) for model in engine.models()}
         self._health.set(serving | {"": engine.ready, LIVE_SERVICE: engine.started})
-
-
-def _parse(method: wire.Method, data: bytes) -> Any:
-    # Requests arrive here as bytes, because a message that grpcio cannot parse would be answered as INTERNAL.
-    try:
-        return method.request.FromString(data)
-    except DecodeError:
-        raise InvalidInput(f"the request is no {method.request.DESCRIPTOR.full_name}") from None
 
 
 def _abort(context: Any, call: Call, status: str, message: str) -> None:

@@ -10,11 +10,13 @@ import threading
 import urllib.request
 from dataclasses import replace
 
-from tiny_model_server import __version__, codec, logs
+from tiny_model_server import __version__, codec, lane, logs
 from tiny_model_server.devices import keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
+from tiny_model_server.lane_server import LaneServer
+from tiny_model_server.protocols import native
 from tiny_model_server.reload import watch
 from tiny_model_server.repository import State, discover
 from tiny_model_server.settings import Settings, SettingsError
@@ -56,6 +58,7 @@ def serve(settings: Settings) -> int:
     engine = Engine(settings)
     grpc_server = GrpcServer(engine, settings)
     web = WebServer(engine, settings) if settings.http_port is not None else None
+    lanes = open_lanes(engine, settings, grpc_server)
     hurry = threading.Event()
 
     # Python's handlers run in the main thread, which a signal that the kernel gives to another thread does not wake;
@@ -75,6 +78,8 @@ def serve(settings: Settings) -> int:
 
     threading.Thread(target=obey, name="signals", daemon=True).start()
     grpc_server.start()
+    if lanes:
+        lanes.start()
     if web:
         web.start()
     http = f", HTTP on {settings.host}:{web.port}" if web else ""
@@ -86,12 +91,27 @@ def serve(settings: Settings) -> int:
     log.info("stopping")
     grpc_server.refuse_health()
     hurry.wait(settings.drain_delay_s)
-    grpc_server.stop(0 if hurry.is_set() else settings.grace_s).wait()
+    ended = grpc_server.stop(0 if hurry.is_set() else settings.grace_s)
+    if lanes:
+        lanes.stop(0 if hurry.is_set() else settings.grace_s)
+    ended.wait()
     engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
     if web:
         web.stop()
     log.info("stopped")
     return 1 if failed.is_set() else 0
+
+
+def open_lanes(engine: Engine, settings: Settings, grpc_server: GrpcServer) -> LaneServer | None:
+    """The short cut for clients on this host, where it may be: for loopback callers of a server without TLS."""
+    local = settings.host in ("0.0.0.0", "::", "[::]", *lane.LOOPBACK)
+    if not (settings.lane and lane.available() and local and not settings.tls_cert and "native" in settings.doors):
+        return None
+    try:
+        return LaneServer(engine, native.handlers(engine), grpc_server.port, grpc_server.replica)
+    except OSError as error:
+        log.warning("no short cut for clients on this host: %s", error)
+        return None
 
 
 def _load(engine: Engine, settings: Settings, failed: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import select
 import signal
 import socket
@@ -18,16 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from tiny_model_server import devices
-from tiny_model_server.batcher import Batcher, Item, Outcome
+from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
 from tiny_model_server.codec import Packed
-from tiny_model_server.errors import DeadlineExceeded, ModelError, ModelUnavailable, from_status
+from tiny_model_server.errors import DeadlineExceeded, ModelError, ModelUnavailable, ServerError, from_status
 from tiny_model_server.load import ModelLoad
 from tiny_model_server.settings import ModelOptions, Settings
-from tiny_model_server.shm import Segment
+from tiny_model_server.shm import Pair, Place, Segment
 from tiny_model_server.tally import Tally
 
 log = logging.getLogger("tiny_model_server.pool")
 
+_READ = 1 << 16
 _ROOT = Path(__file__).resolve().parent.parent
 _LONGEST_BACKOFF_S = 30.0  # between attempts to load
 _LONGEST_CRASH_BACKOFF_S = 0.2  # between deaths of workers that could be loaded: inputs that kill must not stop others
@@ -83,6 +85,7 @@ class _Slot:
         self._connection = Connection(ours.detach())
         self._inbox, self._outbox = Segment(), Segment()
         self._new_inbox = False
+        self._known: set[int] = set()  # the callers' memory that the worker maps, by name
         self._closing = threading.Lock()
         self._poll = select.poll()
         self._poll.register(self._connection.fileno(), select.POLLIN)
@@ -90,44 +93,94 @@ class _Slot:
             for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
                 reduction.send_handle(control, fd, 0)
 
-    def run(self, batch: list[Item], timeout_s: float) -> tuple[list[Outcome], float, Tally]:
-        """One outcome an item, the worker's seconds, what it counted; _WorkerDied or _WorkerHung if there is none."""
+    def send(self, batch: list[Item]) -> None:
+        """Hands a batch, or one item that streams, to the worker; _WorkerDied if it is not there."""
         try:
-            self._send(batch, streams=False)
-            answers, seconds, self._new_inbox, tally = self._receive(timeout_s)
+            self._send(batch)
         except (EOFError, OSError) as error:
             raise _WorkerDied from error
-        return [self._outcome(*answer) for answer in answers], seconds, tally
+
+    def ready(self, seconds: float) -> bool:
+        """True when the worker has answered, False if it has not within this time."""
+        return bool(self._poll.poll(max(0.0, seconds) * 1000))
+
+    def outcomes(self, batch: list[Item], timeout_s: float | None) -> tuple[list[Outcome], float, Tally]:
+        """One outcome an item, the worker's seconds, what it counted; _WorkerDied or _WorkerHung if there is none.
+
+        Without ``timeout_s`` the worker must be ``ready``.
+        """
+        try:
+            answers, seconds, kept, tally = self._receive(timeout_s)
+        except (EOFError, OSError) as error:
+            raise _WorkerDied from error
+        self._note_kept(kept)
+        return [self._outcome(answer, item.lane) for answer, item in zip(answers, batch, strict=True)], seconds, tally
 
     def stream(self, item: Item, timeout_s: float) -> tuple[float, Tally]:
         """Puts what the model yields into the item's chunks, each within the time limit, while somebody wants it."""
         try:
-            self._send([item], streams=True)
             while len(answer := self._receive(timeout_s)) == 3:
-                self._connection.send(item.put_chunk(self._outcome(*answer)))
-            _, seconds, self._new_inbox, tally = answer
+                self._connection.send(item.put_chunk(self._outcome(answer, None)))
+            _, seconds, kept, tally = answer
+            self._note_kept(kept)
         except (EOFError, OSError) as error:
             raise _WorkerDied from error
         return seconds, tally
 
-    def _send(self, batch: list[Item], *, streams: bool) -> None:
+    def _send(self, batch: list[Item]) -> None:
         if self._new_inbox:
             self._inbox.close()
             self._inbox = Segment()
-        places = iter(self._inbox.write([array for item in batch for array in item.packed.arrays]))
-        items = [(item.packed.text, [next(places) for _ in item.packed.arrays], item.plain) for item in batch]
-        self._connection.send((batch[0].args, items, streams, self._new_inbox))
+        copied = [array for item in batch if not item.packed.shared for array in item.packed.arrays]
+        places = iter(self._inbox.write(copied))
+        fresh: dict[int, Pair] = {}
+        items = []
+        for item in batch:
+            pair, where = item.packed.shared or (None, [next(places) for _ in item.packed.arrays])
+            names = [self._name(one, fresh) for one in (pair, item.lane)]
+            items.append((item.packed.text, where, item.plain, *names))
+        gone = [name for name in self._known if name not in Pair.alive] if fresh else []
+        streams = batch[0].chunks is not None
+        message = (batch[0].args, items, streams, self._new_inbox, list(fresh), gone)
+        self._connection.send_bytes(pickle.dumps(message))  # send() would make a slower kind of pickler each time
         if self._new_inbox:
             reduction.send_handle(self._connection, self._inbox.fd, 0)
+        for pair in fresh.values():
+            for segment in (pair.inbox, pair.outbox):
+                reduction.send_handle(self._connection, segment.fd, 0)
+        self._known = self._known.difference(gone).union(fresh)
 
-    def _receive(self, timeout_s: float) -> Any:
-        if not self._poll.poll(timeout_s * 1000):
+    def _name(self, pair: Pair | None, fresh: dict[int, Pair]) -> int | None:
+        """What the worker calls a caller's memory; it is sent along if the worker does not have it yet."""
+        if pair is None:
+            return None
+        if pair.name not in self._known:
+            fresh[pair.name] = pair
+        return pair.name
+
+    def _note_kept(self, names: set[int | None]) -> None:
+        self._new_inbox = None in names
+        for name in names:
+            if name is not None and (pair := Pair.alive.get(name)):
+                pair.kept = True
+
+    def _receive(self, timeout_s: float | None) -> Any:
+        if timeout_s is not None and not self.ready(timeout_s):
             raise _WorkerHung
-        return self._connection.recv()
+        # As Connection.recv_bytes, but by one read where the answer is short.
+        data = os.read(self._connection.fileno(), _READ)
+        while len(data) < 4 or len(data) < (end := 4 + int.from_bytes(data[:4], "big")):
+            if not (more := os.read(self._connection.fileno(), _READ)):
+                raise EOFError
+            data += more
+        return pickle.loads(memoryview(data)[4:end])
 
-    def _outcome(self, status: str | None, text: str, places: list[Any]) -> Outcome:
+    def _outcome(self, answer: tuple[str | None, str, list[Place]], lane: Pair | None) -> Outcome:
+        status, text, places = answer
         if status:
             return from_status(status, text)
+        if lane:
+            return Packed(text, lane.outbox.read(places), (lane, places))
         return Packed(text, [array.copy() for array in self._outbox.read(places)])
 
     def shutdown(self) -> None:
@@ -240,9 +293,10 @@ class Pool:
         changed: Callable[[str | None], None],
     ) -> None:
         """``changed`` hears why no worker can be started any more, and None when one runs again."""
+        self.name = plugin.name
+        self.load = load
         self._plugin = plugin
         self._batcher = batcher
-        self._load = load
         self._options = ModelOptions().with_overrides(plugin.overrides)
         self._settings = settings
         self._changed = changed
@@ -252,14 +306,14 @@ class Pool:
         self._lock = threading.Lock()
         self._processes: dict[int, _Process] = {}
         self._keepers: list[threading.Thread] = []
-        self._suspects = threading.Lock()  # inputs that a worker died on run again one at a time
+        self.suspects = threading.Lock()  # inputs that a worker died on run again one at a time
 
     def start(self) -> Loaded:
         """Starts all workers and waits until every one is ready; ModelUnavailable says why one is not."""
         loaded = self._start_keeper(0)()
         if loaded.stages:
             return loaded
-        self._load.serves(loaded.options.max_batch_size, loaded.options.workers * loaded.options.concurrency)
+        self.load.serves(loaded.options.max_batch_size, loaded.options.workers * loaded.options.concurrency)
         try:
             for wait in [self._start_keeper(index) for index in range(1, loaded.options.workers)]:
                 wait()
@@ -357,7 +411,7 @@ class Pool:
                 self._serve_until_death(process, loaded.options)
                 self._bury(index, process)
                 if not self._leaving():
-                    self._load.restarted()
+                    self.load.restarted()
                     log.error("model %s: worker %d %s; restarting it", name, process.popen.pid, process.end())
                     failures = 0 if time.monotonic() - born > _STABLE_S else failures + 1
             longest = _LONGEST_CRASH_BACKOFF_S if process.ready else _LONGEST_BACKOFF_S
@@ -402,44 +456,20 @@ class Pool:
 
     def _serve(self, process: _Process, slot: _Slot, options: ModelOptions) -> None:
         """Takes batches and runs them in one slot, until the worker is dead or the pool stops."""
-
-        def leave() -> bool:
-            return self._stopping.is_set() or process.popen.returncode is not None
-
-        while (batch := self._batcher.take(options.max_batch_size, options.max_wait_ms / 1000, leave)) is not None:
-            suspect = batch[0].attempts > 0
-            now = time.monotonic()
-            for item in batch:
-                item.begun = now
-            started = self._load.started([now - item.enqueued for item in batch])
-            try:
-                with self._suspects if suspect else nullcontext():
-                    if batch[0].chunks:
-                        seconds, tally = slot.stream(batch[0], options.timeout_s)
-                        outcomes: list[Outcome] = [Packed("null", [])]
-                    else:
-                        outcomes, seconds, tally = slot.run(batch, options.timeout_s)
-            except _WorkerHung:
-                process.kill()
-                message = f"model {self._plugin.name!r} took longer than its timeout_s={options.timeout_s:g}"
-                for item in batch:
-                    item.resolve(DeadlineExceeded(message))
-                break
-            except _WorkerDied:
-                self._after_death(process, batch)
-                break
-            except Exception as error:  # no memory for the batch, an answer that cannot be read: nobody may hang on it
-                log.exception("model %s: a batch could not be handed over or read back", self._plugin.name)
-                process.kill()
-                for item in batch:
-                    item.resolve(ModelError(f"the batch could not be handed over: {type(error).__name__}: {error}"))
-                break
-            self._load.finished(started, seconds, tally)
-            for item, outcome in zip(batch, outcomes, strict=True):
-                item.resolve(outcome)
+        shift = _Shift(self, process, slot, options)
+        seat = Seat(lambda: self._stopping.is_set() or shift.broken or process.popen.returncode is not None)
+        seat.run = shift.run_one
+        while (batch := self._batcher.take(options.max_batch_size, options.max_wait_ms / 1000, seat)) is not None:
+            if batch:
+                with self.suspects if batch[0].attempts else nullcontext():
+                    shift.begin(batch)
+                    shift.finish()
+            else:
+                shift.finish()
+                self._batcher.take_back(seat)
         slot.close()
 
-    def _after_death(self, process: _Process, batch: list[Item]) -> None:
+    def after_death(self, process: _Process, batch: list[Item]) -> None:
         """Queues the items that the worker held once more, each alone; one that has been alone twice fails."""
         again = []
         for item in batch:
@@ -448,8 +478,77 @@ class Pool:
                 again.append(item)
                 continue
             twice = ", twice: the second time this input ran alone" if item.attempts > 1 else ""
-            item.resolve(ModelError(f"the worker of model {self._plugin.name!r} {process.end()}{twice}"))
+            item.resolve(ModelError(f"the worker of model {self.name!r} {process.end()}{twice}"))
         self._batcher.put_back(again)
+
+
+class _Shift:
+    """Runs batches in one slot, one after the other: in the thread that keeps it, or in that of a caller."""
+
+    def __init__(self, pool: Pool, process: _Process, slot: _Slot, options: ModelOptions) -> None:
+        self._pool, self._process, self._slot, self._options = pool, process, slot, options
+        self._batch: list[Item] = []
+        self._started = 0.0
+        self.broken = False
+        """True when the slot is of no more use."""
+
+    def run_one(self, item: Item) -> bool:
+        """Runs an item alone; False if its deadline came first, and ``finish`` is to be called by whoever can wait."""
+        self.begin([item])
+        return self.finish(None if item.deadline is None else item.deadline)
+
+    def begin(self, batch: list[Item]) -> None:
+        """Hands a batch to the worker."""
+        now = time.monotonic()
+        for item in batch:
+            item.begun = now
+        self._batch = batch
+        self._started = self._pool.load.started([now - item.enqueued for item in batch])
+        try:
+            self._slot.send(batch)
+        except Exception as error:
+            self._fail(error)
+
+    def finish(self, deadline: float | None = None) -> bool:
+        """Gives the items their outcomes when the worker is done with them; False if ``deadline`` comes first."""
+        batch, slot, options = self._batch, self._slot, self._options
+        remaining: float | None = self._started + options.timeout_s - time.monotonic()
+        if self.broken:
+            return True
+        try:
+            if deadline is not None and deadline < self._started + options.timeout_s:
+                if not slot.ready(deadline - time.monotonic()):
+                    batch[0].resolve(DeadlineExceeded("the deadline passed before the model answered"))
+                    return False
+                remaining = None
+            if batch[0].chunks is not None:
+                seconds, tally = slot.stream(batch[0], options.timeout_s)
+                outcomes: list[Outcome] = [Packed("null", [])]
+            else:
+                outcomes, seconds, tally = slot.outcomes(batch, remaining)
+        except Exception as error:
+            self._fail(error)
+        else:
+            self._pool.load.finished(self._started, seconds, tally)
+            for item, outcome in zip(batch, outcomes, strict=True):
+                item.resolve(outcome)
+        return True
+
+    def _fail(self, error: Exception) -> None:
+        """Gives the items of a batch that came to nothing their outcomes, or another chance."""
+        self.broken = True
+        batch, name = self._batch, self._pool.name
+        if isinstance(error, _WorkerDied):
+            return self._pool.after_death(self._process, batch)
+        self._process.kill()
+        outcome: ServerError
+        if isinstance(error, _WorkerHung):
+            outcome = DeadlineExceeded(f"model {name!r} took longer than its timeout_s={self._options.timeout_s:g}")
+        else:  # no memory for the batch, an answer that cannot be read: nobody may hang on it
+            log.error("model %s: a batch could not be handed over or read back", name, exc_info=error)
+            outcome = ModelError(f"the batch could not be handed over: {type(error).__name__}: {error}")
+        for item in batch:
+            item.resolve(outcome)
 
 
 def resident_memory(pid: int) -> int:

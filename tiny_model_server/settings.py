@@ -101,6 +101,7 @@ class Settings:
     log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
     max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
     threads: int = _setting(256, _number(int, 1, 4096), "calls in the server at once; one more is refused")
+    lane: bool = _setting(True, _flag, "1: clients on this host send by unix socket and shared memory, which is faster")
     one_core: bool = _setting(True, _flag, "1: the gRPC process keeps to one core, which is faster; workers use all")
     strict: bool = _setting(False, _flag, "1: a model that fails to load stops the start")
     lazy: bool = _setting(False, _flag, "1: a model is loaded at its first call")

@@ -3,9 +3,13 @@
 Unnamed (memfd) on purpose: a process that is killed leaves nothing behind, and no other process can find it.
 """
 
+import fcntl
+import itertools
+import math
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,6 +40,8 @@ class Segment:
 
     def write(self, arrays: Sequence[Array]) -> list[Place]:
         """Copies portable arrays in, one after the other from the start, over what was there before."""
+        if not arrays:
+            return []
         places, end = [], 0
         for array in arrays:
             places.append(Place(end, dtype_name(array.dtype), array.shape))
@@ -51,7 +57,7 @@ class Segment:
 
     def _view(self, place: Place) -> Array:
         dtype = np.dtype(place.dtype)
-        count = int(np.prod(place.shape, dtype=np.int64))
+        count = math.prod(place.shape)
         data = self._mapped(place.offset + count * dtype.itemsize, grow=False)
         if not count * dtype.itemsize:
             return np.empty(place.shape, dtype)
@@ -68,6 +74,21 @@ class Segment:
             self._map = mmap.mmap(self.fd, self._size)
         return self._map
 
+    def bytes_at(self, offset: int, length: int) -> memoryview:
+        """A view of these bytes; ValueError if they are not all there or are not aligned to 64."""
+        if offset < 0 or length < 0 or offset % _ALIGN or offset + length > os.fstat(self.fd).st_size:
+            raise ValueError(f"{length} bytes at {offset} do not lie in the shared memory, aligned to {_ALIGN}")
+        return (
+            memoryview(self._mapped(offset + length, grow=False))[offset : offset + length]
+            if length
+            else memoryview(b"")
+        )
+
+    def discard(self) -> None:
+        """Gives the memory back at once, whoever maps it still."""
+        if self.fd >= 0 and hasattr(mmap, "MADV_REMOVE") and os.fstat(self.fd).st_size:
+            self._mapped(os.fstat(self.fd).st_size, grow=False).madvise(mmap.MADV_REMOVE)
+
     def close(self) -> None:
         """Lets the segment go; views of it stay valid."""
         self._map = None
@@ -75,9 +96,29 @@ class Segment:
             os.close(self.fd)
             self.fd = -1
 
+    def __del__(self) -> None:
+        self.close()
+
+
+class Pair:
+    """Memory that a caller on this host shares with server and workers: what it sends, and what it gets."""
+
+    _numbers = itertools.count()
+    alive: "weakref.WeakValueDictionary[int, Pair]" = weakref.WeakValueDictionary()
+
+    def __init__(self, inbox: Segment | None = None, outbox: Segment | None = None) -> None:
+        """New segments, where none are given."""
+        self.inbox, self.outbox = inbox or Segment(), outbox or Segment()
+        self.name = next(self._numbers)
+        self.kept = False
+        """Set when a model keeps what lies in the inbox: it is the model's own then, and not to be written again."""
+        self.alive[self.name] = self
+
 
 def _unnamed_file() -> int:
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("tiny_model_server")
+        fd = os.memfd_create("tiny_model_server", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # who maps it may rely on it
+        return fd
     with tempfile.TemporaryFile() as file:  # unlinked already
         return os.dup(file.fileno())

@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import logging
 import os
+import pickle
 import re
 import signal
 import sys
@@ -28,7 +29,7 @@ from model_interface import ModelInterface, Pipeline
 from tiny_model_server import codec, logs, tally
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
 from tiny_model_server.settings import ModelOptions
-from tiny_model_server.shm import Segment
+from tiny_model_server.shm import Pair, Segment
 
 log = logging.getLogger("tiny_model_server.worker")
 
@@ -199,17 +200,23 @@ class Slot:
         self._connection = Connection(fds[0])
         self._inbox = Segment(fds[1])
         self._outbox = Segment(fds[2])
+        self._pairs: dict[int, Pair] = {}  # of callers that share memory with us
         self._runner = runner
 
     def serve(self) -> None:
         """Runs batches until the front closes the socket, or is gone."""
         while True:
             try:
-                args, items, streams, new_inbox = self._connection.recv()
+                args, items, streams, new_inbox, fresh, gone = pickle.loads(self._connection.recv_bytes())
                 if new_inbox:
                     self._inbox.close()
                     self._inbox = Segment(reduction.recv_handle(self._connection))
-                alive: list[weakref.ref[Any]] = []
+                for name in fresh:
+                    fds = [reduction.recv_handle(self._connection) for _ in range(2)]
+                    self._pairs[name] = Pair(Segment(fds[0]), Segment(fds[1]))
+                for name in gone:
+                    self._pairs.pop(name)
+                alive: list[tuple[int | None, weakref.ref[Any]]] = []
                 started = time.monotonic()
                 outcomes: list[Any] = []
                 if streams:
@@ -217,16 +224,21 @@ class Slot:
                 else:
                     outcomes = self._run(args, items, alive)
                 # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment.
-                kept = any(reference() is not None for reference in alive)
-                self._connection.send((outcomes, time.monotonic() - started, kept, tally.drain()))
+                kept = {name for name, reference in alive if reference() is not None}
+                self._connection.send_bytes(pickle.dumps((outcomes, time.monotonic() - started, kept, tally.drain())))
             except (EOFError, OSError):
                 return
 
     def _run(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
         results = self._runner.run(self._receive(items, alive), codec.parse_args(args))
-        answers = [self._pack(result, plain) for result, (_, _, plain) in zip(results, items, strict=True)]
-        places = iter(self._outbox.write([array for _, _, arrays in answers for array in arrays]))
-        return [(status, text, [next(places) for _ in arrays]) for status, text, arrays in answers]
+        answers = [self._pack(result, item[2]) for result, item in zip(results, items, strict=True)]
+        ours = [answer for answer, item in zip(answers, items, strict=True) if item[4] is None]
+        places = iter(self._outbox.write([array for _, _, arrays in ours for array in arrays]))
+        outcomes = []
+        for (status, text, arrays), (*_, reply) in zip(answers, items, strict=True):
+            written = [next(places) for _ in arrays] if reply is None else self._pairs[reply].outbox.write(arrays)
+            outcomes.append((status, text, written))
+        return outcomes
 
     def _stream(self, args: str, items: Sequence[Any], alive: list[Any]) -> None:
         """Sends each value as (status, text, places), and goes on when the front says so."""
@@ -235,16 +247,16 @@ class Slot:
         del packed
         for value in values:
             status, text, arrays = self._pack(value, items[0][2])
-            self._connection.send((status, text, self._outbox.write(arrays)))
+            self._connection.send_bytes(pickle.dumps((status, text, self._outbox.write(arrays))))
             if not self._connection.recv():
                 break
         values.close()
 
     def _receive(self, items: Sequence[Any], alive: list[Any]) -> list[codec.Packed]:
         packed = []
-        for text, places, _ in items:
-            arrays = self._inbox.read(places)
-            alive += [weakref.ref(_owner(array)) for array in arrays]
+        for text, places, _, source, _ in items:
+            arrays = (self._inbox if source is None else self._pairs[source].inbox).read(places)
+            alive += [(source, weakref.ref(_owner(array))) for array in arrays]
             packed.append(codec.Packed(text, arrays))
         return packed
 
@@ -257,7 +269,7 @@ class Slot:
         except Exception as error:  # a result may be of any class, with any behaviour
             log.error("a result could not be encoded: %s", error)
             return ModelError.status, f"the model's answer cannot be encoded: {error}", []
-        return None, *packed
+        return None, packed.text, packed.arrays
 
 
 def _is_out_of_device_memory(error: BaseException) -> bool:

@@ -2,17 +2,18 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from tiny_model_server import codec, wire
 from tiny_model_server.batcher import Outcome
-from tiny_model_server.codec import EncodedImage, Packed
+from tiny_model_server.codec import Array, EncodedImage, Packed
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, ServerError, from_status
 from tiny_model_server.repository import ServedModel
+from tiny_model_server.shm import Place
 
 SCHEMA = "server"
 SERVICE = "server.Server"
@@ -36,17 +37,20 @@ class _Native:
         return self._run(request, codec.pack(request.text), call)
 
     def RunImage(self, request: Any, call: Call) -> Any:
-        return self._run(request, _image(request.image), call)
+        return self._run(request, _image(request.image, call), call)
 
     def RunBatchText(self, request: Any, call: Call) -> Any:
         return self._run_batch(request, [codec.pack(text) for text in request.texts], call)
 
     def RunBatchImage(self, request: Any, call: Call) -> Any:
-        return self._run_batch(request, [_named(_image, i, image) for i, image in enumerate(request.images)], call)
+        return self._run_batch(
+            request, [_named(_image, i, image, call) for i, image in enumerate(request.images)], call
+        )
 
     def RunImageToImage(self, request: Any, call: Call) -> Any:
         args = codec.parse_args(request.args)
-        value = codec.unpack(self._engine.run(request.model, _image(request.image), args, call))
+        packed = self._engine.run(request.model, _image(request.image, call), args, call)
+        value = codec.unpack(packed)
         image, rest = value, None
         if isinstance(value, dict) and isinstance(value.get("image"), np.ndarray):
             image = value["image"]
@@ -63,19 +67,19 @@ class _Native:
         height, width, channels = (*image.shape, 1)[:3]
         answer = self._image_response(data=codec.plain_json(rest))
         fields = {"height": height, "width": width, "channels": channels, "dtype": codec.dtype_name(image.dtype)}
-        answer.image.data = bytes(codec.raw(image))
+        _send([([answer.image], packed if len(packed.arrays) == 1 else Packed("", [image]))], call)
         for name, field in fields.items():
             setattr(answer.image, name, field)
         return answer
 
     def Run(self, request: Any, call: Call) -> Any:
         args = codec.parse_args(request.args)
-        return _fill(self._response(), "data", self._engine.run(request.model, _value(request.data), args, call))
+        return self._answer(self._engine.run(request.model, _value(request.data, call), args, call), call)
 
     def RunBatch(self, request: Any, call: Call) -> Any:
-        items = [_named(_value, i, value) for i, value in enumerate(request.items)]
+        items = [_named(_value, i, value, call) for i, value in enumerate(request.items)]
         args = codec.parse_args(request.args)
-        return self._items(self._engine.run_batch(request.model, items, args, call))
+        return self._items(self._engine.run_batch(request.model, items, args, call), call)
 
     def ListModels(self, request: Any, call: Call) -> Any:
         return self._json([model.name for model in self._engine.models()])
@@ -98,8 +102,8 @@ class _Native:
 
     def RunStream(self, request: Any, call: Call) -> Iterator[Any]:
         args = codec.parse_args(request.args)
-        for packed in self._engine.run_stream(request.model, _value(request.data), args, call):
-            yield _fill(self._response(), "data", packed)
+        for packed in self._engine.run_stream(request.model, _value(request.data, call), args, call):
+            yield self._answer(packed, call)
 
     def GetModelInfo(self, request: Any, call: Call) -> Any:
         return self._describe(self._engine.model(request.model))
@@ -128,13 +132,18 @@ class _Native:
 
     def _run(self, request: Any, data: Packed, call: Call) -> Any:
         args, plain = codec.parse_args(request.args), not request.accept_arrays
-        return _fill(self._response(), "data", self._engine.run(request.model, data, args, call, plain=plain))
+        return self._answer(self._engine.run(request.model, data, args, call, plain=plain), call)
+
+    def _answer(self, packed: Packed, call: Call) -> Any:
+        answer = self._response()
+        _send([_fill(answer, "data", packed)], call)
+        return answer
 
     def _run_batch(self, request: Any, data: list[Packed], call: Call) -> Any:
         args, plain = codec.parse_args(request.args), not request.accept_arrays
         outcomes = self._engine.run_batch(request.model, data, args, call, plain=plain)
         if not plain:
-            return self._items(outcomes)
+            return self._items(outcomes, call)
         texts = []
         for index, outcome in enumerate(outcomes):
             if isinstance(outcome, ServerError):
@@ -142,41 +151,86 @@ class _Native:
             texts.append(outcome.text)
         return self._response(data=f"[{', '.join(texts)}]")
 
-    def _items(self, outcomes: list[Outcome]) -> Any:
-        answer = self._response()
+    def _items(self, outcomes: list[Outcome], call: Call) -> Any:
+        answer, filled = self._response(), []
         for outcome in outcomes:
             item = answer.items.add()
             if isinstance(outcome, ServerError):
                 item.error.code, item.error.message = CODES[outcome.status], str(outcome)
             else:
-                _fill(item.value, "json", outcome)
+                filled.append(_fill(item.value, "json", outcome))
+        _send(filled, call)
         return answer
 
     def _json(self, value: Any) -> Any:
         return self._response(data=json.dumps(value))
 
 
-def _image(image: Any) -> Packed:
+def _image(image: Any, call: Call) -> Packed:
+    data = _data(image, call)
     if image.encoded:
-        return codec.pack(EncodedImage(image.data))
-    return Packed(codec.ARRAY, [codec.image_from(image.height, image.width, image.channels, image.dtype, image.data)])
+        return codec.pack(EncodedImage(data))
+    array = codec.image_from(image.height, image.width, image.channels, image.dtype, data)
+    return _packed(codec.ARRAY, [image], [array], call)
 
 
-def _value(value: Any) -> Packed:
-    packed = Packed(value.json, [codec.array_from(array.dtype, array.shape, array.data) for array in value.arrays])
+def _value(value: Any, call: Call) -> Packed:
+    arrays = [codec.array_from(array.dtype, array.shape, _data(array, call)) for array in value.arrays]
+    packed = _packed(value.json, value.arrays, arrays, call)
     codec.unpack(packed)  # malformed JSON and references to no array are refused before they queue
     return packed
 
 
-def _named(convert: Callable[[Any], Packed], index: int, message: Any) -> Packed:
+def _data(message: Any, call: Call) -> bytes | memoryview:
+    """The bytes of an image or array: in the message, or in the memory that the caller shares."""
+    if call.pixels is not None:
+        return call.pixels
+    if not message.HasField("place"):
+        data: bytes = message.data
+        return data
+    if call.lane is None:
+        raise InvalidInput("place is for callers that share memory with the server; send the bytes as data")
     try:
-        return convert(message)
+        return call.lane.inbox.bytes_at(message.place.offset, message.place.length)
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None
+
+
+def _packed(text: str, messages: Sequence[Any], arrays: list[Array], call: Call) -> Packed:
+    """A packed value whose arrays, if all lie in the caller's memory, stay there."""
+    if not (call.lane and arrays and all(message.HasField("place") for message in messages)):
+        return Packed(text, arrays)
+    named = zip(messages, arrays, strict=True)
+    places = [Place(message.place.offset, codec.dtype_name(array.dtype), array.shape) for message, array in named]
+    return Packed(text, arrays, (call.lane, places))
+
+
+def _named(convert: Callable[[Any, Call], Packed], index: int, message: Any, call: Call) -> Packed:
+    try:
+        return convert(message, call)
     except InvalidInput as error:
         raise InvalidInput(f"item {index}: {error}") from None
 
 
-def _fill(message: Any, text_field: str, packed: Packed) -> Any:
+def _fill(message: Any, text_field: str, packed: Packed) -> tuple[list[Any], Packed]:
+    """Puts a packed value into the message but for the bytes of its arrays, which ``_send`` wants."""
     setattr(message, text_field, packed.text)
-    for array in packed.arrays:
-        message.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=bytes(codec.raw(array)))
-    return message
+    arrays = packed.arrays
+    return [message.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape) for array in arrays], packed
+
+
+def _send(filled: Sequence[tuple[list[Any], Packed]], call: Call) -> None:
+    """Puts the bytes of arrays into their messages; or into the memory that the caller shares, and tells where."""
+    rest: list[tuple[Any, Array]] = []
+    for parts, packed in filled:
+        if packed.shared and packed.shared[0] is call.lane:  # a worker has put them there
+            for part, array, place in zip(parts, packed.arrays, packed.shared[1], strict=True):
+                part.place.offset, part.place.length = place[0], array.nbytes
+        else:
+            rest += zip(parts, packed.arrays, strict=True)
+    if call.lane and rest:
+        for (part, array), place in zip(rest, call.lane.outbox.write([array for _, array in rest]), strict=True):
+            part.place.offset, part.place.length = place.offset, array.nbytes
+    else:
+        for part, array in rest:
+            part.data = bytes(codec.raw(array))

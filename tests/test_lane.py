@@ -1,0 +1,393 @@
+"""The short cut on one host: that it is taken, that nobody can abuse it, and that nothing of it stays behind."""
+
+import contextlib
+import logging
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import model_client
+from model_client import ModelClient
+from tests.conftest import ROOT, Server, wait_for
+from tests.test_faults import write_model
+from tiny_model_server import lane, wire
+from tiny_model_server.errors import CODES
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
+METHODS = wire.methods("server", "server.Server")
+
+
+def lanes(client: ModelClient) -> int:
+    """Connections of the short cut that wait for the client's next calls."""
+    return len(client._lanes._free) if client._lanes else 0
+
+
+@pytest.fixture
+def raw(server: Server) -> Iterator[lane.Lane]:
+    made = lane.Lane(server.port, {})
+    yield made
+    made.close()
+
+
+def send(one: lane.Lane, method: str, **fields: Any) -> tuple[int, Any]:
+    """(status number, message or text) of a call whose places the test makes up."""
+    answer = one.call(METHODS[method].path.encode(), METHODS[method].request(**fields).SerializeToString(), 10, True)
+    return answer.code, METHODS[method].response.FromString(answer.body) if not answer.code else answer.body.decode()
+
+
+def test_it_is_taken(server: Server) -> None:
+    with server.client("echo") as client:
+        assert client.run_text("x") == "x"
+        assert lanes(client) == 1
+        assert np.array_equal(client.run_image(IMAGE), IMAGE)
+        assert lanes(client) == 1
+        assert client.stats()["replicas"][f"127.0.0.1:{server.port}"]["calls"] == 2
+
+
+def test_several_callers_have_a_connection_each(server: Server) -> None:
+    with server.client("echo") as client:
+        client.run_text("x")
+        images = [np.full((100, 100), number, np.uint8) for number in range(64)]
+        futures = [client.submit_image(image) for image in images]
+        for image, future in zip(images, futures, strict=True):
+            assert np.array_equal(future.result(), image)
+        assert 1 < lanes(client) <= 8
+        for image, answer in zip(images, client.map(images), strict=True):
+            assert np.array_equal(answer, image)
+
+
+@pytest.mark.parametrize("why", ["setting of the client", "setting of the server", "several addresses"])
+def test_where_it_is_not_taken(
+    start_server: Callable[..., Server], server: Server, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    addresses = [server.address]
+    if why == "setting of the client":
+        monkeypatch.setenv("TMS_LANE", "0")
+    elif why == "setting of the server":
+        addresses = [start_server(TMS_LANE=0).address]
+    else:
+        addresses.append(start_server().address)
+    with ModelClient("echo", addresses=addresses) as client:
+        assert np.array_equal(client.run_image(IMAGE), IMAGE)
+        assert lanes(client) == 0
+
+
+def test_two_servers_do_not_mix(start_server: Callable[..., Server], server: Server) -> None:
+    other = start_server()
+    for one in (server, other):
+        made = lane.Lane(one.port, {})
+        code, answer = send(made, "GetPID")
+        assert (code, answer.data) == (0, f'{{"pid": {one.process.pid}}}')
+        assert made.server == f"127.0.0.1:{one.port}"
+        made.close()
+
+
+LIES: list[tuple[str, dict[str, Any]]] = [
+    ("beyond the end", {"offset": 1 << 30}),
+    ("before the start", {"offset": -64}),
+    ("not aligned", {"offset": 1}),
+    ("too long", {"length": 1 << 40}),
+    ("a negative length", {"length": -1}),
+    ("shorter than the shape", {"length": 64}),
+]
+
+
+@pytest.mark.parametrize(("what", "lie"), LIES)
+def test_lies_about_the_place(raw: lane.Lane, what: str, lie: dict[str, Any]) -> None:
+    raw.place([IMAGE])
+    image = {"height": 480, "width": 640, "channels": 3, "dtype": "uint8"}
+    true = {"offset": 0, "length": IMAGE.nbytes}
+    code, text = send(raw, "RunImage", image=image | {"place": true | lie}, model="echo")
+    assert code == CODES["INVALID_ARGUMENT"], text
+    code, text = send(raw, "Run", data={"json": '{"$array": 0}', "arrays": [
+        {"dtype": "uint8", "shape": [480, 640, 3], "place": true | lie}]}, model="echo")  # fmt: skip
+    assert code == CODES["INVALID_ARGUMENT"], text
+    code, answer = send(raw, "RunImage", image=image | {"place": true}, model="describe", accept_arrays=True)
+    assert code == 0
+    assert '"shape": [480, 640, 3]' in answer.data
+
+
+@pytest.mark.parametrize("lie", [{"dtype": "uint16"}, {"dtype": "object"}, {"height": 481}, {"height": -480}])
+def test_lies_about_the_image(raw: lane.Lane, lie: dict[str, Any]) -> None:
+    raw.place([IMAGE])
+    image = {"height": 480, "width": 640, "channels": 3, "dtype": "uint8"} | lie
+    code, text = send(raw, "RunImage", image=image | {"place": {"length": IMAGE.nbytes}}, model="echo")
+    assert code == CODES["INVALID_ARGUMENT"], text
+
+
+def test_places_are_for_this_way_alone(server: Server) -> None:
+    import grpc
+
+    method = METHODS["RunImage"]
+    image = {"height": 1, "width": 1, "channels": 1, "place": {"length": 1}}
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError, match="place is for callers"):
+        channel.unary_unary(method.path)(method.request(image=image, model="echo").SerializeToString(), timeout=5)
+
+
+def test_shared_memory_cannot_be_taken_away(raw: lane.Lane) -> None:
+    raw.place([IMAGE])
+    for segment in (raw.inbox, raw.outbox):
+        os.ftruncate(segment.fd, 64 << 20)
+        with pytest.raises(PermissionError):
+            os.ftruncate(segment.fd, 0)
+
+
+@given(noise=st.binary(max_size=80), greeted=st.booleans())
+def test_noise_on_the_socket(server: Server, noise: bytes, greeted: bool) -> None:
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+        connection.settimeout(5)
+        connection.connect(lane.address(server.port))
+        if greeted:
+            connection.sendall(lane.HELLO.pack(2) + b"{}")
+            _, fds, *_ = socket.recv_fds(connection, lane.HELLO.size, 2)
+            for fd in fds:
+                os.close(fd)
+        with contextlib.suppress(OSError):
+            connection.sendall(noise)
+    with server.client("echo") as client:
+        assert client.run_text("x") == "x"
+
+
+def test_a_request_that_never_ends(server: Server) -> None:
+    """A caller that stops in the middle holds up nobody but itself."""
+    with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+        connection.connect(lane.address(server.port))
+        connection.sendall(lane.HELLO.pack(2) + b"{}" + lane.REQUEST.pack(1000, 1.0, 1, 4) + b"/ser")
+        with server.client("echo") as client:
+            assert client.run_text("x") == "x"
+
+
+CHILD = """
+import os, sys, numpy
+from model_client import ModelClient
+client = ModelClient("echo", addresses=[sys.argv[1]])
+image = numpy.zeros((1080, 1920, 3), "uint8")
+client.run_image(image)
+assert client._lanes._free
+if sys.argv[2] == "busy":
+    client.submit_image(image)
+    client.submit_image(image)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_clients_that_are_killed_leave_nothing(start_server: Callable[..., Server]) -> None:
+    server = start_server()
+    front = psutil.Process(server.process.pid)
+    before = sorted(os.listdir("/dev/shm"))
+
+    def memory() -> float:
+        """MiB of the front and its workers, shared memory included; and of descriptors, a MiB each."""
+        processes = [front, *front.children(recursive=True)]
+        return sum(one.memory_info().rss for one in processes) / (1 << 20)
+
+    sizes, descriptors = [], []
+    for number in range(12):
+        command = [sys.executable, "-c", CHILD, server.address, "busy" if number % 2 else "idle"]
+        assert subprocess.run(command, cwd=ROOT, check=False).returncode == -signal.SIGKILL
+        time.sleep(0.1)
+        sizes.append(memory())
+        descriptors.append(front.num_fds())
+    assert max(sizes[6:]) - max(sizes[:6]) < 16, sizes  # one image in and out is 12
+    assert max(descriptors[6:]) <= max(descriptors[:6]), descriptors
+    assert sorted(os.listdir("/dev/shm")) == before
+    with server.client("echo") as client:
+        assert client.run_text("x") == "x"
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="another user can be tried by root alone")
+
+
+@needs_root
+def test_another_users_client_does_not_take_part(server: Server) -> None:
+    code = (
+        "import os, sys\nsys.path.insert(0, '.')\nfrom model_client import ModelClient\n"
+        "client = ModelClient('echo', addresses=[sys.argv[1]])\nos.setresuid(65534, 65534, 65534)\n"
+        "print(client.run_text('x'), len(client._lanes._free))"
+    )
+    command = [sys.executable, "-c", code, server.address]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.stdout == "x 0\n", ran.stderr
+
+
+@needs_root
+def test_another_users_server_gets_nothing(start_server: Callable[..., Server]) -> None:
+    """Somebody else has taken the name: the server says so, and clients go by gRPC."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = (
+        f"import os, socket\nos.setresuid(65534, 65534, 65534)\ns = socket.socket(socket.AF_UNIX)\n"
+        f"s.bind('\\0tiny-model-server:{port}')\ns.listen()\nprint('bound', flush=True)\n"
+        "while True:\n    c, _ = s.accept()\n    print(c.recv(100), flush=True)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as thief:
+        assert thief.stdout
+        assert thief.stdout.readline() == "bound\n"
+        server = start_server(TMS_PORT=port)
+        server.wait_for_log("no short cut for clients on this host")
+        with server.client("echo", token="secret") as client:
+            assert client.run_text("x") == "x"
+            assert lanes(client) == 0
+        thief.kill()
+        assert "secret" not in thief.stdout.read()
+
+
+def test_what_was_answered_belongs_to_the_application(server: Server) -> None:
+    with server.client("echo") as client:
+        first = client.run({"image": IMAGE, "name": "x"})
+        second = client.run_image(IMAGE // 2)
+        client.run_image(np.zeros_like(IMAGE))
+        first["image"][0, 0] += 1
+    assert np.array_equal(second, IMAGE // 2)
+    assert np.array_equal(first["image"][1:], IMAGE[1:])
+
+
+def test_what_a_model_keeps_belongs_to_the_model(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    """A model that holds on to frames sees each as it was sent, whatever is sent later."""
+    body = (
+        "    def __init__(self):\n        self.kept = []\n"
+        "    def run(self, data, args):\n        self.kept.append(data[::2])\n"
+        "        return [int(frame[0, 0, 0]) for frame in self.kept]"
+    )
+    server = start_server(write_model(tmp_path, "keeper", body))
+    with server.client("keeper") as client:
+        for number in range(5):
+            assert client.run_image(np.full((300, 300, 3), number, np.uint8)) == list(range(number + 1))
+        assert lanes(client) == 1
+
+
+def test_deadlines_and_late_answers(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    body = (
+        "    def run(self, data, args):\n        import time\n        time.sleep(args.get('s', 0))\n        return data"
+    )
+    server = start_server(write_model(tmp_path, "slow", body))
+    with server.client("slow") as client:
+        assert client.run_text("warm") == "warm"
+        for _ in range(3):
+            started = time.monotonic()
+            with pytest.raises(model_client.DeadlineExceeded):
+                client.run_text("late", {"s": 0.6}, timeout=0.2)
+            assert time.monotonic() - started < 0.5
+            assert client.run_text("next") == "next"  # the late answer is nobody's
+        assert lanes(client) == 1
+
+
+def test_late_answers_under_load(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    """Callers that give up in the middle, among others: every answer still reaches its own caller."""
+    body = (
+        "    def run(self, data, args):\n        import time\n        time.sleep(data % 7 / 300)\n        return data"
+    )
+    server = start_server(write_model(tmp_path, "echoes", body), TMS_MODEL_ECHOES_WORKERS=2)
+    wrong: list[Any] = []
+
+    def calls(client: ModelClient, first: int) -> None:
+        for number in range(first, first + 150):
+            try:
+                answer = client.run(number, timeout=0.012 if number % 3 else 20)
+                if answer != number:
+                    wrong.append((number, answer))
+            except model_client.DeadlineExceeded:
+                pass
+
+    with server.client("echoes") as client:
+        client.run(0)
+        threads = [threading.Thread(target=calls, args=(client, 1000 * one)) for one in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert client.run(7) == 7
+    assert not wrong
+
+
+def test_a_server_that_comes_back(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    server = start_server()
+    with server.client("echo", timeout=20) as client:
+        assert client.run_text("x") == "x"
+        server.kill()
+        again: list[Server] = []
+        starter = threading.Thread(target=lambda: again.append(start_server(TMS_PORT=server.port)))
+        starter.start()
+        assert np.array_equal(client.run_image(IMAGE), IMAGE)
+        starter.join()
+        wait_for(lambda: client.run_text("y") == "y" and lanes(client) == 1, "the short cut again")
+
+
+def test_what_is_not_to_be_repeated(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    log = tmp_path / "ran"
+    body = (
+        f"    def run(self, data, args):\n        open({str(log)!r}, 'a').write('x')\n"
+        "        import time\n        time.sleep(5)\n        return data"
+    )
+    server = start_server(write_model(tmp_path / "models", "once", body))
+    with server.client("once") as client:
+        future = client.submit_text("warm", timeout=0.1)
+        with pytest.raises(model_client.DeadlineExceeded):
+            future.result()
+        wait_for(lambda: log.read_text() == "x", "the first")
+        log.write_text("")
+        server.process.send_signal(signal.SIGCONT)
+        calling = client.submit_text("y", retry=False, timeout=30)
+        wait_for(lambda: log.read_text() == "x", "the call to be under way", timeout=15)
+        server.kill()
+        with pytest.raises(model_client.ServerUnavailable):
+            calling.result()
+    assert log.read_text() == "x"
+
+
+def test_memory_that_cannot_be_shared(server: Server, tmp_path: Path) -> None:
+    """As where a container allows none: gRPC carries the image, also if it is not to be repeated; one line says so."""
+    code = (
+        "import logging, resource, sys, numpy\nlogging.basicConfig()\nfrom model_client import ModelClient\n"
+        "client = ModelClient('echo', addresses=[sys.argv[1]])\nassert client.run_text('x') == 'x'\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
+        "image = numpy.ones((1080, 1920, 3), 'uint8')\n"
+        "for _ in range(3):\n    assert (client.run_image(image, retry=False) == image).all()\n"
+    )
+    command = [sys.executable, "-c", code, server.address]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("no short cut") == 1
+
+
+def test_a_token_is_asked_for_here_too(start_server: Callable[..., Server]) -> None:
+    server = start_server(TMS_TOKEN="secret")
+    for token, code in {"secret": 0, "wrong": CODES["UNAUTHENTICATED"]}.items():
+        made = lane.Lane(server.port, {"authorization": f"Bearer {token}"})
+        assert send(made, "RunText", text="x", model="echo")[0] == code
+        made.close()
+    with server.client("echo", token="secret") as client:
+        assert client.run_text("x") == "x"
+        assert lanes(client) == 1
+
+
+def test_more_callers_than_the_server_takes(start_server: Callable[..., Server], caplog: Any) -> None:
+    server = start_server(TMS_THREADS=2)
+    made = [lane.Lane(server.port, {}) for _ in range(2)]
+    with caplog.at_level(logging.WARNING), pytest.raises(ConnectionError):
+        lane.Lane(server.port, {})
+    with server.client("echo") as client:
+        assert client.run_text("x") == "x"
+        assert lanes(client) == 0
+    for one in made:
+        one.close()
+
+
+def test_headers_are_what_the_rules_say() -> None:
+    assert lane.REQUEST.size == struct.calcsize("<IfBB") == 10
+    assert lane.ANSWER.size == 6

@@ -1,0 +1,223 @@
+"""The short cut between a client and a server on one host: a unix socket for messages, shared memory for arrays.
+
+A server on the wildcard or a loopback address also listens on an abstract unix socket that is named by its gRPC port:
+such names belong to the network namespace, as ports do, so who reaches the port as localhost reaches the same server
+here, in one pod too, and nothing is left behind by a process that is killed.
+
+The rules:
+
+1. Both ends ask the kernel who the other is, and take part only if it is the same user.
+2. One connection is one caller with one call at a time; more at once are more connections. The first message is the
+   client's metadata, JSON; the server answers with its name and two descriptors: memory into which the client writes
+   what it sends, and in which it finds what it gets. They can grow, never shrink, so that nobody who maps them can be
+   made to fail.
+3. A request is a header (bytes of the message, seconds that remain, whether it may be repeated, bytes of the method's
+   path), the path and the message of ``server.proto``, whose ``place`` fields say where arrays lie. A server believes
+   no place: it must lie in this caller's memory and fit shape and dtype.
+4. An answer is a header (bytes, gRPC's number of the status and FINAL, whether new memory comes along) and the
+   message, or the error's text. New memory for what the client sends comes when a model keeps what lies in the old,
+   in a message of its own that the client asks for.
+5. What a call leaves in the shared memory is valid until the caller's next request; a client copies what it hands on.
+6. A caller that gives up closes the connection, which cancels the call. When a connection ends, so do its memory and
+   its place in the server, however it ended.
+"""
+
+import json
+import logging
+import math
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from tiny_model_server.codec import Array
+from tiny_model_server.shm import Place, Segment
+
+REQUEST = struct.Struct("<IfBB")
+ANSWER = struct.Struct("<IBB")
+FINAL = 0x80
+"""Beside a status' number: the call is not to be tried again."""
+READY = b"r"
+HELLO = struct.Struct("<I")
+log = logging.getLogger("tiny_model_server.client")
+
+THREADS = 8
+"""Calls of one client that futures wait for at once; gRPC takes what is more."""
+_PAUSE_S = 1.0  # between attempts to reach a server that has no short cut
+_HANDSHAKE_S = 2.0
+_BUFFER = 1 << 16
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
+
+
+def address(port: int) -> str:
+    """The abstract name of the unix socket of the server with this gRPC port."""
+    return f"\0tiny-model-server:{port}"
+
+
+def same_user(connection: socket.socket) -> bool:
+    """True if the process at the other end runs as the same user."""
+    _, user, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return bool(user == os.geteuid())
+
+
+def receive(connection: socket.socket, size: int) -> bytes:
+    """Exactly so many bytes; ConnectionError if the other end goes before."""
+    data = connection.recv(min(size, _BUFFER))
+    if len(data) == size:
+        return data
+    buffer = bytearray(data)
+    while len(buffer) < size:
+        if not (more := connection.recv(min(size - len(buffer), 1 << 20))):
+            raise ConnectionError("the other end has gone")
+        buffer += more
+    return bytes(buffer)
+
+
+class Answer(NamedTuple):
+    """What came of a call: gRPC's number of its status, the message or the error's text, the arrays' memory."""
+
+    code: int
+    body: bytes
+    outbox: Segment
+
+
+class Lane:
+    """A client's end of one connection, for one call at a time."""
+
+    def __init__(self, port: int, metadata: dict[str, str]) -> None:
+        """Connects; OSError if there is no such server, or it is another user's."""
+        self._socket = socket.socket(socket.AF_UNIX)
+        try:
+            self._socket.settimeout(_HANDSHAKE_S)
+            self._socket.connect(address(port))
+            if not same_user(self._socket):
+                raise PermissionError("the server at this port is another user's")
+            told = json.dumps(metadata).encode()
+            self._socket.sendall(HELLO.pack(len(told)) + told)
+            header, fds, *_ = socket.recv_fds(self._socket, HELLO.size, 2)
+            if len(header) < HELLO.size or len(fds) != 2:
+                raise ConnectionError("the server takes no more callers")
+            self.inbox, self.outbox = (Segment(fd) for fd in fds)
+            self.server = receive(self._socket, *HELLO.unpack(header)).decode()
+        except BaseException:
+            self._socket.close()
+            raise
+
+    def place(self, arrays: Sequence[Array]) -> list[Place]:
+        """Puts the arrays of the next call into shared memory."""
+        return self.inbox.write(arrays)
+
+    def call(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> Answer:
+        """Sends a request and waits for its answer; TimeoutError, or OSError if the server goes away."""
+        self._socket.settimeout(timeout)
+        self._socket.sendall(REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message)
+        data = self._socket.recv(_BUFFER)
+        if len(data) < ANSWER.size:
+            raise ConnectionError("the server has gone")
+        size, code, renewed = ANSWER.unpack_from(data)
+        body = data[ANSWER.size :]
+        if len(body) < size:
+            body += receive(self._socket, size - len(body))
+        if renewed:
+            self._socket.sendall(READY)
+            _, fds, *_ = socket.recv_fds(self._socket, 1, 1)
+            self.inbox = Segment(fds[0])
+        return Answer(code, body, self.outbox)
+
+    def close(self) -> None:
+        """Ends the connection, from any thread; a call that waits fails."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass  # the other end was faster
+        self._socket.close()
+
+    def __del__(self) -> None:
+        self._socket.close()  # alone: after a fork, the connection is the parent's
+
+
+class Lanes:
+    """The connections of one client to the server at one port; threads may share them."""
+
+    def __init__(self, port: int, metadata: dict[str, str]) -> None:
+        self._port = port
+        self._metadata = metadata
+        self._lock = threading.Lock()
+        self._free: list[Lane] = []
+        self._taken: set[Lane] = set()
+        self._not_before = 0.0
+        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._threads = self._busy = 0
+
+    def begin(self, job: Callable[[], None]) -> bool:
+        """Does a job in a thread of ours, False if all are busy. They are daemons: no exit waits for them."""
+        with self._lock:
+            if self._busy == THREADS:
+                return False
+            self._busy += 1
+            if self._threads < self._busy:
+                self._threads += 1
+                threading.Thread(target=self._work, name="lane", daemon=True).start()
+        self._jobs.put(job)
+        return True
+
+    def _work(self) -> None:
+        while True:
+            self._jobs.get()()
+            with self._lock:
+                self._busy -= 1
+
+    def give_up(self, why: str) -> None:
+        """Leaves all further calls to gRPC."""
+        log.warning("no short cut to the server on this host any more: %s", why)
+        self._not_before = math.inf
+
+    def take(self) -> Lane | None:
+        """A connection for one call; None if the server has no short cut for us, or no more of them."""
+        with self._lock:
+            if self._free and self._not_before < math.inf:
+                lane = self._free.pop()
+                self._taken.add(lane)
+                return lane
+            if time.monotonic() < self._not_before:
+                return None
+        try:
+            lane = Lane(self._port, self._metadata)
+        except OSError:
+            self._not_before = max(self._not_before, time.monotonic() + _PAUSE_S)
+            return None
+        with self._lock:
+            self._taken.add(lane)
+        return lane
+
+    def give_back(self, lane: Lane, *, usable: bool) -> None:
+        """Takes a connection back after its call; one that broke or was left in the middle is closed."""
+        with self._lock:
+            known = lane in self._taken
+            self._taken.discard(lane)
+            if usable and known:
+                self._free.append(lane)
+                return
+        lane.close()
+
+    def close(self) -> None:
+        """Ends all connections; calls in them fail."""
+        with self._lock:
+            lanes, self._free, self._taken = [*self._free, *self._taken], [], set()
+        for lane in lanes:
+            lane.close()
+
+
+def port_of(addresses: Sequence[str]) -> int | None:
+    """The port, if these addresses are one server on this host."""
+    host, _, port = addresses[0].rpartition(":")
+    return int(port) if len(addresses) == 1 and host in LOOPBACK and port.isdigit() else None
+
+
+def available() -> bool:
+    """True where the system has what the short cut needs."""
+    return hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED") and hasattr(socket, "recv_fds")
