@@ -16,11 +16,11 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test fuzz check bench faults locust ray test_k8s soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test fuzz check bench bench-peers faults locust ray test_k8s soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z_]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/run.done ## install, start the server, send real images through ModelClient, print the answers
 	$(BIN)/python examples/demo.py
@@ -44,6 +44,9 @@ check: $(VENV)/test.done ## lint, formatting, types, import direction, descripto
 
 bench: $(VENV)/test.done ## measure, and print the tables of BENCHMARKS.md
 	$(BIN)/python tests/bench.py
+
+bench-peers: $(VENV)/test.done ## the same model on other servers, each installed in build/peers, beside this one; a plot of the image sizes
+	$(BIN)/python tests/peers.py
 
 faults: $(VENV)/test.done ## what replicas may do, and what a steady load of one client sees of it
 	$(BIN)/python tests/balance.py

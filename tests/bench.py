@@ -94,27 +94,36 @@ def models() -> Path:
 
 
 def echo_table(server: Server, stub: Any) -> None:
-    """Every payload, bare and ours."""
-    client = server.client("length")
+    """Every payload: bare, ModelClient over gRPC, ModelClient by the short cut; with the CPU that a call takes."""
     text = "twenty bytes of text"
-    rows: list[tuple[str, Callable[[], Any], Callable[[], Any]]] = [
-        ("20 B text", lambda: stub(text.encode()), lambda: client.run_text(text))
-    ]
+    payloads: dict[str, Any] = {"20 B text": text}
     for shape in SHAPES:
-        image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-        data = image.tobytes()
-        name = "x".join(map(str, shape))
-        rows.append((name, lambda data=data: stub(data), lambda image=image: client.run_image(image)))
-    print(
-        "| payload | in flight | bare: calls/s | p50 ms | p99 ms | ours: calls/s | p50 ms | p99 ms | p50 ours / bare |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, bare_call, our_call in rows:
-        for at_once in (1, 8):
-            theirs, ours = measure(bare_call, at_once), measure(our_call, at_once)
-            figures = [f"{rate:.0f} | {p50:.2f} | {p99:.2f}" for rate, p50, p99 in (theirs, ours)]
-            print(f"| {name} | {at_once} | {figures[0]} | {figures[1]} | {ours[1] / theirs[1]:.2f} |", flush=True)
-    client.close()
+        payloads["x".join(map(str, shape))] = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    front = psutil.Process(server.process.pid)
+    print("| payload | in flight | way | calls/s | p50 ms | p99 ms | p50 of bare | CPU ms: caller | front | worker |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    os.environ["TMS_LANE"] = "0"
+    with server.client("length") as by_grpc:
+        os.environ["TMS_LANE"] = "1"
+        with server.client("length") as by_lane:
+            worker = psutil.Process(by_lane.model_info()[0]["worker_pids"][0])
+            processes = [psutil.Process(), front, worker]
+            for name, data in payloads.items():
+                raw = data.encode() if data is text else data.tobytes()
+                ways: dict[str, Callable[[], Any]] = {"bare": lambda raw=raw: stub(raw)}
+                for way, client in {"gRPC": by_grpc, "same host": by_lane}.items():
+                    run = client.run_text if data is text else client.run_image
+                    ways[way] = lambda run=run, data=data: run(data)
+                for at_once in (1, 8):
+                    bare = 0.0
+                    for way, call in ways.items():
+                        before = [sum(one.cpu_times()[:2]) for one in processes]
+                        rate, p50, p99 = measure(call, at_once)
+                        used = [sum(one.cpu_times()[:2]) - was for one, was in zip(processes, before, strict=True)]
+                        bare = bare or p50
+                        cpu = [f"{1000 * one / (rate * SECONDS + 20):.2f}" for one in used]
+                        cells = [name, at_once, way, f"{rate:.0f}", f"{p50:.2f}", f"{p99:.2f}", f"{p50 / bare:.2f}"]
+                        print("|", " | ".join(map(str, [*cells, *(cpu if way != "bare" else "   ")])), "|", flush=True)
 
 
 def batching_table(server: Server, stub: Any) -> None:
@@ -137,6 +146,7 @@ def client_overhead(server: Server) -> None:
     """What ModelClient adds to a call of the bare stub with the same messages, to the same server."""
     method = wire.methods("server", "server.Server")["RunText"]
     message = method.request(text="twenty bytes of text", model="length", accept_arrays=True)
+    os.environ["TMS_LANE"] = "0"
     client = server.client("length")
     with grpc.insecure_channel(server.address) as channel:
         stub = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
