@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -581,7 +582,8 @@ class ModelClient(_Client):
 
         try:
             for item in items:
-                while pending and (len(pending) >= in_flight or pending[0].done()):
+                most = min(in_flight, lane.LIGHT_THREADS) if self._lanes and self._lanes.light else in_flight
+                while pending and (len(pending) >= most or pending[0].done()):
                     yield first()
                 pending.append(submitter._any(item, args, timeout, retry, method))
             while pending:
@@ -713,7 +715,9 @@ class ModelClient(_Client):
 
     def _submit(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any]":
         outcome: Future[Any] = Future()
-        if self._connected and self._lanes and self._lanes.begin(lambda: self._wait(request, timeout, retry, outcome)):
+        since = time.monotonic()
+        job = partial(self._wait, request, timeout, retry, outcome, since)
+        if self._connected and self._lanes and self._lanes.begin(job):
             return outcome
         if self._connected:
             self._begin(request, timeout, retry, outcome)
@@ -721,12 +725,15 @@ class ModelClient(_Client):
             threading.Thread(target=self._begin, args=(request, timeout, retry, outcome), daemon=True).start()
         return outcome
 
-    def _wait(self, request: _Request, timeout: float | None, retry: bool, outcome: "Future[Any]") -> None:
-        """Makes a call in this thread, whose end resolves the outcome."""
+    def _wait(
+        self, request: _Request, timeout: float | None, retry: bool, outcome: "Future[Any]", since: float
+    ) -> None:
+        """Makes a call in this thread, whose end resolves the outcome; ``since`` it was asked for, its time runs."""
+        waited, timeout = time.monotonic() - since, self._timeout if timeout is None else timeout
         answer: Any = None
         error: BaseException | None = None
         try:
-            answer = self._start(request, timeout, retry, outcome)
+            answer = self._start(request, max(0.001, timeout - waited), retry, outcome)
         except Exception as failed:
             error = failed
         if outcome.set_running_or_notify_cancel():

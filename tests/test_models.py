@@ -1,7 +1,10 @@
 """The example models, served for real, on real photographs and digits."""
 
+import json
+import struct
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -12,6 +15,8 @@ from sklearn.model_selection import train_test_split
 
 import model_client
 from tests.conftest import ROOT, Server
+from tests.test_open_inference import infer
+from tiny_model_server import codec
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
 
@@ -103,3 +108,37 @@ def test_ocr_reads_a_photographed_page(examples: Server, flower: np.ndarray) -> 
     assert "determine markers of the coins" in text
     assert all(line["box"].shape == (4, 2) for line in lines)
     assert examples.client("ocr").run_image(flower) == []
+
+
+def test_every_example_by_open_inference(examples: Server, flower: np.ndarray) -> None:
+    """The same answers as by ModelClient: arrays as tensors, all else as JSON; parameters are the args."""
+    flower = np.ascontiguousarray(flower[:200, :300])
+    digit = (load_digits().images[3] / 16).astype(np.float32)
+    pair = np.dstack([flower[:, :-5], flower[:, 5:]])
+    page = np.fromfile(PHOTOGRAPHS / "page.png", np.uint8)
+
+    def answer(model: str, datatype: str, data: np.ndarray, **args: int) -> Any:
+        encoded = datatype == "BYTES"
+        raw = struct.pack("<I", data.nbytes) + data.tobytes() if encoded else data.tobytes()
+        one = {"name": "input", "datatype": datatype, "shape": [1] if encoded else data.shape}
+        parameters = {name: {"int64_param": value} for name, value in args.items()}
+        found = infer(examples, model, one, raw_input_contents=[raw], parameters=parameters)
+        (output,), (content,) = found.outputs, found.raw_output_contents
+        if output.datatype == "BYTES":
+            return json.loads(content[4:])
+        dtype = {"UINT8": np.uint8, "FP32": np.float32}[output.datatype]
+        return np.frombuffer(content, dtype).reshape(tuple(output.shape))
+
+    def same(one: Any, other: Any) -> None:
+        assert json.loads(codec.plain_json(one)) == json.loads(codec.plain_json(other))
+
+    same(answer("example", "UINT8", flower, bins=8), examples.client("example").run_image(flower, {"bins": 8}))
+    for name in ("digits", "digits_onnx"):
+        same(answer(name, "FP32", digit), examples.client(name).run_image(digit))
+    edges = examples.client("edges").run_image(flower, {"low": 50, "high": 150})
+    assert np.array_equal(answer("edges", "UINT8", flower, low=50, high=150), edges)
+    assert np.array_equal(answer("optical_flow", "UINT8", pair), examples.client("optical_flow").run_image(pair))
+    words = np.frombuffer(b"Wo ist der Bahnhof?", np.uint8)
+    language = examples.client("language").run_text("Wo ist der Bahnhof?", {"top": 2})
+    same(answer("language", "BYTES", words, top=2), language)
+    same(answer("ocr", "BYTES", page), examples.client("ocr").run_image(PHOTOGRAPHS / "page.png"))

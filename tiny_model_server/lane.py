@@ -47,6 +47,8 @@ log = logging.getLogger("tiny_model_server.client")
 
 THREADS = 8
 """Calls of one client that futures wait for at once; gRPC takes what is more."""
+LIGHT_THREADS = 3
+_LIGHT_S = 0.003
 _PAUSE_S = 1.0  # between attempts to reach a server that has no short cut
 _HANDSHAKE_S = 2.0
 _BUFFER = 1 << 16
@@ -151,15 +153,25 @@ class Lanes:
         self._taken: set[Lane] = set()
         self._not_before = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._threads = self._busy = 0
+        self._threads = self._jobs_begun = 0
+        self._mean_s = math.inf  # of a job
+
+    @property
+    def light(self) -> bool:
+        """True if calls have taken but a moment lately, so that many at once gain nothing."""
+        return self._mean_s < _LIGHT_S
 
     def begin(self, job: Callable[[], None]) -> bool:
-        """Does a job in a thread of ours, False if all are busy. They are daemons: no exit waits for them."""
+        """Does a job in a thread of ours, False if all are busy. They are daemons: no exit waits for them.
+
+        Jobs that take a moment wait for a few threads instead: more would but fight for the interpreter.
+        """
         with self._lock:
-            if self._busy == THREADS:
+            most = LIGHT_THREADS if self.light else THREADS
+            if self._jobs_begun >= most and not self.light:
                 return False
-            self._busy += 1
-            if self._threads < self._busy:
+            self._jobs_begun += 1
+            if self._threads < min(most, self._jobs_begun):
                 self._threads += 1
                 threading.Thread(target=self._work, name="lane", daemon=True).start()
         self._jobs.put(job)
@@ -167,9 +179,16 @@ class Lanes:
 
     def _work(self) -> None:
         while True:
-            self._jobs.get()()
+            job = self._jobs.get()
+            begun = time.monotonic()
+            job()
+            took = time.monotonic() - begun
             with self._lock:
-                self._busy -= 1
+                self._jobs_begun -= 1
+                self._mean_s = min(took, 0.8 * self._mean_s + 0.2 * took)
+                if self._threads > LIGHT_THREADS and self.light:
+                    self._threads -= 1
+                    return
 
     def give_up(self, why: str) -> None:
         """Leaves all further calls to gRPC."""
