@@ -421,7 +421,7 @@ def test_a_fork_in_the_middle_of_a_long_call_is_told(start_server: Callable[...,
     script = """
 from tiny_model_server import forks
 forks._PATIENCE_S = 0.2
-client = ModelClient("slow", addresses=[*client.addresses, *client.addresses])  # which go by gRPC
+client.run_text("warm")
 future = client.submit_text("x")
 time.sleep(1)
 print(child(lambda: client.run_text("child")))
