@@ -54,6 +54,7 @@ class Door:
     """How one door is called; ``run`` gives one answer an input."""
 
     statuses: dict[str, str] = {}
+    timeout = 20.0
     loads = False  # True if a call loads a model that is not loaded
 
     def __init__(self, server: Server) -> None:
@@ -64,7 +65,7 @@ class Door:
         found = wire.methods(schema, service)[called]
         stub = self.channel.unary_unary(found.path, found.request.SerializeToString, found.response.FromString)
         try:
-            return stub(found.request(**fields), timeout=20, metadata=self.metadata())
+            return stub(found.request(**fields), timeout=self.timeout, metadata=self.metadata())
         except grpc.RpcError as error:
             raise Refused(error.code().name, error.details()) from None
 
@@ -326,6 +327,17 @@ def test_overload(door: Door, everything: Server) -> None:
         assert refused.status == door.expected("RESOURCE_EXHAUSTED")
         assert "queue" in refused.message
         assert [future.result() for future in held] == [{"text": f"SLEEP 0.{n + 5}"} for n in range(5)]
+    assert door.run("probe", ["x"]) == [{"text": "X"}]
+
+
+def test_the_callers_deadline(door: Door) -> None:
+    if isinstance(door, Rest):
+        pytest.skip("HTTP has no deadline; the server's own is 60 s")
+    door.timeout = 0.3
+    started = time.monotonic()
+    assert refusal(door, "probe", ["sleep 1"]).status == "DEADLINE_EXCEEDED"
+    assert time.monotonic() - started < 0.8
+    door.timeout = 20
     assert door.run("probe", ["x"]) == [{"text": "X"}]
 
 

@@ -315,7 +315,7 @@ def test_late_answers_under_load(start_server: Callable[..., Server], tmp_path: 
     assert not wrong
 
 
-def test_a_server_that_comes_back(start_server: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_server_that_comes_back(start_server: Callable[..., Server]) -> None:
     server = start_server()
     with server.client("echo", timeout=20) as client:
         assert client.run_text("x") == "x"
@@ -341,7 +341,6 @@ def test_what_is_not_to_be_repeated(start_server: Callable[..., Server], tmp_pat
             future.result()
         wait_for(lambda: log.read_text() == "x", "the first")
         log.write_text("")
-        server.process.send_signal(signal.SIGCONT)
         calling = client.submit_text("y", retry=False, timeout=30)
         wait_for(lambda: log.read_text() == "x", "the call to be under way", timeout=15)
         server.kill()

@@ -176,8 +176,10 @@ class Batcher:
         with self._changed:
             seat.lent = seat.late = False
             self._lent -= 1
-            self._idle.append(seat)
-            if self._groups or self._closed or seat.leave():
+            leaving = seat.leave()
+            if not leaving:  # else, of a dead worker or a pool that stops, nobody is to borrow it again
+                self._idle.append(seat)
+            if self._groups or self._closed or leaving:
                 self._changed.notify_all()
 
     def put_back(self, items: Sequence[Item]) -> None:

@@ -160,6 +160,7 @@ class Engine:
         """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
         self._repository.find()
         model = self.model(name)
+        self._make_room(model)
         model.reload()
         return model
 
