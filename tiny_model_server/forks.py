@@ -7,7 +7,7 @@ child is told so at its first call, where gRPC would hang.
 import os
 import threading
 
-_PATIENCE_S = 5.0
+_PATIENCE_S = 65.0  # longer than a call takes by default: a child of a process in a call may crash inside gRPC
 
 _changed = threading.Condition()
 _in_flight = 0
