@@ -77,6 +77,7 @@ class LaneServer:
             for fd, _ in self._hang_ups.poll():
                 if connection := self._connections.get(fd):
                     connection.gone()
+                connection = None  # waiting here with it would keep its memory
 
     def _serve(self, connection: "_Connection") -> None:
         self._connections[connection.fd] = connection
@@ -208,6 +209,7 @@ class _Connection:
 
     def close(self) -> None:
         """Ends the connection; its memory goes with the last who needs it."""
+        self._cancel = None  # which knows the call's item, and that this connection
         self._socket.close()
 
     def _on_end(self, cancel: Callable[[], None]) -> bool:

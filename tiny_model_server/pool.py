@@ -464,6 +464,7 @@ class Pool:
                 with self.suspects if batch[0].attempts else nullcontext():
                     shift.begin(batch)
                     shift.finish()
+                    batch.clear()
             else:
                 shift.finish()
                 self._batcher.take_back(seat)
@@ -532,12 +533,13 @@ class _Shift:
             self._pool.load.finished(self._started, seconds, tally)
             for item, outcome in zip(batch, outcomes, strict=True):
                 item.resolve(outcome)
+            self._batch = []  # a caller's memory goes with its last user, which shall not be an idle worker
         return True
 
     def _fail(self, error: Exception) -> None:
         """Gives the items of a batch that came to nothing their outcomes, or another chance."""
         self.broken = True
-        batch, name = self._batch, self._pool.name
+        batch, self._batch, name = self._batch, [], self._pool.name
         if isinstance(error, _WorkerDied):
             return self._pool.after_death(self._process, batch)
         self._process.kill()
