@@ -10,7 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ import numpy as np
 
 from tiny_model_server import channel, codec, errors, forks, lane, tracing, wire
 from tiny_model_server.codec import Array, Packed
-from tiny_model_server.lane import Lane, Lanes
+from tiny_model_server.lane import Lane, Lanes, shared_array
 from tiny_model_server.shm import Segment
 from tiny_model_server.stats import NOBODY, Stats
 from tiny_model_server.trust import Trust
@@ -41,6 +41,7 @@ __all__ = [
     "PermissionDenied",
     "ServerUnavailable",
     "Unauthenticated",
+    "shared_array",
 ]
 
 Image = Array | str | os.PathLike[str] | bytes
@@ -48,6 +49,7 @@ Image = Array | str | os.PathLike[str] | bytes
 
 DEFAULT_TIMEOUT_S = 60.0
 _IN_FLIGHT = 16
+_LIGHT_IN_FLIGHT, _LIGHT_S = 3, 0.003  # calls that take but a moment gain nothing by many at once
 _POLL_S = 0.05
 _PROBE_S = 1.0
 _SERVICE = "server.Server"
@@ -141,6 +143,11 @@ class _Message:
         self._message = message
         self._parts = parts
 
+    @property
+    def arrays(self) -> list[Array]:
+        """Where the bytes are now."""
+        return [array for _, array in self._parts]
+
     def inline(self) -> bytes:
         """The message with all bytes in it."""
         image = getattr(self._message, "image", None)
@@ -154,10 +161,9 @@ class _Message:
     def placed(self, lane: Lane) -> bytes:
         """The message, with the bytes put into shared memory."""
         if self._parts:
-            places = lane.place([array for _, array in self._parts])
-            for (part, array), place in zip(self._parts, places, strict=True):
+            for (part, array), offset in zip(self._parts, lane.place(self.arrays), strict=True):
                 part.ClearField("data")
-                part.place.offset, part.place.length = place.offset, array.nbytes
+                part.place.offset, part.place.length = offset, array.nbytes
         data: bytes = self._message.SerializeToString()
         return data
 
@@ -481,6 +487,81 @@ class _Client(_Calls):
         return self._unreachable(f"it went away, and did not come back within {timeout:g} s ({why})")
 
 
+class _Sent:
+    """A call under way by the short cut, to be asked for its end as a future is, by one thread."""
+
+    def __init__(
+        self, client: "ModelClient", request: _Request, deadline: float, retry: bool, lanes: Lanes, taken: Lane
+    ) -> None:
+        self._client, self._request, self._retry = client, request, retry
+        self._lanes, self._lane, self._process = lanes, taken, forks.generation
+        self._described = wire.methods("server", _SERVICE)[request.method]
+        self.begun, self._deadline = time.monotonic(), deadline
+        self._cancelled = False
+
+    def begin(self) -> bool:
+        """Sends the request; False if that cannot be."""
+        try:
+            message = self._request.message.placed(self._lane)
+        except (OSError, ValueError) as error:
+            self._lanes.give_up(f"memory cannot be shared: {error}")
+            self.cancel()
+            return False
+        with suppress(OSError):  # to receive says what it was
+            self._lane.send(self._described.path.encode(), message, self._remaining(), self._retry)
+        return True
+
+    def receive(self) -> tuple[Any] | None:
+        """What came of the call; None if gRPC is to make it again, with all that it does for a call."""
+        usable, client, taken = False, self._client, self._lane
+        try:
+            answer = taken.receive(self._remaining())
+            usable = True
+            status = _STATUS_OF_CODE.get(answer.code & ~lane.FINAL, "UNKNOWN")
+            if status in channel.RETRIED and self._retry and not answer.code & lane.FINAL:
+                return None
+            self._ended(status)
+            if answer.code:
+                raise _error(status, answer.body.decode(), client.model, taken.server)
+            return (self._request.decode(self._described.response.FromString(answer.body), answer.outbox),)
+        except TimeoutError:
+            self._ended("DEADLINE_EXCEEDED")
+            raise _error("DEADLINE_EXCEEDED", "Deadline Exceeded", client.model, taken.server) from None
+        except OSError as error:
+            if self._cancelled or self._lanes is not client._lanes:
+                raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", client.model) from None
+            if self._retry:
+                return None
+            self._ended("UNAVAILABLE")
+            raise _error("UNAVAILABLE", f"the server went away: {error}", client.model, taken.server) from None
+        finally:
+            self._lanes.give_back(taken, usable=usable)
+
+    def done(self) -> bool:
+        """True if ``result`` would not wait."""
+        return self._lane.answered()
+
+    def result(self) -> Any:
+        """The answer, or the error raised; gRPC makes the call if need be."""
+        with _in_flight():
+            if self._process != forks.generation:
+                raise Cancelled(grpc.StatusCode.CANCELLED, "it was begun before a fork", self._client.model)
+            found = self.receive()
+        return found[0] if found else self._client._start(self._request, self._remaining(), self._retry)
+
+    def cancel(self) -> None:
+        """Ends the call, from any thread; in a child of its process, it is not ours to end."""
+        self._cancelled = True
+        if self._process == forks.generation:
+            self._lanes.give_back(self._lane, usable=False)
+
+    def _remaining(self) -> float:
+        return max(0.001, self._deadline - time.monotonic())
+
+    def _ended(self, status: str) -> None:
+        self._client._ended(self._request.method, self.begun, (("tms-replica", self._lane.server),), status)
+
+
 class ModelClient(_Client):
     """A client of one model, connected to one server or balanced over several. Threads may share it.
 
@@ -514,37 +595,37 @@ class ModelClient(_Client):
         self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> "Future[Any]":
         """Starts ``run_image``, and returns the future of its answer."""
-        return _Submitter(self).run_image(image, args, timeout, retry=retry)  # type: ignore[no-any-return]
+        return _Submitter(self, self._submit).run_image(image, args, timeout, retry=retry)  # type: ignore[no-any-return]
 
     def submit_text(
         self, text: str, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> "Future[Any]":
         """Starts ``run_text``."""
-        return _Submitter(self).run_text(text, args, timeout, retry=retry)  # type: ignore[no-any-return]
+        return _Submitter(self, self._submit).run_text(text, args, timeout, retry=retry)  # type: ignore[no-any-return]
 
     def submit(
         self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> "Future[Any]":
         """Starts ``run``."""
-        return _Submitter(self).run(data, args, timeout, retry=retry)  # type: ignore[no-any-return]
+        return _Submitter(self, self._submit).run(data, args, timeout, retry=retry)  # type: ignore[no-any-return]
 
     def submit_image_to_image(
         self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> "Future[Any]":
         """Starts ``run_image_to_image``."""
-        return _Submitter(self).run_image_to_image(image, args, timeout, retry=retry)  # type: ignore[no-any-return]
+        return _Submitter(self, self._submit).run_image_to_image(image, args, timeout, retry=retry)  # type: ignore[no-any-return]
 
     def submit_image_batch(self, images: Sequence[Image], *rest: Any, **options: Any) -> "Future[list[Any]]":
         """Starts ``run_image_batch``, with its arguments."""
-        return _Submitter(self).run_image_batch(images, *rest, **options)  # type: ignore[no-any-return]
+        return _Submitter(self, self._submit).run_image_batch(images, *rest, **options)  # type: ignore[no-any-return]
 
     def submit_text_batch(self, texts: Sequence[str], *rest: Any, **options: Any) -> "Future[list[Any]]":
         """Starts ``run_text_batch``, with its arguments."""
-        return _Submitter(self).run_text_batch(texts, *rest, **options)  # type: ignore[no-any-return]
+        return _Submitter(self, self._submit).run_text_batch(texts, *rest, **options)  # type: ignore[no-any-return]
 
     def submit_batch(self, items: Sequence[Any], *rest: Any, **options: Any) -> "Future[list[Any]]":
         """Starts ``run_batch``, with its arguments."""
-        return _Submitter(self).run_batch(items, *rest, **options)  # type: ignore[no-any-return]
+        return _Submitter(self, self._submit).run_batch(items, *rest, **options)  # type: ignore[no-any-return]
 
     def map(
         self,
@@ -571,26 +652,33 @@ class ModelClient(_Client):
             from tqdm.auto import tqdm
 
             items = tqdm(items, desc=self.model, unit="item")
-        submitter, pending = _Submitter(self), deque[Future[Any]]()
+        ahead, pending = _Submitter(self, self._ahead), deque[Any]()
+        most = min(in_flight, _LIGHT_IN_FLIGHT)
 
         def first() -> Any:
-            future = pending.popleft()
-            error = future.exception()
-            if error is None or (return_exceptions and isinstance(error, ModelClientError)):
-                return error or future.result()
-            raise error
+            nonlocal most
+            call = pending.popleft()
+            ready = call.done()
+            try:
+                return call.result()
+            except ModelClientError as error:
+                if return_exceptions:
+                    return error
+                raise
+            finally:
+                if not (ready or (isinstance(call, _Sent) and time.monotonic() - call.begun < _LIGHT_S)):
+                    most = in_flight
 
         try:
             for item in items:
-                most = min(in_flight, lane.LIGHT_THREADS) if self._lanes and self._lanes.light else in_flight
                 while pending and (len(pending) >= most or pending[0].done()):
                     yield first()
-                pending.append(submitter._any(item, args, timeout, retry, method))
+                pending.append(ahead._any(item, args, timeout, retry, method))
             while pending:
                 yield first()
         finally:
-            for future in pending:
-                future.cancel()
+            for call in pending:
+                call.cancel()
 
     # ---- changing the model: for callers on the servers' own host, or with the admin token
 
@@ -662,8 +750,11 @@ class ModelClient(_Client):
     ) -> Any:
         with _in_flight():
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
-            if self._lanes and (found := self._by_lane(request, begun + timeout, retry, self._lanes, outcome)):
-                return found[0]
+            if sent := self._send(request, begun + timeout, retry):
+                if outcome:
+                    outcome.add_done_callback(lambda future: sent.cancel() if future.cancelled() else None)
+                if found := sent.receive():
+                    return found[0]
             remaining = max(0.001, begun + timeout - time.monotonic())
             try:
                 response, call = stub.with_call(request.message, timeout=remaining, metadata=self._sent(retry))
@@ -674,44 +765,21 @@ class ModelClient(_Client):
             self._ended(request.method, begun, call.trailing_metadata())
         return request.decode(response, None)
 
-    def _by_lane(
-        self, request: _Request, deadline: float, retry: bool, lanes: Lanes, outcome: "Future[Any] | None"
-    ) -> tuple[Any] | None:
-        """What came of the call by the short cut; None if gRPC is to make it, with all that it does for a call."""
-        if (taken := lanes.take()) is None:
+    def _send(self, request: _Request, deadline: float, retry: bool) -> "_Sent | None":
+        """The call, under way by the short cut; None if gRPC is to make it."""
+        if not (lanes := self._lanes) or not (taken := lanes.take(request.message.arrays)):
             return None
-        if outcome:
-            outcome.add_done_callback(lambda future: taken.close() if future.cancelled() else None)
-        usable, begun = False, time.monotonic()
-        trailing = (("tms-replica", taken.server),)
-        try:
-            described = wire.methods("server", _SERVICE)[request.method]
-            try:
-                message = request.message.placed(taken)
-            except (OSError, ValueError) as error:
-                lanes.give_up(f"memory cannot be shared: {error}")
-                return None
-            answer = taken.call(described.path.encode(), message, max(0.001, deadline - begun), retry)
-            usable = True
-            status = _STATUS_OF_CODE.get(answer.code & ~lane.FINAL, "UNKNOWN")
-            if status in channel.RETRIED and retry and not answer.code & lane.FINAL:
-                return None
-            self._ended(request.method, begun, trailing, status)
-            if answer.code:
-                raise _error(status, answer.body.decode(), self.model, taken.server)
-            return (request.decode(described.response.FromString(answer.body), answer.outbox),)
-        except TimeoutError:
-            self._ended(request.method, begun, trailing, "DEADLINE_EXCEEDED")
-            raise _error("DEADLINE_EXCEEDED", "Deadline Exceeded", self.model, taken.server) from None
-        except OSError as error:
-            if lanes is not self._lanes or (outcome and outcome.cancelled()):
-                raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
-            if retry:
-                return None
-            self._ended(request.method, begun, trailing, "UNAVAILABLE")
-            raise _error("UNAVAILABLE", f"the server went away: {error}", self.model, taken.server) from None
-        finally:
-            lanes.give_back(taken, usable=usable)
+        sent = _Sent(self, request, deadline, retry, lanes, taken)
+        return sent if sent.begin() else None
+
+    def _ahead(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any] | _Sent":
+        """Starts a call; by the short cut no thread waits for its answer but the one that wants it."""
+        if self._connected:
+            with _in_flight():
+                begun, timeout, _, _ = self._connect(request, timeout, retry)
+                if sent := self._send(request, begun + timeout, retry):
+                    return sent
+        return self._submit(request, timeout, retry)
 
     def _submit(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any]":
         outcome: Future[Any] = Future()
@@ -829,14 +897,14 @@ class ModelClient(_Client):
 
 
 class _Submitter(_Calls):
-    """The way of calling that returns futures."""
+    """The way of calling that returns futures, or what is like them."""
 
-    def __init__(self, client: ModelClient) -> None:
-        self._client = client
+    def __init__(self, client: ModelClient, submit: Callable[[_Request, float | None, bool], Any]) -> None:
+        self._submit = submit
         self.model = client.model
 
-    def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> "Future[Any]":
-        return self._client._submit(request, timeout, retry)
+    def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
+        return self._submit(request, timeout, retry)
 
 
 def _in_thread(name: str) -> Any:

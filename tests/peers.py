@@ -1,8 +1,9 @@
 """The same model on other servers, each in an environment of its own, beside this one (``make bench-peers``).
 
-Prints a Markdown table for BENCHMARKS.md: mosec by HTTP with the bytes as the body, MLServer by
-tritonclient over gRPC, this server by the same tritonclient and by ModelClient over gRPC and over the short cut. Every
-server has two workers, every caller a kept-alive connection.
+Prints Markdown tables for BENCHMARKS.md: mosec, BentoML and LitServe by HTTP (the bytes as the body, in a form for
+LitServe), Triton and MLServer by tritonclient over gRPC, this server by the same tritonclient and by ModelClient over
+gRPC and over the short cut. Every server has two workers, every caller a kept-alive connection. Then what open doors
+cost one another.
 """
 
 import contextlib
@@ -25,10 +26,14 @@ sys.path.insert(0, str(ROOT))
 from model_client import ModelClient  # noqa: E402
 from tests import bench  # noqa: E402
 from tests.conftest import Server, wait_for  # noqa: E402
+from tiny_model_server.grpc_server import DOORS  # noqa: E402
 
 FOLDER = ROOT / "build" / "peers"
 NEEDS = {
     "mosec": "mosec==0.9.8 numpy",
+    "litserve": "litserve==0.2.19 python-multipart==0.0.20",
+    "bentoml": "bentoml==1.4.39",
+    "triton": "nvidia-pytriton==0.7.0",
     "tritonclient": "tritonclient[grpc]==2.73.0",
     "mlserver": "mlserver==1.7.1 uvloop==0.21.0",
     "plot": "matplotlib==3.10.7",
@@ -45,6 +50,47 @@ class Length(Worker):
 server = Server()
 server.append_worker(Length, num=2)
 server.run()
+"""
+LITSERVE = """
+import sys, litserve
+from fastapi import Request
+class Length(litserve.LitAPI):
+    def setup(self, device):
+        pass
+    def decode_request(self, request: Request):
+        return request["data"].file.read()
+    def predict(self, data):
+        return len(data)
+    def encode_response(self, length):
+        return {"length": length}
+if __name__ == "__main__":
+    server = litserve.LitServer(Length(api_path="/inference"), accelerator="cpu", workers_per_device=2)
+    server.run(port=int(sys.argv[2]), generate_client_file=False, log_level="warning")
+"""
+BENTOML = """
+from pathlib import Path
+from typing import Annotated
+import bentoml
+from bentoml.validators import ContentType
+@bentoml.service(workers=2)
+class Length:
+    @bentoml.api(route="/inference")
+    def length(self, data: Annotated[Path, ContentType("application/octet-stream")], /) -> int:
+        return len(data.read_bytes())
+"""
+TRITON = """
+import sys, numpy as np
+from pytriton.model_config import ModelConfig, Tensor
+from pytriton.triton import Triton, TritonConfig
+def length(requests):
+    return [{"n": np.array([len(request["x"])])} for request in requests]
+if __name__ == "__main__":  # its workers import this file
+    grpc_port, http_port, metrics_port = map(int, sys.argv[1:])
+    x, n = Tensor(name="x", dtype=np.uint8, shape=(-1,)), Tensor(name="n", dtype=np.int64, shape=(1,))
+    config = TritonConfig(grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    with Triton(config=config) as triton:
+        triton.bind("length", [length, length], [x], [n], config=ModelConfig(batching=False))
+        triton.serve()
 """
 MLSERVER = """
 import numpy as np
@@ -88,6 +134,7 @@ print(len(times) / seconds, p50, p99)
 """
 LENGTH = bench.LENGTH.replace("    def run", "    workers = 2\n    def run")
 TENSOR = LENGTH.replace("return len(data)", "import numpy as np\n        return np.array([len(data)])")
+DOOR_TURNS = 5
 SIDES = [32, 64, 128, 224, 384, 512, 720, 1024, 1440]
 PLOT = """
 import json, sys
@@ -164,8 +211,8 @@ def script(name: str, text: str) -> Path:
     return folder
 
 
-def by_http(port: int) -> Callable[[bytes], None]:
-    """Posts bytes on a connection of the calling thread's own."""
+def by_http(port: int, form: bool = False) -> Callable[[bytes], None]:
+    """Posts bytes, as the body or in a form, on a connection of the calling thread's own."""
     import threading
 
     mine = threading.local()
@@ -175,7 +222,15 @@ def by_http(port: int) -> Callable[[bytes], None]:
             mine.connection = http.client.HTTPConnection("127.0.0.1", port)
             mine.connection.connect()
             mine.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        mine.connection.request("POST", "/inference", data)
+        kind = "application/octet-stream"
+        if form:
+            kind = "multipart/form-data; boundary=xxx"
+            data = (
+                b'--xxx\r\nContent-Disposition: form-data; name="data"; filename="f"\r\n\r\n'
+                + data
+                + b"\r\n--xxx--\r\n"
+            )
+        mine.connection.request("POST", "/inference", data, {"Content-Type": kind})
         answer = mine.connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(answer.read())
@@ -209,22 +264,39 @@ def by_tritonclient(address: str, model: str, output: str) -> Row:
     for name, data in payloads().items():
         size = len(data) if isinstance(data, str) else data.nbytes
         for at_once in (1, 8):
-            command = [python("tritonclient"), "-c", OIP, address, size, at_once, int(bench.SECONDS), model, output]
-            ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-            if ran.returncode:
-                raise RuntimeError(ran.stderr)
-            rate, p50, p99 = map(float, ran.stdout.split())
-            found[name, at_once] = rate, p50, p99
+            found[name, at_once] = by_tritonclient_once(address, size, at_once, model, output)
     return found
 
 
-def mosec() -> Row:
-    """mosec by HTTP."""
+def by_tritonclient_once(address: str, size: int, at_once: int, model: str, output: str) -> tuple[float, float, float]:
+    """(calls a second, p50, p99 in ms) of so many callers that send so many bytes."""
+    command = [python("tritonclient"), "-c", OIP, address, size, at_once, int(bench.SECONDS), model, output]
+    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if ran.returncode:
+        raise RuntimeError(ran.stderr)
+    rate, p50, p99 = map(float, ran.stdout.split())
+    return rate, p50, p99
+
+
+def http_peer(name: str, text: str, *command: str) -> Row:
+    """A server that answers HTTP: by default its script is run by Python."""
     (port,) = ports(1)
-    folder = script("mosec", MOSEC)
-    with running([python("mosec"), "main.py", "--port", port], port, folder):
-        post = by_http(port)
+    folder = script(name, text)
+    with running([python(name), *(command or ["main.py"]), "--port", port], port, folder):
+        time.sleep(10)
+        post = by_http(port, form=name == "litserve")
         return measured(lambda data: post(data.encode() if isinstance(data, str) else data.tobytes()))
+
+
+def triton() -> Row:
+    """Triton by tritonclient, started by pytriton."""
+    chosen = ports(3)
+    program = python("triton")
+    # Its workers' program must find the library of the interpreter that made the environment, not the system's.
+    ask = [program, "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
+    libraries = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
+    with running([program, "main.py", *chosen], chosen[0], script("triton", TRITON), LD_LIBRARY_PATH=libraries):
+        return by_tritonclient(f"127.0.0.1:{chosen[0]}", "length", "n")
 
 
 def mlserver() -> Row:
@@ -259,6 +331,39 @@ def ours(server: Server) -> dict[str, Row]:
     return found
 
 
+def doors(folder: Path) -> None:
+    """Prints what the other doors cost a call: one door open and all of them, in turns."""
+    every = ",".join(DOORS)
+    servers = {
+        "native": [Server(models=folder, TMS_DOORS="native"), Server(models=folder, TMS_DOORS=every)],
+        "open_inference": [Server(models=folder, TMS_DOORS="open_inference"), Server(models=folder, TMS_DOORS=every)],
+    }
+    print("\n| door | payload | alone, p50 ms | with all others | ratio |\n| --- | --- | --- | --- | --- |")
+    try:
+        for door, pair in servers.items():
+            for name, data in payloads().items():
+                found: list[list[float]] = [[], []]
+                for _ in range(DOOR_TURNS):
+                    for server, times in zip(pair, found, strict=True):
+                        times.append(door_ms(door, server, data))
+                alone, among = (float(np.median(times)) for times in found)
+                print(f"| {door} | {name} | {alone:.3f} | {among:.3f} | {among / alone:.2f} |", flush=True)
+    finally:
+        for pair in servers.values():
+            for server in pair:
+                server.kill()
+
+
+def door_ms(door: str, server: Server, data: Any) -> float:
+    """p50 of one caller at a door, over gRPC."""
+    if door == "open_inference":
+        size = len(data) if isinstance(data, str) else data.nbytes
+        return by_tritonclient_once(server.address, size, 1, "tensor", "output")[1]
+    os.environ["TMS_LANE"] = "0"
+    with ModelClient("length", addresses=[server.address]) as client:
+        return bench.measure(lambda: client.run_text(data) if data is TEXT else client.run_image(data), 1)[1]
+
+
 def slopes(server: Server) -> dict[str, list[tuple[int, float]]]:
     """(pixels, p50 in ms) of square images of growing size, for each way."""
     found: dict[str, list[tuple[int, float]]] = {}
@@ -276,7 +381,13 @@ def main() -> None:
     for name, body in {"length": LENGTH, "tensor": TENSOR}.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "__init__.py").write_text(body)
-    rows: dict[str, Row] = {"mosec": mosec(), "mlserver": mlserver()}
+    rows: dict[str, Row] = {
+        "mosec": http_peer("mosec", MOSEC),
+        "LitServe": http_peer("litserve", LITSERVE, "main.py"),
+        "BentoML": http_peer("bentoml", BENTOML, "-m", "bentoml", "serve", "main:Length"),
+        "Triton": triton(),
+        "MLServer": mlserver(),
+    }
     server = Server(models=folder)
     try:
         rows |= {f"this server: {name}": row for name, row in ours(server).items()}
@@ -296,6 +407,7 @@ def main() -> None:
         slope, _ = np.polyfit([3 * pixels for pixels, _ in line], [ms for _, ms in line], 1)
         fit = np.corrcoef([pixels for pixels, _ in line], [ms for _, ms in line])[0, 1] ** 2
         print(f"{name}: {1 / slope / 1e6:.1f} GB/s beyond the first byte, r2 of the line {fit:.3f}.")
+    doors(folder)
     command = [python("plot"), "-c", PLOT, ROOT / "docs" / "images.png"]
     subprocess.run([str(part) for part in command], input=json.dumps(points), text=True, check=True)
 

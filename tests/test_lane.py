@@ -388,3 +388,134 @@ def test_more_callers_than_the_server_takes(start_server: Callable[..., Server],
 def test_headers_are_what_the_rules_say() -> None:
     assert lane.REQUEST.size == struct.calcsize("<IfBB") == 10
     assert lane.ANSWER.size == 6
+
+
+def test_map_sends_ahead(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    """Light calls keep a few connections busy, others as many as are allowed; answers stay in order."""
+    body = "    def run(self, data, args):\n        __import__('time').sleep(0.02)\n        return data"
+    server = start_server(write_model(tmp_path, "sleepy", body), TMS_MODEL_SLEEPY_WORKERS=4)
+    with server.client("sleepy") as client:
+        client.run(0)
+        assert list(client.map(range(20), in_flight=8)) == list(range(20))
+        assert lanes(client) == 8
+        errors = list(client.map(range(3), timeout=0.001, return_exceptions=True))
+        assert [type(error) for error in errors] == [model_client.DeadlineExceeded] * 3
+        leaving = client.map(range(100), in_flight=4)
+        assert next(leaving) == 0
+        leaving.close()
+        assert client.run(7) == 7
+
+
+def test_map_over_a_server_that_comes_back(start_server: Callable[..., Server]) -> None:
+    server = start_server()
+    images = [np.full((100, 100), number, np.uint8) for number in range(200)]
+    with server.client("echo", timeout=30) as client:
+        answers = client.map(images)
+        assert np.array_equal(next(answers), images[0])
+        server.kill()
+        starter = threading.Thread(target=lambda: start_server(TMS_PORT=server.port))
+        starter.start()
+        for image, answer in zip(images[1:], answers, strict=True):
+            assert np.array_equal(answer, image)
+        starter.join()
+
+
+def test_a_fork_in_the_middle_of_map(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    """Calls that were sent ahead are the parent's: it goes on, and the child has connections of its own."""
+    body = "    def run(self, data, args):\n        __import__('time').sleep(0.05)\n        return data"
+    server = start_server(write_model(tmp_path, "sleepy", body))
+    code = (
+        "import os, sys\nfrom model_client import Cancelled, ModelClient\n"
+        "client = ModelClient('sleepy', addresses=[sys.argv[1]])\nassert client.run_text('x') == 'x'\n"
+        "answers = client.map(map(str, range(20)))\nassert next(answers) == '0'\n"
+        "if not (child := os.fork()):\n"
+        "    assert client.run_text('of the child') == 'of the child'\n"
+        "    try:\n        next(answers)\n    except Cancelled as error:\n        os._exit(0 if 'fork' in str(error) else 2)\n"
+        "    os._exit(3)\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
+        "assert list(answers) == [str(number) for number in range(1, 20)]"
+    )
+    command = [sys.executable, "-c", code, server.address]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_arrays_that_are_handed_over_without_a_copy(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    body = "    def run(self, data, args):\n        data += 1\n        return int(data[0, 0]), int(data.sum())"
+    server = start_server(write_model(tmp_path, "adds", body))
+    frame = model_client.shared_array((2, 480, 640))
+    assert frame.shape == (2, 480, 640)
+    assert frame.dtype == np.uint8
+    assert not frame.any()
+    with server.client("adds") as client:
+        for number in range(0, 20, 2):
+            frame[:] = number
+            first, total = client.run_image(frame[0])
+            assert (first, total) == (number + 1, (number + 1) * 480 * 640)
+            assert (frame[0] == number + 1).all()  # the model has the memory itself
+            assert (frame[1] == number).all()
+            assert client.run(frame[1]) == [number + 1, (number + 1) * 480 * 640]
+            assert client.run_image_batch(list(frame))[1][0] == number + 2
+        assert lanes(client) == 0  # the array has a connection of its own
+        odd = frame[0, 1:, 1:]
+        assert client.run_image(odd)[0] == odd[0, 0] + 1  # it is not in one piece: copied
+        assert lanes(client) == 1
+    assert frame.any()  # it is the application's, also when the connection has ended
+
+
+def test_who_may_use_a_shared_array(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads, and clients by gRPC: each call is answered as with any array."""
+    frame = model_client.shared_array(IMAGE.shape)
+    frame[:] = IMAGE
+    with server.client("echo") as client:
+        for answer in [client.submit_image(frame) for _ in range(16)]:
+            assert np.array_equal(answer.result(), IMAGE)
+        assert all(np.array_equal(answer, IMAGE) for answer in client.map([frame] * 16))
+        assert np.array_equal(client.run({"deep": [frame, frame[:8]]})["deep"][1], IMAGE[:8])
+        wide = model_client.shared_array((3, 4), "float64")
+        assert client.run(wide).tolist() == [[0] * 4] * 3
+    monkeypatch.setenv("TMS_LANE", "0")
+    with server.client("echo") as client:
+        assert np.array_equal(client.run_image(frame), IMAGE)
+    assert model_client.shared_array(0).shape == (0,)
+    with pytest.raises(ValueError, match="negative"):
+        model_client.shared_array((-1, 2))
+
+
+def test_a_shared_array_goes_with_its_last_user(start_server: Callable[..., Server]) -> None:
+    server = start_server()
+    front = psutil.Process(server.process.pid)
+    with server.client("echo") as client:
+        assert client.run_text("x") == "x"
+        mine, theirs = psutil.Process().num_fds(), front.num_fds()
+        for number in range(5):
+            frame = model_client.shared_array((1080, 1920, 3))
+            frame[:] = number
+            assert client.run_image(frame[:8]).max() == number
+            del frame
+            wait_for(lambda: front.num_fds() <= theirs, "the server to let go")
+            assert psutil.Process().num_fds() <= mine
+
+
+def test_lies_about_lent_memory(server: Server, tmp_path: Path) -> None:
+    """Memory that its owner could take away, or that is none, is refused at the greeting."""
+    unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
+    file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    reading, writing = os.pipe()
+    for fd in (unsealed, file, reading):
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+            connection.settimeout(5)
+            connection.connect(lane.address(server.port))
+            socket.send_fds(connection, [lane.HELLO.pack(2)], [fd])
+            connection.sendall(b"{}")
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(1) == b""
+    for fd in (unsealed, file, reading, writing):
+        os.close(fd)
+    made = model_client.shared_array(1 << 20)
+    memory = lane._memory(made)
+    assert memory
+    with pytest.raises(PermissionError):
+        os.ftruncate(memory.fd, 0)
+    with server.client("echo") as client:
+        assert client.run_text("x") == "x"

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
 
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import Cancelled, DeadlineExceeded, Overloaded, ServerError
@@ -12,56 +13,34 @@ from tiny_model_server.load import ModelLoad
 from tiny_model_server.shm import Pair
 
 Outcome = Packed | ServerError
-
 MOST_CHUNKS = 16
 """Values of a stream that wait for their reader."""
 
 
+@dataclass(slots=True, eq=False)
 class Item:
-    """One input on its way through queue and worker; whoever submitted it waits for its outcome."""
+    """One input on its way through queue and worker; whoever submitted it waits for its outcome.
 
-    __slots__ = (
-        "_done",
-        "args",
-        "attempts",
-        "begun",
-        "chunks",
-        "deadline",
-        "enqueued",
-        "key",
-        "lane",
-        "once",
-        "outcome",
-        "packed",
-        "plain",
-    )
+    ``args`` is JSON, ``deadline`` on the monotonic clock. ``plain`` asks for JSON without arrays beside it; ``once``
+    forbids to run the item again if its worker dies; ``lane`` takes the outcome's arrays.
+    """
 
-    def __init__(
-        self,
-        packed: Packed,
-        args: str,
-        key: Hashable,
-        *,
-        deadline: float | None,
-        plain: bool = False,
-        once: bool = False,
-    ) -> None:
-        """``args`` is JSON, ``deadline`` on the monotonic clock.
+    packed: Packed
+    args: str
+    key: Hashable
+    deadline: float | None
+    plain: bool = False
+    once: bool = False
+    lane: Pair | None = None
+    chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
+    attempts: int = 0
+    enqueued: float = field(default_factory=time.monotonic)
+    begun: float = 0.0
+    outcome: Outcome | None = None
+    _done: threading.Lock = field(default_factory=threading.Lock)
 
-        ``plain`` asks for JSON without arrays beside it; ``once`` forbids to run the item again if its worker dies.
-        """
-        self.packed = packed
-        self.args = args
-        self.key = key
-        self.deadline = deadline
-        self.plain = plain
-        self.chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
-        self.once = once
-        self.lane: Pair | None = None  # takes the outcome's arrays
-        self.attempts = 0
-        self.enqueued = self.begun = time.monotonic()
-        self.outcome: Outcome | None = None
-        self._done = threading.Lock()
+    def __post_init__(self) -> None:
+        self.begun = self.enqueued
         self._done.acquire()
 
     def resolve(self, outcome: Outcome) -> None:

@@ -10,13 +10,13 @@ The rules:
 2. One connection is one caller with one call at a time; more at once are more connections. The first message is the
    client's metadata, JSON; the server answers with its name and two descriptors: memory into which the client writes
    what it sends, and in which it finds what it gets. They can grow, never shrink, so that nobody who maps them can be
-   made to fail.
+   made to fail. A client may bring its own memory for what it sends, sealed in this way: that of one ``shared_array``.
 3. A request is a header (bytes of the message, seconds that remain, whether it may be repeated, bytes of the method's
    path), the path and the message of ``server.proto``, whose ``place`` fields say where arrays lie. A server believes
    no place: it must lie in this caller's memory and fit shape and dtype.
 4. An answer is a header (bytes, gRPC's number of the status and FINAL, whether new memory comes along) and the
    message, or the error's text. New memory for what the client sends comes when a model keeps what lies in the old,
-   in a message of its own that the client asks for.
+   in a message of its own that the client asks for; not in place of a client's own.
 5. What a call leaves in the shared memory is valid until the caller's next request; a client copies what it hands on.
 6. A caller that gives up closes the connection, which cancels the call. When a connection ends, so do its memory and
    its place in the server, however it ended.
@@ -27,15 +27,19 @@ import logging
 import math
 import os
 import queue
+import select
 import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from tiny_model_server.codec import Array
-from tiny_model_server.shm import Place, Segment
+from tiny_model_server.shm import ALIGN, Segment
 
 REQUEST = struct.Struct("<IfBB")
 ANSWER = struct.Struct("<IBB")
@@ -47,8 +51,6 @@ log = logging.getLogger("tiny_model_server.client")
 
 THREADS = 8
 """Calls of one client that futures wait for at once; gRPC takes what is more."""
-LIGHT_THREADS = 3
-_LIGHT_S = 0.003
 _PAUSE_S = 1.0  # between attempts to reach a server that has no short cut
 _HANDSHAKE_S = 2.0
 _BUFFER = 1 << 16
@@ -90,8 +92,11 @@ class Answer(NamedTuple):
 class Lane:
     """A client's end of one connection, for one call at a time."""
 
-    def __init__(self, port: int, metadata: dict[str, str]) -> None:
-        """Connects; OSError if there is no such server, or it is another user's."""
+    def __init__(self, port: int, metadata: dict[str, str], lent: Segment | None = None) -> None:
+        """Connects; OSError if there is no such server, or it is another user's.
+
+        With ``lent``, the calls are those of one ``shared_array``, which lies there.
+        """
         self._socket = socket.socket(socket.AF_UNIX)
         try:
             self._socket.settimeout(_HANDSHAKE_S)
@@ -99,24 +104,38 @@ class Lane:
             if not same_user(self._socket):
                 raise PermissionError("the server at this port is another user's")
             told = json.dumps(metadata).encode()
-            self._socket.sendall(HELLO.pack(len(told)) + told)
+            socket.send_fds(self._socket, [HELLO.pack(len(told))], [lent.fd] if lent else [])
+            self._socket.sendall(told)
             header, fds, *_ = socket.recv_fds(self._socket, HELLO.size, 2)
             if len(header) < HELLO.size or len(fds) != 2:
                 raise ConnectionError("the server takes no more callers")
             self.inbox, self.outbox = (Segment(fd) for fd in fds)
             self.server = receive(self._socket, *HELLO.unpack(header)).decode()
+            self._poll = select.poll()
+            self._poll.register(self._socket, select.POLLIN)
         except BaseException:
             self._socket.close()
             raise
+        self.lent = weakref.ref(lent) if lent else None
 
-    def place(self, arrays: Sequence[Array]) -> list[Place]:
-        """Puts the arrays of the next call into shared memory."""
-        return self.inbox.write(arrays)
+    def place(self, arrays: Sequence[Array]) -> list[int]:
+        """Where the arrays of the next call lie in the shared memory, after they were put there if need be."""
+        if self.lent:
+            return [_offset(array) for array in arrays]
+        return [place.offset for place in self.inbox.write(arrays)]
 
-    def call(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> Answer:
-        """Sends a request and waits for its answer; TimeoutError, or OSError if the server goes away."""
+    def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> None:
+        """Sends a request; TimeoutError, or OSError if the server has gone."""
         self._socket.settimeout(timeout)
         self._socket.sendall(REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message)
+
+    def answered(self) -> bool:
+        """True if there is an answer, or an end, to be received without waiting."""
+        return bool(self._poll.poll(0))
+
+    def receive(self, timeout: float) -> Answer:
+        """The answer to the request that was sent; TimeoutError, or OSError if the server goes away."""
+        self._socket.settimeout(timeout)
         data = self._socket.recv(_BUFFER)
         if len(data) < ANSWER.size:
             raise ConnectionError("the server has gone")
@@ -150,28 +169,19 @@ class Lanes:
         self._metadata = metadata
         self._lock = threading.Lock()
         self._free: list[Lane] = []
+        self._lent: weakref.WeakKeyDictionary[Segment, Lane] = weakref.WeakKeyDictionary()
         self._taken: set[Lane] = set()
         self._not_before = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = self._jobs_begun = 0
-        self._mean_s = math.inf  # of a job
-
-    @property
-    def light(self) -> bool:
-        """True if calls have taken but a moment lately, so that many at once gain nothing."""
-        return self._mean_s < _LIGHT_S
 
     def begin(self, job: Callable[[], None]) -> bool:
-        """Does a job in a thread of ours, False if all are busy. They are daemons: no exit waits for them.
-
-        Jobs that take a moment wait for a few threads instead: more would but fight for the interpreter.
-        """
+        """Does a job in a thread of ours, False if all are busy. They are daemons: no exit waits for them."""
         with self._lock:
-            most = LIGHT_THREADS if self.light else THREADS
-            if self._jobs_begun >= most and not self.light:
+            if self._jobs_begun == THREADS:
                 return False
             self._jobs_begun += 1
-            if self._threads < min(most, self._jobs_begun):
+            if self._threads < self._jobs_begun:
                 self._threads += 1
                 threading.Thread(target=self._work, name="lane", daemon=True).start()
         self._jobs.put(job)
@@ -179,33 +189,28 @@ class Lanes:
 
     def _work(self) -> None:
         while True:
-            job = self._jobs.get()
-            begun = time.monotonic()
-            job()
-            took = time.monotonic() - begun
+            self._jobs.get()()
             with self._lock:
                 self._jobs_begun -= 1
-                self._mean_s = min(took, 0.8 * self._mean_s + 0.2 * took)
-                if self._threads > LIGHT_THREADS and self.light:
-                    self._threads -= 1
-                    return
 
     def give_up(self, why: str) -> None:
         """Leaves all further calls to gRPC."""
         log.warning("no short cut to the server on this host any more: %s", why)
         self._not_before = math.inf
 
-    def take(self) -> Lane | None:
-        """A connection for one call; None if the server has no short cut for us, or no more of them."""
+    def take(self, arrays: Sequence[Array]) -> Lane | None:
+        """A connection for a call with these arrays; None if the server has no short cut for us, or no more of them."""
+        memories = {_memory(array) for array in arrays}
+        lent = memories.pop() if len(memories) == 1 else None
         with self._lock:
-            if self._free and self._not_before < math.inf:
-                lane = self._free.pop()
+            lane = self._lent.pop(lent, None) if lent else self._free.pop() if self._free else None
+            if lane and self._not_before < math.inf:
                 self._taken.add(lane)
                 return lane
             if time.monotonic() < self._not_before:
                 return None
         try:
-            lane = Lane(self._port, self._metadata)
+            lane = Lane(self._port, self._metadata, lent)
         except OSError:
             self._not_before = max(self._not_before, time.monotonic() + _PAUSE_S)
             return None
@@ -218,17 +223,53 @@ class Lanes:
         with self._lock:
             known = lane in self._taken
             self._taken.discard(lane)
-            if usable and known:
+            if usable and known and not lane.lent:
                 self._free.append(lane)
+                return
+            if usable and known and lane.lent and (memory := lane.lent()) and memory not in self._lent:
+                self._lent[memory] = lane
                 return
         lane.close()
 
     def close(self) -> None:
         """Ends all connections; calls in them fail."""
         with self._lock:
-            lanes, self._free, self._taken = [*self._free, *self._taken], [], set()
+            lanes = [*self._free, *self._taken, *self._lent.values()]
+            self._free, self._taken, self._lent = [], set(), weakref.WeakKeyDictionary()
         for lane in lanes:
             lane.close()
+
+
+def shared_array(shape: int | Sequence[int], dtype: Any = np.uint8) -> Array:
+    """A new array of zeros that calls to a server on this host hand over without a copy.
+
+    Fill it in place, as ``capture.read(frame)`` of OpenCV does, and not while a call with it is under way. A model that
+    keeps its inputs sees what is written later. Elsewhere it is an array as others are.
+    """
+    made = np.empty(shape, dtype)  # checks both; the system gives no memory to what is not written
+    if not available() or not made.nbytes:
+        return np.zeros(shape, dtype)
+    memory = Segment()
+    whole = memory.array(made.nbytes)
+    _shared[id(whole)] = memory
+    weakref.finalize(whole, _shared.pop, id(whole), None).atexit = False
+    return whole.view(made.dtype).reshape(made.shape)
+
+
+_shared: dict[int, Segment] = {}
+"""The memory of each ``shared_array`` that is still used, by the id of the array of bytes that is the base of all."""
+
+
+def _memory(array: Array) -> Segment | None:
+    """The shared memory in which an array lies, aligned; None if it lies elsewhere."""
+    memory = _shared.get(id(array.base))
+    return None if memory is None or _offset(array) % ALIGN else memory
+
+
+def _offset(array: Array) -> int:
+    """Where a part of a ``shared_array`` begins in its memory."""
+    base: Any = array.base
+    return int(array.__array_interface__["data"][0] - base.__array_interface__["data"][0])
 
 
 def port_of(addresses: Sequence[str]) -> int | None:

@@ -4,6 +4,7 @@ import json
 import logging
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -88,7 +89,7 @@ class LaneServer:
                 connection.busy = True
                 connection.answer(*self._answer(connection.call(request, metadata), request))
                 connection.busy = False
-        except (OSError, ValueError):
+        except (OSError, ValueError, struct.error):
             pass  # the caller has gone, or speaks another language
         finally:
             self._connections.pop(connection.fd, None)
@@ -123,8 +124,9 @@ class _Shared(Pair):
 
     def __del__(self) -> None:
         if not self.kept:
-            self.inbox.discard()
             self.outbox.discard()
+            if not self.lent:
+                self.inbox.discard()
 
 
 class _Connection:
@@ -140,7 +142,12 @@ class _Connection:
     def greet(self, name: bytes) -> dict[str, str]:
         """Hands the memory over; returns the caller's metadata. ValueError if that is none."""
         self._socket.settimeout(_HANDSHAKE_S)
-        (size,) = lane.HELLO.unpack(lane.receive(self._socket, lane.HELLO.size))
+        header, lent, *_ = socket.recv_fds(self._socket, lane.HELLO.size, 1)
+        if lent:
+            self._pair = _Shared(Segment(lent[0]), lent=True)
+            if not self._pair.inbox.sealed():
+                raise ValueError("that memory may shrink")
+        size = lane.HELLO.unpack(header)[0]
         if size > _LONGEST_HELLO:
             raise ValueError("that is no greeting")
         metadata = json.loads(lane.receive(self._socket, size))
@@ -180,8 +187,9 @@ class _Connection:
 
     def answer(self, code: int, body: bytes) -> None:
         """Sends an answer, with new memory if a model keeps the old."""
-        self._socket.sendall(lane.ANSWER.pack(len(body), code, self._pair.kept) + body)
-        if self._pair.kept:
+        renewed = self._pair.kept and not self._pair.lent
+        self._socket.sendall(lane.ANSWER.pack(len(body), code, renewed) + body)
+        if renewed:
             self._pair = _Shared(Segment(), self._pair.outbox)
             lane.receive(self._socket, len(lane.READY))
             socket.send_fds(self._socket, [lane.READY], [self._pair.inbox.fd])

@@ -17,8 +17,10 @@ import numpy as np
 
 from tiny_model_server.codec import Array, dtype_name, raw
 
-_ALIGN = 64
+ALIGN = 64
 _SMALLEST = 1 << 16
+_SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_SEAL", 0)
+"""No end may shrink what the other maps, or change that."""
 
 
 class Place(NamedTuple):
@@ -45,7 +47,7 @@ class Segment:
         places, end = [], 0
         for array in arrays:
             places.append(Place(end, dtype_name(array.dtype), array.shape))
-            end += -(-array.nbytes // _ALIGN) * _ALIGN
+            end += -(-array.nbytes // ALIGN) * ALIGN
         view = memoryview(self._mapped(end, grow=True))
         for place, array in zip(places, arrays, strict=True):
             view[place.offset : place.offset + array.nbytes] = raw(array)
@@ -76,13 +78,21 @@ class Segment:
 
     def bytes_at(self, offset: int, length: int) -> memoryview:
         """A view of these bytes; ValueError if they are not all there or are not aligned to 64."""
-        if offset < 0 or length < 0 or offset % _ALIGN or offset + length > os.fstat(self.fd).st_size:
-            raise ValueError(f"{length} bytes at {offset} do not lie in the shared memory, aligned to {_ALIGN}")
+        if offset < 0 or length < 0 or offset % ALIGN or offset + length > os.fstat(self.fd).st_size:
+            raise ValueError(f"{length} bytes at {offset} do not lie in the shared memory, aligned to {ALIGN}")
         return (
             memoryview(self._mapped(offset + length, grow=False))[offset : offset + length]
             if length
             else memoryview(b"")
         )
+
+    def sealed(self) -> bool:
+        """True if nobody can shrink it; OSError if it is no memory at all."""
+        return bool(fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) == _SEALS)
+
+    def array(self, size: int) -> Array:
+        """The first so many bytes, zero in a new segment."""
+        return np.frombuffer(self._mapped(size, grow=True), np.uint8, size)
 
     def discard(self) -> None:
         """Gives the memory back at once, whoever maps it still."""
@@ -106,9 +116,10 @@ class Pair:
     _numbers = itertools.count()
     alive: "weakref.WeakValueDictionary[int, Pair]" = weakref.WeakValueDictionary()
 
-    def __init__(self, inbox: Segment | None = None, outbox: Segment | None = None) -> None:
-        """New segments, where none are given."""
+    def __init__(self, inbox: Segment | None = None, outbox: Segment | None = None, *, lent: bool = False) -> None:
+        """New segments, where none are given; ``lent`` says that the inbox is the caller's own."""
         self.inbox, self.outbox = inbox or Segment(), outbox or Segment()
+        self.lent = lent
         self.name = next(self._numbers)
         self.kept = False
         """Set when a model keeps what lies in the inbox: it is the model's own then, and not to be written again."""
@@ -118,7 +129,7 @@ class Pair:
 def _unnamed_file() -> int:
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("tiny_model_server", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # who maps it may rely on it
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
         return fd
     with tempfile.TemporaryFile() as file:  # unlinked already
         return os.dup(file.fileno())
