@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from tiny_model_server.codec import Packed
-from tiny_model_server.errors import Cancelled, DeadlineExceeded, Overloaded, ServerError
+from tiny_model_server.errors import DeadlineExceeded, Overloaded, ServerError
 from tiny_model_server.load import ModelLoad
 from tiny_model_server.shm import Pair
 
@@ -278,8 +278,3 @@ class Batcher:
                 self._depth -= 1
             if not group:
                 del self._groups[key]
-
-
-def cancelled() -> Cancelled:
-    """The outcome of an item whose caller has gone."""
-    return Cancelled("the caller went away")

@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,22 +101,41 @@ def signature(packed: Packed) -> tuple[Any, ...]:
     """Equal for two values whose arrays have the same shapes and dtypes, so that they can share a batch."""
     if not packed.arrays:
         return ()
-    indices = (int(digits) for digits in _ARRAY_REFERENCE.findall(packed.text))
-    return tuple((packed.arrays[i].shape, packed.arrays[i].dtype.str) for i in indices if i < len(packed.arrays))
+    arrays = packed.arrays
+    if packed.text != ARRAY:
+        indices = map(int, _ARRAY_REFERENCE.findall(packed.text))
+        arrays = [packed.arrays[index] for index in indices if index < len(packed.arrays)]
+    return tuple((array.shape, array.dtype) for array in arrays)
 
 
 def portable(array: Array) -> Array:
     """The same array contiguous and little-endian; TypeError for a dtype that cannot travel (objects, records)."""
-    dtype = array.dtype.newbyteorder("<")
-    if not _DTYPES.fullmatch(dtype_name(dtype)):
-        raise TypeError(f"an array of dtype {array.dtype} cannot travel; numbers, bool, str, bytes and times can")
-    array = np.asarray(array, dtype)
+    array = np.asarray(array, _portable_dtype(array.dtype))
     return array if array.flags.c_contiguous else np.array(array, order="C")
 
 
+@lru_cache(256)  # numpy takes its time to make or to name a dtype
+def _portable_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    if not _DTYPES.fullmatch(dtype_name(little := dtype.newbyteorder("<"))):
+        raise TypeError(f"an array of dtype {dtype} cannot travel; numbers, bool, str, bytes and times can")
+    return little
+
+
+@lru_cache(256)
 def dtype_name(dtype: np.dtype[Any]) -> str:
     """The wire's name of a dtype: numpy's name for numbers, its type string for text, bytes and times."""
     return dtype.name if dtype.kind in "biufc" else dtype.str
+
+
+@lru_cache(256)
+def dtype_of(name: str) -> np.dtype[Any]:
+    """The dtype of this name on the wire; InvalidInput if it is none."""
+    if not _DTYPES.fullmatch(name):
+        raise InvalidInput(f"unknown dtype {name[:40]!r}; use a numpy name such as uint8, float32 or int64")
+    try:
+        return np.dtype(name)
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"unknown dtype {name[:40]!r}: {error}") from None
 
 
 def raw(array: Array) -> memoryview:
@@ -125,12 +145,7 @@ def raw(array: Array) -> memoryview:
 
 def array_from(dtype: str, shape: Sequence[int], data: Buffer) -> Array:
     """A read-only view of ``data`` as an array; InvalidInput if dtype, shape and length don't fit together."""
-    if not _DTYPES.fullmatch(dtype):
-        raise InvalidInput(f"unknown dtype {dtype[:40]!r}; use a numpy name such as uint8, float32 or int64")
-    try:
-        kind = np.dtype(dtype)
-    except (TypeError, ValueError) as error:
-        raise InvalidInput(f"unknown dtype {dtype[:40]!r}: {error}") from None
+    kind = dtype_of(dtype)
     if any(size < 0 for size in shape):
         raise InvalidInput(f"shape {list(shape)} has a negative dimension")
     if len(shape) > 32:

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from tiny_model_server import tracing
-from tiny_model_server.batcher import Item, Outcome, cancelled
+from tiny_model_server.batcher import Item, Outcome
 from tiny_model_server.codec import ARRAY, Packed, dtype_name, signature
 from tiny_model_server.errors import (
     Cancelled,
@@ -256,7 +256,7 @@ class Engine:
                 status = error.status
                 raise
             finally:
-                item.resolve(cancelled())
+                item.resolve(Cancelled("the caller went away"))
                 model.load_of.answered(arrived, [status])
                 self._report_load(model, call)
 
@@ -302,7 +302,7 @@ class Engine:
     def _submit(self, model: ServedModel, items: list[Item], call: Call) -> None:
         def give_up() -> None:
             for item in items:
-                item.resolve(cancelled())
+                item.resolve(Cancelled("the caller went away"))
 
         if not call.on_end(give_up):
             give_up()

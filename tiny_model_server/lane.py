@@ -122,7 +122,7 @@ class Lane:
         """Where the arrays of the next call lie in the shared memory, after they were put there if need be."""
         if self.lent:
             return [_offset(array) for array in arrays]
-        return [place.offset for place in self.inbox.write(arrays)]
+        return [offset for offset, *_ in self.inbox.write(arrays)]
 
     def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> None:
         """Sends a request; TimeoutError, or OSError if the server has gone."""

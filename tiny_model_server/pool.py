@@ -2,7 +2,6 @@
 
 import logging
 import os
-import pickle
 import select
 import signal
 import socket
@@ -23,13 +22,13 @@ from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import DeadlineExceeded, ModelError, ModelUnavailable, ServerError, from_status
 from tiny_model_server.load import ModelLoad
+from tiny_model_server.pipe import Pipe
 from tiny_model_server.settings import ModelOptions, Settings
 from tiny_model_server.shm import Pair, Place, Segment
 from tiny_model_server.tally import Tally
 
 log = logging.getLogger("tiny_model_server.pool")
 
-_READ = 1 << 16
 _ROOT = Path(__file__).resolve().parent.parent
 _LONGEST_BACKOFF_S = 30.0  # between attempts to load
 _LONGEST_CRASH_BACKOFF_S = 0.2  # between deaths of workers that could be loaded: inputs that kill must not stop others
@@ -82,13 +81,12 @@ class _Slot:
 
     def __init__(self, control: Connection) -> None:
         ours, theirs = socket.socketpair()
-        self._connection = Connection(ours.detach())
+        self._pipe = Pipe(ours)
         self._inbox, self._outbox = Segment(), Segment()
         self._new_inbox = False
         self._known: set[int] = set()  # the callers' memory that the worker maps, by name
-        self._closing = threading.Lock()
         self._poll = select.poll()
-        self._poll.register(self._connection.fileno(), select.POLLIN)
+        self._poll.register(self._pipe, select.POLLIN)
         with theirs:
             for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
                 reduction.send_handle(control, fd, 0)
@@ -120,7 +118,7 @@ class _Slot:
         """Puts what the model yields into the item's chunks, each within the time limit, while somebody wants it."""
         try:
             while len(answer := self._receive(timeout_s)) == 3:
-                self._connection.send(item.put_chunk(self._outcome(answer, None)))
+                self._pipe.send(item.put_chunk(self._outcome(answer, None)))
             _, seconds, kept, tally = answer
             self._note_kept(kept)
         except (EOFError, OSError) as error:
@@ -142,12 +140,10 @@ class _Slot:
         gone = [name for name in self._known if name not in Pair.alive] if fresh else []
         streams = batch[0].chunks is not None
         message = (batch[0].args, items, streams, self._new_inbox, list(fresh), gone)
-        self._connection.send_bytes(pickle.dumps(message))  # send() would make a slower kind of pickler each time
-        if self._new_inbox:
-            reduction.send_handle(self._connection, self._inbox.fd, 0)
+        fds = [self._inbox.fd] if self._new_inbox else []
         for pair in fresh.values():
-            for segment in (pair.inbox, pair.outbox):
-                reduction.send_handle(self._connection, segment.fd, 0)
+            fds += pair.inbox.fd, pair.outbox.fd
+        self._pipe.send(message, fds)
         self._known = self._known.difference(gone).union(fresh)
 
     def _name(self, pair: Pair | None, fresh: dict[int, Pair]) -> int | None:
@@ -167,13 +163,7 @@ class _Slot:
     def _receive(self, timeout_s: float | None) -> Any:
         if timeout_s is not None and not self.ready(timeout_s):
             raise _WorkerHung
-        # As Connection.recv_bytes, but by one read where the answer is short.
-        data = os.read(self._connection.fileno(), _READ)
-        while len(data) < 4 or len(data) < (end := 4 + int.from_bytes(data[:4], "big")):
-            if not (more := os.read(self._connection.fileno(), _READ)):
-                raise EOFError
-            data += more
-        return pickle.loads(memoryview(data)[4:end])
+        return self._pipe.receive()[0]
 
     def _outcome(self, answer: tuple[str | None, str, list[Place]], lane: Pair | None) -> Outcome:
         status, text, places = answer
@@ -185,15 +175,11 @@ class _Slot:
 
     def shutdown(self) -> None:
         """Ends the conversation: a waiting ``run`` raises, the worker's slot leaves."""
-        with self._closing:
-            if not self._connection.closed:
-                with socket.socket(fileno=os.dup(self._connection.fileno())) as end:
-                    end.shutdown(socket.SHUT_RDWR)
+        self._pipe.shutdown()
 
     def close(self) -> None:
         """Lets socket and segments go; for the thread that calls ``run``."""
-        with self._closing:
-            self._connection.close()
+        self._pipe.close()
         self._inbox.close()
         self._outbox.close()
 

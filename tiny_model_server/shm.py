@@ -11,11 +11,10 @@ import os
 import tempfile
 import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-from tiny_model_server.codec import Array, dtype_name, raw
+from tiny_model_server.codec import Array, dtype_name, dtype_of, raw
 
 ALIGN = 64
 _SMALLEST = 1 << 16
@@ -23,12 +22,8 @@ _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_SEAL", 0)
 """No end may shrink what the other maps, or change that."""
 
 
-class Place(NamedTuple):
-    """Where an array lies in a segment: byte offset, dtype name, shape."""
-
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
+Place = tuple[int, str, tuple[int, ...]]
+"""Where an array lies in a segment: byte offset, dtype name, shape."""
 
 
 class Segment:
@@ -44,26 +39,27 @@ class Segment:
         """Copies portable arrays in, one after the other from the start, over what was there before."""
         if not arrays:
             return []
-        places, end = [], 0
+        places: list[Place] = []
+        end = 0
         for array in arrays:
-            places.append(Place(end, dtype_name(array.dtype), array.shape))
+            places.append((end, dtype_name(array.dtype), array.shape))
             end += -(-array.nbytes // ALIGN) * ALIGN
-        view = memoryview(self._mapped(end, grow=True))
-        for place, array in zip(places, arrays, strict=True):
-            view[place.offset : place.offset + array.nbytes] = raw(array)
+        mapped = self._mapped(end, grow=True)
+        for (offset, *_), array in zip(places, arrays, strict=True):
+            mapped[offset : offset + array.nbytes] = raw(array)
         return places
 
     def read(self, places: Sequence[Place]) -> list[Array]:
         """Writable views of the arrays at these places; the next write overwrites them."""
-        return [self._view(Place(*place)) for place in places]
+        return [self._view(*place) for place in places]
 
-    def _view(self, place: Place) -> Array:
-        dtype = np.dtype(place.dtype)
-        count = math.prod(place.shape)
-        data = self._mapped(place.offset + count * dtype.itemsize, grow=False)
+    def _view(self, offset: int, name: str, shape: tuple[int, ...]) -> Array:
+        dtype = dtype_of(name)
+        count = math.prod(shape)
+        data = self._mapped(offset + count * dtype.itemsize, grow=False)
         if not count * dtype.itemsize:
-            return np.empty(place.shape, dtype)
-        return np.frombuffer(data, dtype, count, place.offset).reshape(place.shape)
+            return np.empty(shape, dtype)
+        return np.frombuffer(data, dtype, count, offset).reshape(shape)
 
     def _mapped(self, needed: int, *, grow: bool) -> mmap.mmap:
         if self._map is None or needed > self._size:
@@ -78,13 +74,10 @@ class Segment:
 
     def bytes_at(self, offset: int, length: int) -> memoryview:
         """A view of these bytes; ValueError if they are not all there or are not aligned to 64."""
-        if offset < 0 or length < 0 or offset % ALIGN or offset + length > os.fstat(self.fd).st_size:
+        end = offset + length
+        if offset < 0 or length < 0 or offset % ALIGN or (end > self._size and end > os.fstat(self.fd).st_size):
             raise ValueError(f"{length} bytes at {offset} do not lie in the shared memory, aligned to {ALIGN}")
-        return (
-            memoryview(self._mapped(offset + length, grow=False))[offset : offset + length]
-            if length
-            else memoryview(b"")
-        )
+        return memoryview(self._mapped(end, grow=False))[offset:end] if length else memoryview(b"")
 
     def sealed(self) -> bool:
         """True if nobody can shrink it; OSError if it is no memory at all."""

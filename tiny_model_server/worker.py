@@ -9,9 +9,9 @@ import ctypes
 import importlib.util
 import logging
 import os
-import pickle
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,6 +28,7 @@ import numpy as np
 from model_interface import ModelInterface, Pipeline
 from tiny_model_server import codec, logs, tally
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
+from tiny_model_server.pipe import Pipe
 from tiny_model_server.settings import ModelOptions
 from tiny_model_server.shm import Pair, Segment
 
@@ -197,7 +198,7 @@ class Slot:
     """One batch at a time: a socket for control, a segment for what comes in, one for what goes out."""
 
     def __init__(self, fds: Sequence[int], runner: Runner) -> None:
-        self._connection = Connection(fds[0])
+        self._pipe = Pipe(socket.socket(fileno=fds[0]))
         self._inbox = Segment(fds[1])
         self._outbox = Segment(fds[2])
         self._pairs: dict[int, Pair] = {}  # of callers that share memory with us
@@ -207,13 +208,12 @@ class Slot:
         """Runs batches until the front closes the socket, or is gone."""
         while True:
             try:
-                args, items, streams, new_inbox, fresh, gone = pickle.loads(self._connection.recv_bytes())
+                (args, items, streams, new_inbox, fresh, gone), fds = self._pipe.receive()
                 if new_inbox:
                     self._inbox.close()
-                    self._inbox = Segment(reduction.recv_handle(self._connection))
-                for name in fresh:
-                    fds = [reduction.recv_handle(self._connection) for _ in range(2)]
-                    self._pairs[name] = Pair(Segment(fds[0]), Segment(fds[1]))
+                    self._inbox = Segment(fds.pop(0))
+                for name, inbox, outbox in zip(fresh, fds[::2], fds[1::2], strict=True):
+                    self._pairs[name] = Pair(Segment(inbox), Segment(outbox))
                 for name in gone:
                     self._pairs.pop(name)
                 alive: list[tuple[int | None, weakref.ref[Any]]] = []
@@ -225,7 +225,7 @@ class Slot:
                     outcomes = self._run(args, items, alive)
                 # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment.
                 kept = {name for name, reference in alive if reference() is not None}
-                self._connection.send_bytes(pickle.dumps((outcomes, time.monotonic() - started, kept, tally.drain())))
+                self._pipe.send((outcomes, time.monotonic() - started, kept, tally.drain()))
             except (EOFError, OSError):
                 return
 
@@ -247,8 +247,8 @@ class Slot:
         del packed
         for value in values:
             status, text, arrays = self._pack(value, items[0][2])
-            self._connection.send_bytes(pickle.dumps((status, text, self._outbox.write(arrays))))
-            if not self._connection.recv():
+            self._pipe.send((status, text, self._outbox.write(arrays)))
+            if not self._pipe.receive()[0]:
                 break
         values.close()
 

@@ -13,7 +13,6 @@ from tiny_model_server.codec import Array, EncodedImage, Packed
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, ServerError, from_status
 from tiny_model_server.repository import ServedModel
-from tiny_model_server.shm import Place
 
 SCHEMA = "server"
 SERVICE = "server.Server"
@@ -201,7 +200,7 @@ def _packed(text: str, messages: Sequence[Any], arrays: list[Array], call: Call)
     if not (call.lane and arrays and all(message.HasField("place") for message in messages)):
         return Packed(text, arrays)
     named = zip(messages, arrays, strict=True)
-    places = [Place(message.place.offset, codec.dtype_name(array.dtype), array.shape) for message, array in named]
+    places = [(message.place.offset, codec.dtype_name(array.dtype), array.shape) for message, array in named]
     return Packed(text, arrays, (call.lane, places))
 
 
@@ -229,8 +228,8 @@ def _send(filled: Sequence[tuple[list[Any], Packed]], call: Call) -> None:
         else:
             rest += zip(parts, packed.arrays, strict=True)
     if call.lane and rest:
-        for (part, array), place in zip(rest, call.lane.outbox.write([array for _, array in rest]), strict=True):
-            part.place.offset, part.place.length = place.offset, array.nbytes
+        for (part, array), (offset, *_) in zip(rest, call.lane.outbox.write([one for _, one in rest]), strict=True):
+            part.place.offset, part.place.length = offset, array.nbytes
     else:
         for part, array in rest:
             part.data = bytes(codec.raw(array))

@@ -1,0 +1,74 @@
+"""Messages between the front and one slot of a worker, in turns: a stream socket with pickles, and descriptors."""
+
+import array
+import pickle
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+_HEADER = struct.Struct("<III")  # _MARK, bytes of the pickle, number of descriptors
+_MARK = 0x7E5A11ED  # by which is seen that a model has written into the socket
+_READ = 1 << 16
+_MOST_FDS = 200  # in one piece; Linux takes 253
+_SPACE = socket.CMSG_SPACE(4 * _MOST_FDS)
+
+
+class Pipe:
+    """One end; both belong to this program."""
+
+    def __init__(self, end: socket.socket) -> None:
+        self._socket = end
+        self._closing = threading.Lock()
+
+    def fileno(self) -> int:
+        """The descriptor, to be polled."""
+        return self._socket.fileno()
+
+    def send(self, message: Any, fds: Sequence[int] = ()) -> None:
+        """Sends a message, with copies of descriptors; OSError if the other end has gone."""
+        data = pickle.dumps(message)
+        header = _HEADER.pack(_MARK, len(data), len(fds))
+        if not fds:
+            return self._socket.sendall(header + data)
+        for first in range(0, len(fds), _MOST_FDS):
+            socket.send_fds(self._socket, [b"\0" if first else header], fds[first : first + _MOST_FDS])
+        self._socket.sendall(data)
+
+    def receive(self) -> tuple[Any, list[int]]:
+        """The next message and its descriptors; EOFError or OSError if the other end has gone, else UnpicklingError."""
+        fds = array.array("i")
+        data: bytes | bytearray = self._receive(fds)  # all of it, but where it is long or has descriptors
+        while len(data) < _HEADER.size:
+            data += self._receive(fds)
+        mark, size, count = _HEADER.unpack_from(data)
+        if mark != _MARK:
+            raise pickle.UnpicklingError("that is no message")
+        while len(fds) < count:
+            self._receive(fds, 1)
+        if missing := _HEADER.size + size - len(data):
+            data = bytearray(data)
+            while missing:
+                missing -= len(more := self._receive(fds, min(missing, 1 << 20)))
+                data += more
+        return pickle.loads(memoryview(data)[_HEADER.size :]), fds.tolist()
+
+    def _receive(self, fds: "array.array[int]", most: int = _READ) -> bytes:
+        data, ancillary, _, _ = self._socket.recvmsg(most, _SPACE)
+        for _, _, content in ancillary:
+            fds.frombytes(content)
+        if not data:
+            raise EOFError
+        return data
+
+    def shutdown(self) -> None:
+        """Ends the conversation, from any thread: who waits at either end hears it."""
+        with self._closing, suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Lets the socket go; for the thread that sends and receives."""
+        with self._closing:
+            self._socket.close()
