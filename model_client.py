@@ -49,7 +49,6 @@ Image = Array | str | os.PathLike[str] | bytes
 
 DEFAULT_TIMEOUT_S = 60.0
 _IN_FLIGHT = 16
-_LIGHT_IN_FLIGHT, _LIGHT_S = 3, 0.003  # calls that take but a moment gain nothing by many at once
 _POLL_S = 0.05
 _PROBE_S = 1.0
 _SERVICE = "server.Server"
@@ -653,25 +652,18 @@ class ModelClient(_Client):
 
             items = tqdm(items, desc=self.model, unit="item")
         ahead, pending = _Submitter(self, self._ahead), deque[Any]()
-        most = min(in_flight, _LIGHT_IN_FLIGHT)
 
         def first() -> Any:
-            nonlocal most
-            call = pending.popleft()
-            ready = call.done()
             try:
-                return call.result()
+                return pending.popleft().result()
             except ModelClientError as error:
                 if return_exceptions:
                     return error
                 raise
-            finally:
-                if not (ready or (isinstance(call, _Sent) and time.monotonic() - call.begun < _LIGHT_S)):
-                    most = in_flight
 
         try:
             for item in items:
-                while pending and (len(pending) >= most or pending[0].done()):
+                while pending and (len(pending) >= in_flight or pending[0].done()):
                     yield first()
                 pending.append(ahead._any(item, args, timeout, retry, method))
             while pending:

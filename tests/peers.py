@@ -2,12 +2,11 @@
 
 Prints Markdown tables for BENCHMARKS.md: mosec, BentoML and LitServe by HTTP (the bytes as the body, in a form for
 LitServe), Triton and MLServer by tritonclient over gRPC, this server by the same tritonclient and by ModelClient over
-gRPC and over the short cut. Every server has two workers, every caller a kept-alive connection. Then what open doors
-cost one another.
+gRPC and over the short cut. Every server has two workers, every caller a kept-alive connection. All servers run at
+the same time, and each figure is the median of several turns, since machines are noisy. Then what open doors cost.
 """
 
 import contextlib
-import http.client
 import json
 import os
 import socket
@@ -23,7 +22,6 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model_client import ModelClient  # noqa: E402
 from tests import bench  # noqa: E402
 from tests.conftest import Server, wait_for  # noqa: E402
 from tiny_model_server.grpc_server import DOORS  # noqa: E402
@@ -38,7 +36,6 @@ NEEDS = {
     "mlserver": "mlserver==1.7.1 uvloop==0.21.0",
     "plot": "matplotlib==3.10.7",
 }
-TEXT = "twenty bytes of text"
 MOSEC = """
 import sys, numpy as np
 from mosec import Server, Worker
@@ -102,39 +99,79 @@ class Length(MLModel):
         data = NumpyCodec.decode_input(payload.inputs[0])
         return InferenceResponse(model_name=self.name, outputs=[NumpyCodec.encode_output("n", np.array([len(data)]))])
 """
-OIP = """
-import sys, threading, time
+CALLER = """
+import http.client, socket, sys, threading, time
 import numpy as np
-import tritonclient.grpc as triton
-address, size, at_once, seconds, model, output = sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:]
-data = np.random.default_rng(0).integers(0, 256, size, np.uint8)
+address, payload, at_once, seconds, *rest = sys.argv[1:]
+if payload == "20 B text":
+    data = "twenty bytes of text"
+    array = np.frombuffer(data.encode(), np.uint8)
+else:
+    data = array = np.random.default_rng(0).integers(0, 256, [int(side) for side in payload.split("x")], np.uint8)
+{connect}
 times = []
+def caller():
+    call = connect()
+    for _ in range(20):
+        call()
+    ready.wait()
+    end = time.perf_counter() + float(seconds)
+    while (start := time.perf_counter()) < end:
+        call()
+        times.append(time.perf_counter() - start)
+ready = threading.Barrier(int(at_once))
+threads = [threading.Thread(target=caller) for _ in range(int(at_once))]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(times) / float(seconds), np.median(times) * 1000)
+"""
+BY_HTTP = """
+def connect():
+    connection = http.client.HTTPConnection(address)
+    connection.connect()
+    connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    body, kind = memoryview(array).cast("B"), "application/octet-stream"
+    if rest == ["form"]:
+        kind = "multipart/form-data; boundary=xxx"
+        head = b'Content-Disposition: form-data; name="data"; filename="data"'
+        body = b"--xxx\\r\\n" + head + b"\\r\\n\\r\\n" + bytes(body) + b"\\r\\n--xxx--\\r\\n"
+    def call():
+        connection.request("POST", "/inference", body, {"Content-Type": kind, "Content-Length": str(len(body))})
+        answer = connection.getresponse()
+        assert (answer.status, int("".join(filter(str.isdigit, answer.read().decode())))) == (200, array.nbytes)
+    return call
+"""
+BY_OIP = """
+import tritonclient.grpc as triton
+model, output = rest
 for _ in range(600):
     try:
         if triton.InferenceServerClient(address).is_model_ready(model): break
     except triton.InferenceServerException: pass
     time.sleep(0.1)
-def caller():
+def connect():
     client = triton.InferenceServerClient(address)
-    tensor = triton.InferInput("x", [size], "UINT8")
-    tensor.set_data_from_numpy(data)
-    for _ in range(20):
-        assert client.infer(model, [tensor]).as_numpy(output) is not None
-    ready.wait()
-    end = time.perf_counter() + seconds
-    while (start := time.perf_counter()) < end:
-        client.infer(model, [tensor])
-        times.append(time.perf_counter() - start)
-ready = threading.Barrier(at_once)
-threads = [threading.Thread(target=caller) for _ in range(at_once)]
-for thread in threads: thread.start()
-for thread in threads: thread.join()
-p50, p99 = np.percentile(times, [50, 99]) * 1000
-print(len(times) / seconds, p50, p99)
+    tensor = triton.InferInput("x", [array.size], "UINT8")
+    def call():
+        tensor.set_data_from_numpy(array.reshape(-1))
+        assert client.infer(model, [tensor]).as_numpy(output)[0] == array.nbytes
+    return call
+"""
+BY_MODEL_CLIENT = """
+from model_client import ModelClient, shared_array
+client = ModelClient("length", addresses=[address])
+if rest == ["shared_array"] and data is array:
+    data = shared_array(array.shape)
+    data[:] = array
+def connect():
+    return (lambda: client.run_text(data)) if isinstance(data, str) else (lambda: client.run_image(data))
 """
 LENGTH = bench.LENGTH.replace("    def run", "    workers = 2\n    def run")
 TENSOR = LENGTH.replace("return len(data)", "import numpy as np\n        return np.array([len(data)])")
-DOOR_TURNS = 5
+PAYLOADS = ["20 B text", *("x".join(map(str, shape)) for shape in bench.SHAPES)]
+TURNS = 3
 SIDES = [32, 64, 128, 224, 384, 512, 720, 1024, 1440]
 PLOT = """
 import json, sys
@@ -211,84 +248,38 @@ def script(name: str, text: str) -> Path:
     return folder
 
 
-def by_http(port: int, form: bool = False) -> Callable[[bytes], None]:
-    """Posts bytes, as the body or in a form, on a connection of the calling thread's own."""
-    import threading
-
-    mine = threading.local()
-
-    def post(data: bytes) -> None:
-        if not hasattr(mine, "connection"):
-            mine.connection = http.client.HTTPConnection("127.0.0.1", port)
-            mine.connection.connect()
-            mine.connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        kind = "application/octet-stream"
-        if form:
-            kind = "multipart/form-data; boundary=xxx"
-            data = (
-                b'--xxx\r\nContent-Disposition: form-data; name="data"; filename="f"\r\n\r\n'
-                + data
-                + b"\r\n--xxx--\r\n"
-            )
-        mine.connection.request("POST", "/inference", data, {"Content-Type": kind})
-        answer = mine.connection.getresponse()
-        if answer.status != 200:
-            raise RuntimeError(answer.read())
-        answer.read()
-
-    return post
+Caller = Callable[[str, int], tuple[float, float]]
+"""(calls a second, p50 in ms) of a payload by so many callers."""
 
 
-Row = dict[tuple[str, int], tuple[float, float, float]]
+def caller(program: Any, connect: str, address: str, *rest: str, **env: str) -> Caller:
+    """Callers in a process of their own, made anew for each measurement."""
+
+    def call(payload: str, at_once: int) -> tuple[float, float]:
+        code = CALLER.format(connect=connect)
+        command = [program, "-c", code, address, payload, at_once, bench.SECONDS, *rest]
+        ran = subprocess.run(
+            [str(part) for part in command], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False
+        )
+        if ran.returncode:
+            raise RuntimeError(ran.stderr)
+        rate, p50 = map(float, ran.stdout.split())
+        return rate, p50
+
+    return call
 
 
-def payloads() -> dict[str, Any]:
-    """What is sent, by the names of the table."""
-    images = {"x".join(map(str, shape)): np.zeros(shape, np.uint8) for shape in bench.SHAPES}
-    rng = np.random.default_rng(0)
-    return {"20 B text": TEXT} | {name: rng.integers(0, 256, image.shape, np.uint8) for name, image in images.items()}
-
-
-def measured(call: Callable[[Any], Any]) -> Row:
-    """Every payload by one caller and by eight."""
-    found: Row = {}
-    for name, data in payloads().items():
-        for at_once in (1, 8):
-            found[name, at_once] = bench.measure(lambda data=data: call(data), at_once)
-    return found
-
-
-def by_tritonclient(address: str, model: str, output: str) -> Row:
-    """The same, by tritonclient in a process of its own."""
-    found: Row = {}
-    for name, data in payloads().items():
-        size = len(data) if isinstance(data, str) else data.nbytes
-        for at_once in (1, 8):
-            found[name, at_once] = by_tritonclient_once(address, size, at_once, model, output)
-    return found
-
-
-def by_tritonclient_once(address: str, size: int, at_once: int, model: str, output: str) -> tuple[float, float, float]:
-    """(calls a second, p50, p99 in ms) of so many callers that send so many bytes."""
-    command = [python("tritonclient"), "-c", OIP, address, size, at_once, int(bench.SECONDS), model, output]
-    ran = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if ran.returncode:
-        raise RuntimeError(ran.stderr)
-    rate, p50, p99 = map(float, ran.stdout.split())
-    return rate, p50, p99
-
-
-def http_peer(name: str, text: str, *command: str) -> Row:
-    """A server that answers HTTP: by default its script is run by Python."""
+@contextlib.contextmanager
+def http_peer(name: str, text: str, *command: str) -> Iterator[Caller]:
+    """A server that answers HTTP."""
     (port,) = ports(1)
     folder = script(name, text)
-    with running([python(name), *(command or ["main.py"]), "--port", port], port, folder):
-        time.sleep(10)
-        post = by_http(port, form=name == "litserve")
-        return measured(lambda data: post(data.encode() if isinstance(data, str) else data.tobytes()))
+    with running([python(name), *command, "--port", port], port, folder):
+        yield caller(sys.executable, BY_HTTP, f"127.0.0.1:{port}", *(["form"] if name == "litserve" else []))
 
 
-def triton() -> Row:
+@contextlib.contextmanager
+def triton() -> Iterator[Caller]:
     """Triton by tritonclient, started by pytriton."""
     chosen = ports(3)
     program = python("triton")
@@ -296,10 +287,11 @@ def triton() -> Row:
     ask = [program, "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     libraries = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     with running([program, "main.py", *chosen], chosen[0], script("triton", TRITON), LD_LIBRARY_PATH=libraries):
-        return by_tritonclient(f"127.0.0.1:{chosen[0]}", "length", "n")
+        yield caller(python("tritonclient"), BY_OIP, f"127.0.0.1:{chosen[0]}", "length", "n")
 
 
-def mlserver() -> Row:
+@contextlib.contextmanager
+def mlserver() -> Iterator[Caller]:
     """MLServer by tritonclient."""
     http_port, grpc_port, metrics_port = ports(3)
     folder = script("mlserver", MLSERVER)
@@ -308,71 +300,56 @@ def mlserver() -> Row:
     (folder / "model-settings.json").write_text('{"name": "length", "implementation": "main.Length"}')
     path = f"{python('mlserver').parent}:{os.environ['PATH']}"
     with running([python("mlserver").parent / "mlserver", "start", "."], grpc_port, folder, PATH=path):
-        time.sleep(10)
-        return by_tritonclient(f"127.0.0.1:{grpc_port}", "length", "n")
+        yield caller(python("tritonclient"), BY_OIP, f"127.0.0.1:{grpc_port}", "length", "n")
 
 
-def ways(server: Server) -> Iterator[tuple[str, ModelClient]]:
-    """ModelClient by the short cut, and without it."""
-    for name, wanted in {"same host": "1", "gRPC": "0"}.items():
-        os.environ["TMS_LANE"] = wanted
-        with ModelClient("length", addresses=[server.address]) as client:
-            yield name, client
+@contextlib.contextmanager
+def ours(folder: Path, **settings: str) -> Iterator[dict[str, Caller]]:
+    """This server, in four ways."""
+    server = Server(models=folder, **settings)
+    address = server.address
+    try:
+        yield {
+            "ModelClient, same host": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="1"),
+            "ModelClient, shared_array": caller(sys.executable, BY_MODEL_CLIENT, address, "shared_array", TMS_LANE="1"),
+            "ModelClient, gRPC": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="0"),
+            "tritonclient": caller(python("tritonclient"), BY_OIP, address, "tensor", "output"),
+        }
+    finally:
+        server.kill()
 
 
-def ours(server: Server) -> dict[str, Row]:
-    """This server, three ways."""
-    found: dict[str, Row] = {}
-    for name, client in ways(server):
-        found[f"ModelClient, {name}"] = measured(
-            lambda data, client=client: client.run_text(data) if data is TEXT else client.run_image(data)
-        )
-    found["tritonclient"] = by_tritonclient(server.address, "tensor", "output")
+def in_turns(callers: dict[str, Caller], at_once: int) -> dict[str, dict[str, tuple[float, float]]]:
+    """(calls a second, p50 in ms), medians of several turns, of each caller and payload."""
+    found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in callers}
+    for payload in PAYLOADS:
+        turns = [{name: call(payload, at_once) for name, call in callers.items()} for _ in range(TURNS)]
+        for name in callers:
+            rate, p50 = np.median([turn[name] for turn in turns], axis=0)
+            found[name][payload] = float(rate), float(p50)
     return found
+
+
+def table(head: str, rows: dict[str, dict[str, tuple[float, float]]], index: int, digits: int) -> None:
+    """Prints one figure, the rate (0) or the p50 (1), of every row."""
+    print(f"\n| {head} |", " | ".join(PAYLOADS), "|\n| --- |" + " --- |" * len(PAYLOADS))
+    for name, row in rows.items():
+        print("|", " | ".join([name, *(f"{row[payload][index]:.{digits}f}" for payload in PAYLOADS)]), "|", flush=True)
 
 
 def doors(folder: Path) -> None:
     """Prints what the other doors cost a call: one door open and all of them, in turns."""
-    every = ",".join(DOORS)
-    servers = {
-        "native": [Server(models=folder, TMS_DOORS="native"), Server(models=folder, TMS_DOORS=every)],
-        "open_inference": [Server(models=folder, TMS_DOORS="open_inference"), Server(models=folder, TMS_DOORS=every)],
-    }
-    print("\n| door | payload | alone, p50 ms | with all others | ratio |\n| --- | --- | --- | --- | --- |")
-    try:
-        for door, pair in servers.items():
-            for name, data in payloads().items():
-                found: list[list[float]] = [[], []]
-                for _ in range(DOOR_TURNS):
-                    for server, times in zip(pair, found, strict=True):
-                        times.append(door_ms(door, server, data))
-                alone, among = (float(np.median(times)) for times in found)
-                print(f"| {door} | {name} | {alone:.3f} | {among:.3f} | {among / alone:.2f} |", flush=True)
-    finally:
-        for pair in servers.values():
-            for server in pair:
-                server.kill()
+    with contextlib.ExitStack() as stack:
+        every = stack.enter_context(ours(folder, TMS_DOORS=",".join(DOORS)))
+        for door, way in {"native": "ModelClient, gRPC", "open_inference": "tritonclient"}.items():
+            alone = stack.enter_context(ours(folder, TMS_DOORS=door))
+            rows = in_turns({f"{door} alone": alone[way], f"{door} with all others": every[way]}, 1)
+            table("p50 in ms", rows, 1, 3)
 
 
-def door_ms(door: str, server: Server, data: Any) -> float:
-    """p50 of one caller at a door, over gRPC."""
-    if door == "open_inference":
-        size = len(data) if isinstance(data, str) else data.nbytes
-        return by_tritonclient_once(server.address, size, 1, "tensor", "output")[1]
-    os.environ["TMS_LANE"] = "0"
-    with ModelClient("length", addresses=[server.address]) as client:
-        return bench.measure(lambda: client.run_text(data) if data is TEXT else client.run_image(data), 1)[1]
-
-
-def slopes(server: Server) -> dict[str, list[tuple[int, float]]]:
+def slopes(callers: dict[str, Caller]) -> dict[str, list[tuple[int, float]]]:
     """(pixels, p50 in ms) of square images of growing size, for each way."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for name, client in ways(server):
-        for side in SIDES:
-            image = np.zeros((side, side, 3), np.uint8)
-            _, p50, _ = bench.measure(lambda client=client, image=image: client.run_image(image), 1)
-            found.setdefault(name, []).append((side * side, p50))
-    return found
+    return {name: [(side * side, call(f"{side}x{side}x3", 1)[1]) for side in SIDES] for name, call in callers.items()}
 
 
 def main() -> None:
@@ -381,25 +358,20 @@ def main() -> None:
     for name, body in {"length": LENGTH, "tensor": TENSOR}.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "__init__.py").write_text(body)
-    rows: dict[str, Row] = {
-        "mosec": http_peer("mosec", MOSEC),
-        "LitServe": http_peer("litserve", LITSERVE, "main.py"),
-        "BentoML": http_peer("bentoml", BENTOML, "-m", "bentoml", "serve", "main:Length"),
-        "Triton": triton(),
-        "MLServer": mlserver(),
-    }
-    server = Server(models=folder)
-    try:
-        rows |= {f"this server: {name}": row for name, row in ours(server).items()}
-        points = slopes(server)
-    finally:
-        server.kill()
-    columns = [(name, at_once) for at_once in (1, 8) for name in payloads()]
-    titles = [f"{name}, p50 ms" if at_once == 1 else f"{name}, calls/s at 8" for name, at_once in columns]
-    print("| server |", " | ".join(titles), "|\n| --- |" + " --- |" * len(columns))
-    for name, row in rows.items():
-        cells = [f"{row[key][1]:.2f}" if key[1] == 1 else f"{row[key][0]:.0f}" for key in columns]
-        print("|", " | ".join([name, *cells]), "|", flush=True)
+    with contextlib.ExitStack() as stack:
+        peers = {
+            "mosec": http_peer("mosec", MOSEC, "main.py"),
+            "LitServe": http_peer("litserve", LITSERVE, "main.py"),
+            "BentoML": http_peer("bentoml", BENTOML, "-m", "bentoml", "serve", "main:Length"),
+            "Triton": triton(),
+            "MLServer": mlserver(),
+        }
+        callers = {name: stack.enter_context(peer) for name, peer in peers.items()}
+        ways = stack.enter_context(ours(folder))
+        callers |= {f"this server: {name}": way for name, way in ways.items()}
+        table("p50 in ms of one caller", in_turns(callers, 1), 1, 2)
+        table("calls a second of eight", in_turns(callers, 8), 0, 0)
+        points = slopes({name.partition(", ")[2]: way for name, way in ways.items() if "ModelClient" in name})
     image, other = (np.zeros((1440, 1440, 3), np.uint8) for _ in range(2))
     _, copy_ms, _ = bench.measure(lambda: np.copyto(other, image), 1)
     print(f"\nA copy in memory: {image.nbytes / copy_ms / 1e6:.1f} GB/s.")

@@ -392,7 +392,7 @@ def test_headers_are_what_the_rules_say() -> None:
 
 
 def test_map_sends_ahead(start_server: Callable[..., Server], tmp_path: Path) -> None:
-    """Light calls keep a few connections busy, others as many as are allowed; answers stay in order."""
+    """One thread keeps as many connections busy as it may; answers stay in order."""
     body = "    def run(self, data, args):\n        __import__('time').sleep(0.02)\n        return data"
     server = start_server(write_model(tmp_path, "sleepy", body), TMS_MODEL_SLEEPY_WORKERS=4)
     with server.client("sleepy") as client:
