@@ -38,6 +38,9 @@ class Model(ModelInterface):
     def run(self, data, args):
         return len(data)
 """
+LENGTHS = f"""{LENGTH}    def run_batch(self, items, args):
+        return [len(item) for item in items]
+"""
 BATCHES = """
 import time
 from model_interface import ModelInterface
@@ -86,7 +89,10 @@ def measure(call: Callable[[], Any], at_once: int) -> tuple[float, float, float]
 def models() -> Path:
     """A folder with the models that are measured."""
     folder = ROOT / "build" / "bench-models"
-    bodies = {name: BATCHES.format(base=base, item=item) for name, (base, item) in COSTS.items()} | {"length": LENGTH}
+    bodies = {name: BATCHES.format(base=base, item=item) for name, (base, item) in COSTS.items()} | {
+        "length": LENGTH,
+        "lengths": LENGTHS,
+    }
     for name, body in bodies.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / name / "__init__.py").write_text(body)
@@ -124,6 +130,28 @@ def echo_table(server: Server, stub: Any) -> None:
                         cpu = [f"{1000 * one / (rate * SECONDS + 20):.2f}" for one in used]
                         cells = [name, at_once, way, f"{rate:.0f}", f"{p50:.2f}", f"{p99:.2f}", f"{p50 / bare:.2f}"]
                         print("|", " | ".join(map(str, [*cells, *(cpu if way != "bare" else "   ")])), "|", flush=True)
+
+
+def map_table(server: Server) -> None:
+    """Frames one call after the other, and by ``map``, on a model that takes one at a time and one that batches."""
+    frames = [np.random.default_rng(number).integers(0, 256, SHAPES[1], np.uint8) for number in range(8)]
+    print("\n| frames of 480x640x3 | run_image/s | map/s | ratio |\n| --- | --- | --- | --- |")
+    for model in ("length", "lengths"):
+        with server.client(model) as client:
+            rates = []
+            for _ in range(5):
+                begun, count = time.perf_counter(), 0
+                while time.perf_counter() - begun < SECONDS / 2:
+                    client.run_image(frames[count % 8])
+                    count += 1
+                alone = count / (time.perf_counter() - begun)
+                begun = time.perf_counter()
+                for _ in client.map(frames[number % 8] for number in range(2 * count)):
+                    pass
+                rates.append((alone, 2 * count / (time.perf_counter() - begun)))
+        alone, mapped = np.median(rates, axis=0)
+        name = "a batch at once" if model == "lengths" else "one at a time"
+        print(f"| {name} | {alone:.0f} | {mapped:.0f} | {mapped / alone:.2f} |", flush=True)
 
 
 def batching_table(server: Server, stub: Any) -> None:
@@ -248,6 +276,7 @@ def main() -> None:
     stub = channel.unary_unary("/bare.Echo/Call")
     try:
         echo_table(server, stub)
+        map_table(server)
         batching_table(server, stub)
         client_overhead(server)
         recovery(server)
