@@ -147,6 +147,23 @@ def test_shared_memory_cannot_be_taken_away(raw: lane.Lane) -> None:
             os.ftruncate(segment.fd, 0)
 
 
+def test_memory_that_grows_beyond_all_bounds(server: Server, raw: lane.Lane) -> None:
+    with server.client("describe") as client:
+        (before,) = client.model_info()[0]["worker_pids"]
+    raw.place([IMAGE])
+    image = {"height": 480, "width": 640, "channels": 3, "dtype": "uint8", "place": {"length": IMAGE.nbytes}}
+    assert send(raw, "RunImage", image=image, model="echo")[0] == 0
+    os.ftruncate(raw.inbox.fd, 1 << 62)
+    assert send(raw, "RunImage", image=image, model="describe")[0] == 0  # its worker has not mapped it yet
+    huge = {"height": 1 << 30, "width": 1 << 30, "channels": 1, "dtype": "uint8", "place": {"length": 1 << 60}}
+    code, text = send(raw, "RunImage", image=huge, model="describe")
+    assert code == CODES["INVALID_ARGUMENT"], text
+    assert "cannot be mapped" in text
+    with server.client("describe") as client:
+        assert client.run_text("x")
+        assert client.model_info()[0]["worker_pids"] == [before]
+
+
 @given(noise=st.binary(max_size=80), greeted=st.booleans())
 def test_noise_on_the_socket(server: Server, noise: bytes, greeted: bool) -> None:
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
@@ -254,6 +271,22 @@ def test_what_was_answered_belongs_to_the_application(server: Server) -> None:
         first["image"][0, 0] += 1
     assert np.array_equal(second, IMAGE // 2)
     assert np.array_equal(first["image"][1:], IMAGE[1:])
+
+
+def test_several_workers_answer_into_the_same_memory(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    body = (
+        "    def run(self, data, args):\n        import time\n        time.sleep(args.get('s', 0))\n        return data"
+    )
+    server = start_server(write_model(tmp_path, "echoes", body), TMS_MODEL_ECHOES_WORKERS=2)
+    with server.client("echoes") as client:
+        for size in (1000, 100, 2000, 50):
+            image = np.full((size, size), size % 251, np.uint8)
+            with server.client("echoes") as other:
+                busy = other.submit_text("holds one of the workers", {"s": 0.2})
+                assert np.array_equal(client.run_image(image), image)
+                assert np.array_equal(client.run_image_batch([image, image])[1], image)
+                busy.result()
+        assert not [line for line in server.log if "restarting" in line]
 
 
 def test_what_a_model_keeps_belongs_to_the_model(start_server: Callable[..., Server], tmp_path: Path) -> None:

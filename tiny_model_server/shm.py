@@ -65,9 +65,10 @@ class Segment:
         if self._map is None or needed > self._size:
             if grow:
                 self._size = max(_SMALLEST, needed + needed // 2)
-                os.ftruncate(self.fd, self._size)
+                if os.fstat(self.fd).st_size < self._size:  # others may have made it larger
+                    os.ftruncate(self.fd, self._size)
             else:
-                self._size = os.fstat(self.fd).st_size
+                self._size = min(os.fstat(self.fd).st_size, max(_SMALLEST, 2 * needed))
             # The old mapping, if any, lives on as long as views of it do.
             self._map = mmap.mmap(self.fd, self._size)
         return self._map
@@ -77,7 +78,10 @@ class Segment:
         end = offset + length
         if offset < 0 or length < 0 or offset % ALIGN or (end > self._size and end > os.fstat(self.fd).st_size):
             raise ValueError(f"{length} bytes at {offset} do not lie in the shared memory, aligned to {ALIGN}")
-        return memoryview(self._mapped(end, grow=False))[offset:end] if length else memoryview(b"")
+        try:
+            return memoryview(self._mapped(end, grow=False))[offset:end] if length else memoryview(b"")
+        except (OSError, OverflowError) as error:
+            raise ValueError(f"{length} bytes cannot be mapped: {error}") from None
 
     def sealed(self) -> bool:
         """True if nobody can shrink it; OSError if it is no memory at all."""
@@ -88,9 +92,9 @@ class Segment:
         return np.frombuffer(self._mapped(size, grow=True), np.uint8, size)
 
     def discard(self) -> None:
-        """Gives the memory back at once, whoever maps it still."""
-        if self.fd >= 0 and hasattr(mmap, "MADV_REMOVE") and os.fstat(self.fd).st_size:
-            self._mapped(os.fstat(self.fd).st_size, grow=False).madvise(mmap.MADV_REMOVE)
+        """Gives what is mapped here back at once, whoever maps it still."""
+        if self._map and hasattr(mmap, "MADV_REMOVE"):
+            self._map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
         """Lets the segment go; views of it stay valid."""
