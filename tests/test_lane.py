@@ -294,6 +294,7 @@ def test_what_a_model_keeps_belongs_to_the_model(start_server: Callable[..., Ser
     body = (
         "    def __init__(self):\n        self.kept = []\n"
         "    def run(self, data, args):\n        self.kept.append(data[::2])\n"
+        "        assert all((frame == frame[0, 0, 0]).all() for frame in self.kept)\n"
         "        return [int(frame[0, 0, 0]) for frame in self.kept]"
     )
     server = start_server(write_model(tmp_path, "keeper", body))
@@ -301,6 +302,12 @@ def test_what_a_model_keeps_belongs_to_the_model(start_server: Callable[..., Ser
         for number in range(5):
             assert client.run_image(np.full((300, 300, 3), number, np.uint8)) == list(range(number + 1))
         assert lanes(client) == 1
+        frame = model_client.shared_array((300, 300, 3))
+        for number in range(5, 10):
+            frame[:] = number
+            assert client.run_image(frame) == list(range(number + 1))
+        del frame
+        assert client.run_image(np.full((300, 300, 3), 10, np.uint8)) == list(range(11))
 
 
 def test_deadlines_and_late_answers(start_server: Callable[..., Server], tmp_path: Path) -> None:
@@ -518,18 +525,21 @@ def test_who_may_use_a_shared_array(server: Server, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_shared_array_goes_with_its_last_user(start_server: Callable[..., Server]) -> None:
+    """Memory and descriptors, of the application and the server; a worker maps the last one until the next comes."""
     server = start_server()
     front = psutil.Process(server.process.pid)
     with server.client("echo") as client:
         assert client.run_text("x") == "x"
-        mine, theirs = psutil.Process().num_fds(), front.num_fds()
+        (worker,) = map(psutil.Process, client.model_info()[0]["worker_pids"])
+        mine, theirs, size = psutil.Process().num_fds(), front.num_fds(), worker.memory_info().rss
         for number in range(5):
-            frame = model_client.shared_array((1080, 1920, 3))
+            frame = model_client.shared_array((1080, 1920, 12))
             frame[:] = number
-            assert client.run_image(frame[:8]).max() == number
+            assert client.run_image(frame).max() == number
             del frame
             wait_for(lambda: front.num_fds() <= theirs, "the server to let go")
             assert psutil.Process().num_fds() <= mine
+            assert worker.memory_info().rss - size < 8 << 20  # an array is 24 MiB
 
 
 def test_lies_about_lent_memory(server: Server, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ The rules:
    no place: it must lie in this caller's memory and fit shape and dtype.
 4. An answer is a header (bytes, gRPC's number of the status and FINAL, whether new memory comes along) and the
    message, or the error's text. New memory for what the client sends comes when a model keeps what lies in the old,
-   in a message of its own that the client asks for; not in place of a client's own.
+   in a message of its own that the client asks for; of a client's own the model gets a copy.
 5. What a call leaves in the shared memory is valid until the caller's next request; a client copies what it hands on.
 6. A caller that gives up closes the connection, which cancels the call. When a connection ends, so do its memory and
    its place in the server, however it ended.
@@ -243,8 +243,8 @@ class Lanes:
 def shared_array(shape: int | Sequence[int], dtype: Any = np.uint8) -> Array:
     """A new array of zeros that calls to a server on this host hand over without a copy.
 
-    Fill it in place, as ``capture.read(frame)`` of OpenCV does, and not while a call with it is under way. A model that
-    keeps its inputs sees what is written later. Elsewhere it is an array as others are.
+    Fill it in place, as ``capture.read(frame)`` of OpenCV does, and not while a call with it is under way. Elsewhere it
+    is an array as others are.
     """
     made = np.empty(shape, dtype)  # checks both; the system gives no memory to what is not written
     if not available() or not made.nbytes:
@@ -252,7 +252,8 @@ def shared_array(shape: int | Sequence[int], dtype: Any = np.uint8) -> Array:
     memory = Segment()
     whole = memory.array(made.nbytes)
     _shared[id(whole)] = memory
-    weakref.finalize(whole, _shared.pop, id(whole), None).atexit = False
+    # Workers may map it still, for which nobody has a use now.
+    weakref.finalize(whole, lambda name: _shared.pop(name).discard(), id(whole)).atexit = False
     return whole.view(made.dtype).reshape(made.shape)
 
 

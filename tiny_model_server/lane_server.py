@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from tiny_model_server import lane, wire
 from tiny_model_server.engine import Call, Engine
@@ -85,9 +85,9 @@ class LaneServer:
         try:
             metadata = connection.greet(self._name)
             self._hang_ups.register(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
-            while request := connection.next_request(self._engine.settings.max_message_mb << 20):
+            while request := connection.next_call(metadata, self._engine.settings.max_message_mb << 20):
                 connection.busy = True
-                connection.answer(*self._answer(connection.call(request, metadata), request))
+                connection.answer(*self._answer(*request))
                 connection.busy = False
         except (OSError, ValueError, struct.error):
             pass  # the caller has gone, or speaks another language
@@ -95,28 +95,21 @@ class LaneServer:
             self._connections.pop(connection.fd, None)
             connection.close()
 
-    def _answer(self, call: Call, request: "_Request") -> tuple[int, bytes]:
+    def _answer(self, path: bytes, message: bytes, call: Call) -> tuple[int, bytes]:
         try:
             if self._stopping:
                 return CODES["UNAVAILABLE"], b"the server is stopping"
             self._engine.authenticate(call.metadata)
-            if request.path not in self._handlers:
+            if path not in self._handlers:
                 return CODES["UNIMPLEMENTED"], b"there is no such method"
-            method, handler = self._handlers[request.path]
-            return 0, wire.respond(method, handler, request.message, call, self._engine.settings.max_message_mb << 20)
+            method, handler = self._handlers[path]
+            return 0, wire.respond(method, handler, message, call, self._engine.settings.max_message_mb << 20)
         except ServerError as error:
             final = lane.FINAL if getattr(error, "retry_after_ms", None) == -1 else 0
             return CODES[error.status] | final, str(error)[:_LONGEST_MESSAGE].encode()
         except Exception as error:
-            log.exception("%s failed", request.path.decode())
+            log.exception("%s failed", path.decode())
             return CODES["INTERNAL"], f"a fault in the server: {type(error).__name__}: {error}".encode()
-
-
-class _Request(NamedTuple):
-    path: bytes
-    message: bytes
-    seconds: float
-    repeatable: bool
 
 
 class _Shared(Pair):
@@ -159,8 +152,8 @@ class _Connection:
         self._socket.settimeout(None)
         return metadata
 
-    def next_request(self, largest: int) -> _Request | None:
-        """The next request, None when the caller has left; ValueError for one that is too large."""
+    def next_call(self, metadata: dict[str, str], largest: int) -> tuple[bytes, bytes, Call] | None:
+        """(path, message, call) of the next request, None when the caller has left; ValueError if it is too large."""
         data = self._socket.recv(1 << 16)
         if len(data) < lane.REQUEST.size:
             return None
@@ -170,20 +163,11 @@ class _Connection:
         body, missing = data[lane.REQUEST.size :], size + path_size - (len(data) - lane.REQUEST.size)
         if missing > 0:
             body += lane.receive(self._socket, missing)
-        return _Request(body[:path_size], body[path_size:], seconds, bool(repeatable))
-
-    def call(self, request: _Request, metadata: dict[str, str]) -> Call:
-        """What the handler knows of the call."""
         with self._lock:
             self._cancel = None
-        return Call(
-            deadline=time.monotonic() + request.seconds if request.seconds < _NO_DEADLINE_S else None,
-            peer="unix:",
-            metadata=metadata,
-            on_end=self._on_end,
-            repeatable=request.repeatable,
-            lane=self._pair,
-        )
+        deadline = time.monotonic() + seconds if seconds < _NO_DEADLINE_S else None
+        call = Call(deadline, "unix:", metadata, self._on_end, bool(repeatable), lane=self._pair)
+        return body[:path_size], body[path_size:], call
 
     def answer(self, code: int, body: bytes) -> None:
         """Sends an answer, with new memory if a model keeps the old."""

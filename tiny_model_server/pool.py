@@ -81,12 +81,12 @@ class _Slot:
 
     def __init__(self, control: Connection) -> None:
         ours, theirs = socket.socketpair()
-        self._pipe = Pipe(ours)
+        self.pipe = Pipe(ours)
         self._inbox, self._outbox = Segment(), Segment()
         self._new_inbox = False
         self._known: set[int] = set()  # the callers' memory that the worker maps, by name
         self._poll = select.poll()
-        self._poll.register(self._pipe, select.POLLIN)
+        self._poll.register(self.pipe, select.POLLIN)
         with theirs:
             for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
                 reduction.send_handle(control, fd, 0)
@@ -118,7 +118,7 @@ class _Slot:
         """Puts what the model yields into the item's chunks, each within the time limit, while somebody wants it."""
         try:
             while len(answer := self._receive(timeout_s)) == 3:
-                self._pipe.send(item.put_chunk(self._outcome(answer, None)))
+                self.pipe.send(item.put_chunk(self._outcome(answer, None)))
             _, seconds, kept, tally = answer
             self._note_kept(kept)
         except (EOFError, OSError) as error:
@@ -139,11 +139,18 @@ class _Slot:
             items.append((item.packed.text, where, item.plain, *names))
         gone = [name for name in self._known if name not in Pair.alive] if fresh else []
         streams = batch[0].chunks is not None
-        message = (batch[0].args, items, streams, self._new_inbox, list(fresh), gone)
+        message = (
+            batch[0].args,
+            items,
+            streams,
+            self._new_inbox,
+            [(pair.name, pair.lent) for pair in fresh.values()],
+            gone,
+        )
         fds = [self._inbox.fd] if self._new_inbox else []
         for pair in fresh.values():
             fds += pair.inbox.fd, pair.outbox.fd
-        self._pipe.send(message, fds)
+        self.pipe.send(message, fds)
         self._known = self._known.difference(gone).union(fresh)
 
     def _name(self, pair: Pair | None, fresh: dict[int, Pair]) -> int | None:
@@ -163,7 +170,7 @@ class _Slot:
     def _receive(self, timeout_s: float | None) -> Any:
         if timeout_s is not None and not self.ready(timeout_s):
             raise _WorkerHung
-        return self._pipe.receive()[0]
+        return self.pipe.receive()[0]
 
     def _outcome(self, answer: tuple[str | None, str, list[Place]], lane: Pair | None) -> Outcome:
         status, text, places = answer
@@ -173,13 +180,9 @@ class _Slot:
             return Packed(text, lane.outbox.read(places), (lane, places))
         return Packed(text, [array.copy() for array in self._outbox.read(places)])
 
-    def shutdown(self) -> None:
-        """Ends the conversation: a waiting ``run`` raises, the worker's slot leaves."""
-        self._pipe.shutdown()
-
     def close(self) -> None:
         """Lets socket and segments go; for the thread that calls ``run``."""
-        self._pipe.close()
+        self.pipe.close()
         self._inbox.close()
         self._outbox.close()
 
@@ -263,7 +266,7 @@ class _Process:
         """After death: ends what its slots wait for, and what the model may have left running."""
         self.kill()
         for slot in self.slots:
-            slot.shutdown()
+            slot.pipe.shutdown()
         self._control.close()
 
 

@@ -3,6 +3,7 @@
 Unnamed (memfd) on purpose: a process that is killed leaves nothing behind, and no other process can find it.
 """
 
+import ctypes
 import fcntl
 import itertools
 import math
@@ -17,6 +18,7 @@ import numpy as np
 from tiny_model_server.codec import Array, dtype_name, dtype_of, raw
 
 ALIGN = 64
+_MAP_FIXED = 0x10
 _SMALLEST = 1 << 16
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_SEAL", 0)
 """No end may shrink what the other maps, or change that."""
@@ -90,6 +92,20 @@ class Segment:
     def array(self, size: int) -> Array:
         """The first so many bytes, zero in a new segment."""
         return np.frombuffer(self._mapped(size, grow=True), np.uint8, size)
+
+    def detach(self) -> None:
+        """Makes what is mapped here a copy of this process' own, under whoever looks at it; the next view maps anew."""
+        whole = np.frombuffer(self._mapped(0, grow=False), np.uint8)
+        call = ctypes.CDLL(None, use_errno=True).mmap
+        call.restype, call.argtypes = (
+            ctypes.c_void_p,
+            [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long],
+        )
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
+        if call(whole.ctypes.data, whole.nbytes, protection, flags, self.fd, 0) != whole.ctypes.data:
+            raise OSError(ctypes.get_errno(), "memory cannot be copied")
+        whole[:: mmap.PAGESIZE] = whole[:: mmap.PAGESIZE].copy()  # a page is copied when it is written to
+        self._map, self._size = None, 0
 
     def discard(self) -> None:
         """Gives what is mapped here back at once, whoever maps it still."""

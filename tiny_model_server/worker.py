@@ -212,8 +212,8 @@ class Slot:
                 if new_inbox:
                     self._inbox.close()
                     self._inbox = Segment(fds.pop(0))
-                for name, inbox, outbox in zip(fresh, fds[::2], fds[1::2], strict=True):
-                    self._pairs[name] = Pair(Segment(inbox), Segment(outbox))
+                for (name, lent), inbox, outbox in zip(fresh, fds[::2], fds[1::2], strict=True):
+                    self._pairs[name] = Pair(Segment(inbox), Segment(outbox), lent=lent)
                 for name in gone:
                     self._pairs.pop(name)
                 alive: list[tuple[int | None, weakref.ref[Any]]] = []
@@ -223,8 +223,12 @@ class Slot:
                     self._stream(args, items, alive)
                 else:
                     outcomes = self._run(args, items, alive)
-                # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment.
+                # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment,
+                # but for memory that an application fills.
                 kept = {name for name, reference in alive if reference() is not None}
+                for name in [name for name in kept if name is not None and self._pairs[name].lent]:
+                    self._pairs[name].inbox.detach()
+                    kept.remove(name)
                 self._pipe.send((outcomes, time.monotonic() - started, kept, tally.drain()))
             except (EOFError, OSError):
                 return
