@@ -172,6 +172,11 @@ LENGTH = bench.LENGTH.replace("    def run", "    workers = 2\n    def run")
 TENSOR = LENGTH.replace("return len(data)", "import numpy as np\n        return np.array([len(data)])")
 PAYLOADS = ["20 B text", *("x".join(map(str, shape)) for shape in bench.SHAPES)]
 TURNS = 3
+MALLOC = {  # what docs/tuning.md advises for callers with large arrays
+    "MALLOC_MMAP_THRESHOLD_": "1073741824",
+    "MALLOC_TRIM_THRESHOLD_": "2147483647",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 SIDES = [32, 64, 128, 224, 384, 512, 720, 1024, 1440]
 PLOT = """
 import json, sys
@@ -305,7 +310,7 @@ def mlserver() -> Iterator[Caller]:
 
 @contextlib.contextmanager
 def ours(folder: Path, **settings: str) -> Iterator[dict[str, Caller]]:
-    """This server, in four ways."""
+    """This server, in several ways."""
     server = Server(models=folder, **settings)
     address = server.address
     try:
@@ -313,6 +318,7 @@ def ours(folder: Path, **settings: str) -> Iterator[dict[str, Caller]]:
             "ModelClient, same host": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="1"),
             "ModelClient, shared_array": caller(sys.executable, BY_MODEL_CLIENT, address, "shared_array", TMS_LANE="1"),
             "ModelClient, gRPC": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="0"),
+            "ModelClient, gRPC, malloc set": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="0", **MALLOC),
             "tritonclient": caller(python("tritonclient"), BY_OIP, address, "tensor", "output"),
         }
     finally:
@@ -371,7 +377,13 @@ def main() -> None:
         callers |= {f"this server: {name}": way for name, way in ways.items()}
         table("p50 in ms of one caller", in_turns(callers, 1), 1, 2)
         table("calls a second of eight", in_turns(callers, 8), 0, 0)
-        points = slopes({name.partition(", ")[2]: way for name, way in ways.items() if "ModelClient" in name})
+        points = slopes(
+            {
+                name.partition(", ")[2]: way
+                for name, way in ways.items()
+                if "ModelClient" in name and "malloc" not in name
+            }
+        )
     image, other = (np.zeros((1440, 1440, 3), np.uint8) for _ in range(2))
     _, copy_ms, _ = bench.measure(lambda: np.copyto(other, image), 1)
     print(f"\nA copy in memory: {image.nbytes / copy_ms / 1e6:.1f} GB/s.")

@@ -453,16 +453,18 @@ def test_loaded_for_a_while(start_server: Callable[..., Server]) -> None:
 
 
 def test_the_readmes_calls(start_server: Callable[..., Server], tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().partition("## Call it")[2].partition("### Several servers")[0]
+    section = (ROOT / "README.md").read_text().partition("## Call it")[2].partition("### Security")[0]
     code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.S))
     assert "AsyncModelClient" in code
+    assert "shared_array" in code
+    models_with(tmp_path, "edges")
     server = start_server(models_with(tmp_path, "example"))
     cv2.imwrite(str(tmp_path / "cat.jpg"), np.full((8, 8, 3), 90, np.uint8))
     env = os.environ | {"TMS_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error", "-c", code]
     ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert len(ran.stdout.splitlines()) == 7
+    assert len(ran.stdout.splitlines()) == 8
 
 
 def models_with(folder: Path, name: str) -> Path:
