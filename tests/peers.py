@@ -171,7 +171,6 @@ def connect():
 LENGTH = bench.LENGTH.replace("    def run", "    workers = 2\n    def run")
 TENSOR = LENGTH.replace("return len(data)", "import numpy as np\n        return np.array([len(data)])")
 PAYLOADS = ["20 B text", *("x".join(map(str, shape)) for shape in bench.SHAPES)]
-TURNS = 3
 MALLOC = {  # what docs/tuning.md advises for callers with large arrays
     "MALLOC_MMAP_THRESHOLD_": "1073741824",
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
@@ -320,16 +319,17 @@ def ours(folder: Path, **settings: str) -> Iterator[dict[str, Caller]]:
             "ModelClient, gRPC": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="0"),
             "ModelClient, gRPC, malloc set": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="0", **MALLOC),
             "tritonclient": caller(python("tritonclient"), BY_OIP, address, "tensor", "output"),
+            "tritonclient, malloc set": caller(python("tritonclient"), BY_OIP, address, "tensor", "output", **MALLOC),
         }
     finally:
         server.kill()
 
 
-def in_turns(callers: dict[str, Caller], at_once: int) -> dict[str, dict[str, tuple[float, float]]]:
+def in_turns(callers: dict[str, Caller], at_once: int, count: int = 3) -> dict[str, dict[str, tuple[float, float]]]:
     """(calls a second, p50 in ms), medians of several turns, of each caller and payload."""
     found: dict[str, dict[str, tuple[float, float]]] = {name: {} for name in callers}
     for payload in PAYLOADS:
-        turns = [{name: call(payload, at_once) for name, call in callers.items()} for _ in range(TURNS)]
+        turns = [{name: call(payload, at_once) for name, call in callers.items()} for _ in range(count)]
         for name in callers:
             rate, p50 = np.median([turn[name] for turn in turns], axis=0)
             found[name][payload] = float(rate), float(p50)
@@ -347,9 +347,12 @@ def doors(folder: Path) -> None:
     """Prints what the other doors cost a call: one door open and all of them, in turns."""
     with contextlib.ExitStack() as stack:
         every = stack.enter_context(ours(folder, TMS_DOORS=",".join(DOORS)))
-        for door, way in {"native": "ModelClient, gRPC", "open_inference": "tritonclient"}.items():
+        for door, way in {
+            "native": "ModelClient, gRPC, malloc set",
+            "open_inference": "tritonclient, malloc set",
+        }.items():
             alone = stack.enter_context(ours(folder, TMS_DOORS=door))
-            rows = in_turns({f"{door} alone": alone[way], f"{door} with all others": every[way]}, 1)
+            rows = in_turns({f"{door} alone": alone[way], f"{door} with all others": every[way]}, 1, 5)
             table("p50 in ms", rows, 1, 3)
 
 
