@@ -433,11 +433,11 @@ def test_headers_are_what_the_rules_say() -> None:
 
 def test_map_sends_ahead(start_server: Callable[..., Server], tmp_path: Path) -> None:
     """One thread keeps as many connections busy as it may; answers stay in order."""
-    body = "    def run(self, data, args):\n        __import__('time').sleep(0.02)\n        return data"
+    body = "    def run(self, data, args):\n        __import__('time').sleep(0.2)\n        return data"
     server = start_server(write_model(tmp_path, "sleepy", body), TMS_MODEL_SLEEPY_WORKERS=4)
     with server.client("sleepy") as client:
         client.run(0)
-        assert list(client.map(range(20), in_flight=8)) == list(range(20))
+        assert list(client.map(range(12), in_flight=8)) == list(range(12))
         assert lanes(client) == 8
         errors = list(client.map(range(3), timeout=0.001, return_exceptions=True))
         assert [type(error) for error in errors] == [model_client.DeadlineExceeded] * 3
