@@ -335,7 +335,9 @@ def test_the_callers_deadline(door: Door) -> None:
         pytest.skip("HTTP has no deadline; the server's own is 60 s")
     door.timeout = 0.3
     started = time.monotonic()
-    assert refusal(door, "probe", ["sleep 1"]).status == "DEADLINE_EXCEEDED"
+    # Caller and server watch the same deadline; the server's word for it may come just before the caller's own.
+    words = {"DEADLINE_EXCEEDED", door.expected("DEADLINE_EXCEEDED")}
+    assert refusal(door, "probe", ["sleep 1"]).status in words
     assert time.monotonic() - started < 0.8
     door.timeout = 20
     assert door.run("probe", ["x"]) == [{"text": "X"}]
