@@ -2,8 +2,10 @@
 
 import asyncio
 import atexit
+import io
 import json
 import os
+import sys
 import threading
 import time
 import weakref
@@ -1136,7 +1138,19 @@ def _with_pixels(message: bytes, pixels: memoryview) -> bytes:
     They stand alone in a second occurrence of the field ``image``, which parsers merge with the first.
     """
     data = b"\x22" + _varint(len(pixels))  # NumpyImage.data
-    return b"".join((message, b"\x0a", _varint(len(data) + len(pixels)), data, pixels))
+    head = b"".join((message, b"\x0a", _varint(len(data) + len(pixels)), data))
+    buffer: io.BytesIO = _written.__dict__.setdefault("buffer", io.BytesIO())
+    if sys.getrefcount(buffer.getvalue()) > 2:  # a call still sends this thread's last message
+        buffer = _written.buffer = io.BytesIO()
+    buffer.seek(0)
+    buffer.write(head)
+    buffer.write(pixels)
+    buffer.truncate()
+    return buffer.getvalue()
+
+
+_written = threading.local()
+"""Each thread's last message, over which the next is written: fresh pages would cost more than the copy."""
 
 
 def _image_parts(image: Image) -> tuple[Any, Array]:

@@ -29,6 +29,24 @@ from tests.test_faults import write_model
 IMAGE = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
 
 
+def test_images_by_grpc_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread writes its messages over the one before, but not over one that is still being sent."""
+    monkeypatch.setenv("TMS_LANE", "0")
+    images = [np.full((size, size, 3), size % 251, np.uint8) for size in (200, 700, 201, 699, 90, 1000, 202, 203)]
+    with server.client("echo") as client:
+        futures = [client.submit_image(image) for image in images * 3]
+        for image, future in zip(images * 3, futures, strict=True):
+            assert np.array_equal(future.result(timeout=30), image)
+        with ThreadPoolExecutor(4) as threads:
+            for image, answer in zip(images * 3, threads.map(client.run_image, images * 3), strict=True):
+                assert np.array_equal(answer, image)
+        message = client._image_request("RunImage", images[5], None, model_client._answer).message
+        kept = message.inline()
+        before = bytes(kept)
+        assert client._image_request("RunImage", images[1], None, model_client._answer).message.inline() != before
+        assert kept == before
+
+
 def test_futures(server: Server) -> None:
     with server.client("echo") as client:
         futures = [
