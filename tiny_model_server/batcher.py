@@ -258,7 +258,7 @@ class Batcher:
     def _drop(self, item: Item) -> bool:
         if item.dead:
             item.resolve(DeadlineExceeded("the deadline passed in the queue"))
-            self._load.dropped()
+            self._load.drop()
             return True
         return False
 

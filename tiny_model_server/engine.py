@@ -229,7 +229,7 @@ class Engine:
                 raise
             finally:
                 self._report_load(model, call)
-            model.load_of.answered(arrived, map(_status, outcomes))
+            model.load_of.answered(arrived, [_status(outcome) for outcome in outcomes])
             return outcomes
 
     def run_stream(self, name: str, data: Packed, args: Mapping[str, Any], call: Call) -> Iterator[Packed]:

@@ -3,11 +3,14 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from tiny_model_server import wire
 from tiny_model_server.tally import Tally
@@ -20,30 +23,48 @@ _NOT_THE_SERVERS_FAULT = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "P
 _REPORT_AGE_S = 0.1
 _UNKNOWN_UTILIZATION = 0.001  # where nothing but errors was answered: their share is what weighs then
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_FAMILIES: dict[str, tuple[Any, str]] = {  # each is a number, a function or a histogram of ModelLoad
+    "dropped": (CounterMetricFamily, "Inputs that nobody waited for any more, not run"),
+    "worker_restarts": (CounterMetricFamily, "Workers that died and were replaced"),
+    "request_seconds": (HistogramMetricFamily, "From arrival to answer"),
+    "queue_seconds": (HistogramMetricFamily, "From arrival to the start of the batch"),
+    "compute_seconds": (HistogramMetricFamily, "One batch in the worker"),
+    "batch_size": (HistogramMetricFamily, "Inputs in one batch"),
+    "queue_depth": (GaugeMetricFamily, "Inputs waiting"),
+    "in_flight": (GaugeMetricFamily, "Inputs queued or at work"),
+    "busy_fraction": (GaugeMetricFamily, "Part of the last seconds that the workers worked"),
+    "workers": (GaugeMetricFamily, "Worker processes that serve"),
+    "wanted": (GaugeMetricFamily, "1 if the model is meant to have workers"),
+}
 
 
 class Metrics:
-    """The replica's registry; every model has a ``ModelLoad`` that writes to it."""
+    """The replica's registry: what every ``ModelLoad`` has counted, and what models count themselves."""
 
     def __init__(self) -> None:
-        """Makes the metrics that exist from the start."""
         self.registry = CollectorRegistry()
-        make: dict[str, Any] = {"registry": self.registry}
-        self.requests = Counter("tms_requests", "Inputs answered, by gRPC status", ["model", "status"], **make)
-        self.dropped = Counter("tms_dropped", "Inputs that nobody waited for any more, not run", ["model"], **make)
-        self.restarts = Counter("tms_worker_restarts", "Workers that died and were replaced", ["model"], **make)
-        seconds: dict[str, Any] = make | {"buckets": _SECONDS}
-        self.request = Histogram("tms_request_seconds", "From arrival to answer", ["model"], **seconds)
-        self.queue = Histogram("tms_queue_seconds", "From arrival to the start of the batch", ["model"], **seconds)
-        self.compute = Histogram("tms_compute_seconds", "One batch in the worker", ["model"], **seconds)
-        self.batch = Histogram("tms_batch_size", "Inputs in one batch", ["model"], buckets=_SIZES, **make)
-        self.depth = Gauge("tms_queue_depth", "Inputs waiting", ["model"], **make)
-        self.in_flight = Gauge("tms_in_flight", "Inputs queued or at work", ["model"], **make)
-        self.busy = Gauge("tms_busy_fraction", "Part of the last seconds that the workers worked", ["model"], **make)
-        self.workers = Gauge("tms_workers", "Worker processes that serve", ["model"], **make)
-        self.wanted = Gauge("tms_wanted", "1 if the model is meant to have workers", ["model"], **make)
+        self.registry.register(self)
+        self.loads: dict[str, ModelLoad] = {}
         self._own: dict[str, Any] = {}
         self._lock = threading.Lock()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric with the numbers of all models; for the registry."""
+        loads = list(self.loads.items())
+        requests = CounterMetricFamily("tms_requests", "Inputs answered, by gRPC status", labels=["model", "status"])
+        for name, load in loads:
+            for status, count in list(load.requests.items()):
+                requests.add_metric([name, status], count)
+        yield requests
+        for metric, (kind, what) in _FAMILIES.items():
+            family = kind(f"tms_{metric}", what, labels=["model"])
+            for name, load in loads:
+                value = getattr(load, metric)
+                if isinstance(value, _Histogram):
+                    family.add_metric([name], *value.read())
+                else:
+                    family.add_metric([name], value() if callable(value) else value)
+            yield family
 
     def own(self, name: str, kind: type[Counter] | type[Histogram]) -> Any:
         """The metric that models count themselves under this name, None if the name is taken by another."""
@@ -60,32 +81,48 @@ class Metrics:
 
     def forget(self, model: str) -> None:
         """Drops what was counted of a model that is no more."""
-        for metric in (*vars(self).values(), *self._own.values()):
-            if isinstance(metric, MetricWrapperBase):
-                metric.remove_by_labels({"model": model})
+        self.loads.pop(model, None)
+        for metric in filter(None, self._own.values()):
+            metric.remove_by_labels({"model": model})
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
+class _Histogram:
+    """How often values fell between bounds; prometheus_client's would take a tenth of a small call."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts a value; one thread at a time."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def read(self) -> tuple[list[tuple[str, float]], float]:
+        """(bound, values up to it) for each bound, and the sum of all values."""
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        return list(zip(names, accumulate(self._counts), strict=True)), self._sum
+
+
 class ModelLoad:
-    """What one model is doing, told by its queue, its workers and the engine."""
+    """What one model is doing, told by its queue, its workers and the engine; its public numbers are the metrics."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         """Shows the model at zero from now on."""
         self._metrics = metrics
         self._name = name
-        self._queue = metrics.queue.labels(name)
-        self._request = metrics.request.labels(name)
-        self._compute = metrics.compute.labels(name)
-        self._batch = metrics.batch.labels(name)
-        self._in_flight = metrics.in_flight.labels(name)
-        self.dropped: Callable[[], None] = metrics.dropped.labels(name).inc
-        """Notes an input that was not run because nobody waits for it."""
-        self.restarted: Callable[[], None] = metrics.restarts.labels(name).inc
-        """Notes a worker that died."""
-        self._ok = metrics.requests.labels(name, "OK")
+        self.requests = {"OK": 0}
+        self.request_seconds, self.queue_seconds, self.compute_seconds = (_Histogram(_SECONDS) for _ in range(3))
+        self.batch_size = _Histogram(_SIZES)
+        self.dropped = self.worker_restarts = self.in_flight = 0
+        self.queue_depth: Callable[[], int] = lambda: 0
+        self.workers: Callable[[], int] = lambda: 0
+        self.wanted: Callable[[], bool] = lambda: False
         self._busy, self._answers, self._errors = _Window(), _Window(), _Window()
         self._report = (0.0, b"")
         self._lock = threading.Lock()
@@ -94,13 +131,7 @@ class ModelLoad:
         """Items that are at work at once when every slot has a full batch."""
         self.batch_s = 0.0
         """A moving mean of how long one batch takes, in seconds; 0 until one was run."""
-
-    def watch(self, depth: Callable[[], int], workers: Callable[[], int], wanted: Callable[[], bool]) -> None:
-        """Reads the gauges from these functions whenever metrics are asked for."""
-        self._metrics.depth.labels(self._name).set_function(depth)
-        self._metrics.workers.labels(self._name).set_function(workers)
-        self._metrics.wanted.labels(self._name).set_function(wanted)
-        self._metrics.busy.labels(self._name).set_function(self.busy_fraction)
+        metrics.loads[name] = self
 
     def serves(self, most: int, slots: int) -> None:
         """Tells how many items a batch may have, and how many batches run at once."""
@@ -108,38 +139,47 @@ class ModelLoad:
 
     def arrived(self, count: int) -> float:
         """Notes that inputs came in; returns the time, for ``answered``."""
-        self._in_flight.inc(count)
+        with self._lock:
+            self.in_flight += count
         return time.monotonic()
 
-    def answered(self, since: float, statuses: Iterable[str]) -> None:
-        """Notes the statuses of inputs that came at ``since``."""
-        seconds, count = time.monotonic() - since, 0
-        errors = 0
-        for status in statuses:
-            errors += status not in _NOT_THE_SERVERS_FAULT
-            (self._ok if status == "OK" else self._metrics.requests.labels(self._name, status)).inc()
-            self._request.observe(seconds)
-            count += 1
-        self._in_flight.dec(count)
+    def drop(self) -> None:
+        """Notes an input that was not run because nobody waits for it."""
         with self._lock:
-            self._answers.add(int(since + seconds), count)
-            self._errors.add(int(since + seconds), errors)
+            self.dropped += 1
 
-    def started(self, queued_s: Iterable[float]) -> float:
+    def restarted(self) -> None:
+        """Notes a worker that died."""
+        with self._lock:
+            self.worker_restarts += 1
+
+    def answered(self, since: float, statuses: Sequence[str]) -> None:
+        """Notes the statuses of inputs that came at ``since``."""
+        now, errors = time.monotonic(), 0
+        with self._lock:
+            for status in statuses:
+                errors += status not in _NOT_THE_SERVERS_FAULT
+                self.requests[status] = self.requests.get(status, 0) + 1
+                self.request_seconds.observe(now - since)
+            self.in_flight -= len(statuses)
+            self._answers.add(int(now), len(statuses))
+            if errors:
+                self._errors.add(int(now), errors)
+
+    def started(self, queued_s: Sequence[float]) -> float:
         """Notes the start of a batch whose items waited this long; returns the time, for ``finished``."""
-        size = 0
-        for seconds in queued_s:
-            self._queue.observe(seconds)
-            size += 1
-        self._batch.observe(size)
+        with self._lock:
+            for seconds in queued_s:
+                self.queue_seconds.observe(seconds)
+            self.batch_size.observe(len(queued_s))
         return time.monotonic()
 
     def finished(self, since: float, compute_s: float, tally: Tally) -> None:
         """Notes the end of a batch that began at ``since`` and took the worker ``compute_s``."""
-        self._compute.observe(compute_s)
         now = time.monotonic()
+        took = now - since
         with self._lock:
-            took = now - since
+            self.compute_seconds.observe(compute_s)
             self.batch_s = took if not self.batch_s else 0.9 * self.batch_s + 0.1 * took
             for second in range(max(int(since), int(now) - _WINDOW_S), int(now) + 1):
                 self._busy.add(second, min(now, second + 1) - max(since, second))

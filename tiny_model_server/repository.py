@@ -73,7 +73,9 @@ class ServedModel:
         self.reason = reason
         self.load_of = ModelLoad(metrics, self.name)
         self.batcher = Batcher(ModelOptions().with_overrides(plugin.overrides).queue_size, self.load_of)
-        self.load_of.watch(lambda: self.batcher.depth, lambda: len(self.pids), lambda: self.wanted and not self.stages)
+        self.load_of.queue_depth = lambda: self.batcher.depth
+        self.load_of.workers = lambda: len(self.pids)
+        self.load_of.wanted = lambda: self.wanted and not self.stages
         self.batcher.close(self._refusal(), drain=False)
         if reason:
             log.error("model %s FAILED: %s", self.name, reason)
