@@ -180,6 +180,113 @@ def test_noise_on_the_socket(server: Server, noise: bytes, greeted: bool) -> Non
         assert client.run_text("x") == "x"
 
 
+def test_one_call_at_a_time(server: Server) -> None:
+    """A caller that sends the next request before it has its answer is no client of ours: its connection ends."""
+    made = lane.Lane(server.port, {})
+    path, message = METHODS["GetPID"].path.encode(), b""
+    request = lane.REQUEST.pack(len(message), 5.0, 1, len(path)) + path + message
+    made._socket.sendall(request + request)
+    with pytest.raises(ConnectionError):
+        made.receive(5)
+    with server.client("echo") as client:
+        assert client.run_text("x") == "x"
+
+
+def test_a_request_in_pieces(raw: lane.Lane) -> None:
+    path, message = METHODS["RunText"].path.encode(), METHODS["RunText"].request(text="x", model="echo")
+    body = message.SerializeToString()
+    for byte in lane.REQUEST.pack(len(body), 5.0, 1, len(path)) + path + body:
+        raw._socket.sendall(bytes([byte]))
+        time.sleep(0.001)
+    assert METHODS["RunText"].response.FromString(raw.receive(5).body).data == '"x"'
+
+
+def test_a_caller_that_does_not_read(server: Server, raw: lane.Lane) -> None:
+    """Its long answer waits for it, and nobody else does."""
+    text = "x" * (4 << 20)
+    raw.send(METHODS["RunText"].path.encode(), METHODS["RunText"].request(text=text, model="echo").SerializeToString(),
+             10, True)  # fmt: skip
+    with server.client("echo") as client:
+        for _ in range(100):
+            assert client.run_text("y") == "y"
+    assert METHODS["RunText"].response.FromString(raw.receive(10).body).data == f'"{text}"'
+    assert send(raw, "RunText", text="z", model="echo", accept_arrays=True)[1].data == '"z"'
+
+
+def test_a_model_that_hangs_among_callers_of_others(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    """Its time limit ends it, however busy the thread is that serves all callers; and those of the other are served."""
+    write_model(tmp_path, "quick", "    def run(self, data, args):\n        return data")
+    body = "    timeout_s = 3\n    def run(self, data, args):\n        __import__('time').sleep(60 * len(data))"
+    server = start_server(write_model(tmp_path, "hangs", body))
+    ended = threading.Event()
+    slowest: list[float] = []
+
+    def calls() -> None:
+        with server.client("quick") as client:
+            while not ended.is_set():
+                started = time.monotonic()
+                assert client.run_text("x") == "x"
+                slowest.append(time.monotonic() - started)
+
+    callers = [threading.Thread(target=calls) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    with server.client("hangs") as client:
+        assert client.run_text("") is None
+        started = time.monotonic()
+        with pytest.raises(model_client.DeadlineExceeded, match="longer than its timeout_s"):
+            client.run_text("x")
+        assert 3 <= time.monotonic() - started < 6
+    ended.set()
+    for caller in callers:
+        caller.join()
+    assert max(slowest) < 2
+
+
+def test_both_ways_to_one_worker(
+    start_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker goes from hand to hand: callers by gRPC, by the short cut, streams and batches; each has its answers."""
+    body = (
+        "    max_batch_size = 4\n    def run(self, data, args):\n        return data\n"
+        "    def run_batch(self, items, args):\n        return items"
+    )
+    server = start_server(write_model(tmp_path, "echoes", body))
+    by_lane = server.client("echoes")
+    by_lane.run(0)
+    monkeypatch.setenv("TMS_LANE", "0")
+    by_grpc = server.client("echoes")
+    wrong: list[Any] = []
+
+    def calls(client: ModelClient, first: int) -> None:
+        for number in range(first, first + 200):
+            kind = number % 4
+            answer: Any = client.run(number)
+            if kind == 1:
+                answer = int(client.run_image(np.full((40, 40), number, np.int32))[0, 0])
+            elif kind == 2:
+                answer = client.run_batch([number, number])[1]
+            elif kind == 3 and client is by_grpc:
+                (answer,) = client.run_stream(number)
+            if answer != number:
+                wrong.append((number, answer))
+
+    threads = [
+        threading.Thread(target=calls, args=(client, 1000 * (one + 3 * (client is by_lane))))
+        for one in range(3)
+        for client in (by_lane, by_grpc)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert lanes(by_lane) == 3
+    assert lanes(by_grpc) == 0
+    by_lane.close()
+    by_grpc.close()
+    assert not wrong
+
+
 def test_a_request_that_never_ends(server: Server) -> None:
     """A caller that stops in the middle holds up nobody but itself."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:

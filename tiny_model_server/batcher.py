@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tiny_model_server.codec import Packed
@@ -15,6 +15,7 @@ from tiny_model_server.shm import Pair
 Outcome = Packed | ServerError
 MOST_CHUNKS = 16
 """Values of a stream that wait for their reader."""
+_LONG = 1 << 15  # bytes that a socket surely takes at once
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +38,8 @@ class Item:
     enqueued: float = field(default_factory=time.monotonic)
     begun: float = 0.0
     outcome: Outcome | None = None
+    then: Callable[[], None] | None = None
+    """Hears that there is an outcome, in the thread that found it."""
     _done: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -52,7 +55,10 @@ class Item:
             try:
                 self._done.release()
             except RuntimeError:  # two threads resolved at once; one of the outcomes stands
-                pass
+                return
+            then, self.then = self.then, None  # which knows the item, as the item knew it
+            if then:
+                then()
 
     def put_chunk(self, chunk: Outcome) -> bool:
         """Adds a value to a stream, waiting for its reader to keep up; False when nobody wants more."""
@@ -91,16 +97,46 @@ class Item:
         """True when nobody wants the outcome any more."""
         return self.outcome is not None or (self.deadline is not None and self.deadline < time.monotonic())
 
+    @property
+    def slow(self) -> bool:
+        """True if handing it to a worker may take its time, so that only the worker's own thread should do it."""
+        return self.chunks is not None or self.attempts > 0 or len(self.packed.text) + len(self.args) > _LONG
+
 
 class Seat:
-    """Where one worker's thread waits for batches. While it waits, a caller's thread may use the worker instead."""
+    """Where one worker's thread waits for batches. While it waits, another thread may use the worker instead."""
 
-    def __init__(self, leave: Callable[[], bool]) -> None:
-        """``leave`` says whether the worker's thread is to go."""
-        self.leave = leave
-        self.run: Callable[[Item], bool] = lambda item: False
-        """Runs an item in the borrower's thread; False if the worker was not ready when its deadline came."""
-        self.lent = self.late = False
+    most = 1
+    """Items of a batch."""
+    limit = 0.0
+    """When, on the monotonic clock, the worker will have taken too long for what it has."""
+    lent = late = False
+
+    def fileno(self) -> int:
+        """What can be read from when the worker is done."""
+        raise NotImplementedError
+
+    def leave(self) -> bool:
+        """True if the worker's thread is to go."""
+        raise NotImplementedError
+
+    def begin(self, batch: list[Item]) -> None:
+        """Hands a batch to the worker."""
+        raise NotImplementedError
+
+    def wait(self, deadline: float) -> bool:
+        """Waits until ``finish`` will not, or not for long; False if ``deadline`` comes first."""
+        raise NotImplementedError
+
+    def finish(self, *, ready: bool = False) -> Iterable[tuple[Item, Outcome]]:
+        """The items to be resolved and their outcomes; waits for the worker, if it is not known to be ready."""
+        raise NotImplementedError
+
+
+def resolve(finished: Iterable[tuple[Item, Outcome]]) -> None:
+    """Gives items their outcomes."""
+    for item, outcome in finished:
+        item.resolve(outcome)
 
 
 class Batcher:
@@ -135,31 +171,44 @@ class Batcher:
             self._depth += len(items)
             self._wake(len(items))
 
-    def run(self, item: Item) -> bool:
-        """Runs an item in this thread, on a worker that waits for work; False if none does. Spares two hand-overs."""
+    def borrow(self, item: Item) -> Seat | None:
+        """A worker that waits for work, for who runs this item there at once; None if there is none."""
         with self._changed:
-            if self._closed or self._groups or not self._idle:
-                return False
+            if self._closed or self._groups or not self._idle or item.slow:
+                return None
             seat = self._idle.pop()
             seat.lent = True
             self._lent += 1
-        if seat.run(item):
+            return seat
+
+    def run(self, item: Item) -> bool:
+        """Runs an item in this thread, on a worker that waits for work; False if none does. Spares two hand-overs."""
+        if not (seat := self.borrow(item)):
+            return False
+        seat.begin([item])
+        if item.deadline is None or seat.wait(item.deadline):
+            resolve(seat.finish())
             self.take_back(seat)
         else:
-            seat.late = True
-            self.wake()
+            item.resolve(DeadlineExceeded("the deadline passed before the model answered"))
+            self.abandon(seat)
         return True
+
+    def more(self, seat: Seat) -> list[Item]:
+        """The next batch for who has borrowed a seat; none if nothing waits, or only its own thread should take it."""
+        with self._changed:
+            return [] if seat.leave() else self._next(seat.most, quick=True)
 
     def take_back(self, seat: Seat) -> None:
         """Ends the lending of a seat."""
         with self._changed:
-            seat.lent = seat.late = False
-            self._lent -= 1
-            leaving = seat.leave()
-            if not leaving:  # else, of a dead worker or a pool that stops, nobody is to borrow it again
-                self._idle.append(seat)
-            if self._groups or self._closed or leaving:
-                self._changed.notify_all()
+            self._take_back(seat)
+
+    def abandon(self, seat: Seat) -> None:
+        """Leaves a seat that was borrowed while its worker works: its own thread will finish that."""
+        with self._changed:
+            seat.late = True
+            self._changed.notify_all()
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Queues items of a worker that died again, each to be run alone and before all others."""
@@ -170,59 +219,71 @@ class Batcher:
             self._depth += len(items)
             self._wake(len(items))
 
-    def take(self, most: int, max_wait_s: float, seat: Seat) -> list[Item] | None:
-        """The next batch, of one key and at most ``most`` items, as soon as there is one.
+    def take(self, max_wait_s: float, seat: Seat) -> list[Item] | None:
+        """The next batch, of one key and at most ``seat.most`` items, as soon as there is one.
 
         None when ``seat.leave()`` becomes true (call ``wake`` then) or the queue is closed and empty. No item at all
         when a borrower has left the seat in the middle: finish that, and call ``take_back``.
         """
         with self._changed:
-            self._sit(seat, idle=False)
+            self._stand_up(seat)
             while seat.lent or not seat.leave():
                 if seat.late:
                     return []
-                if seat.lent:
-                    self._changed.wait()
-                    self._sit(seat, idle=False)
-                    continue
-                self._drop_dead_heads()
-                if not self._groups:
-                    if self._closed:
+                if not seat.lent:
+                    if batch := self._next(seat.most, max_wait_s):
+                        return batch
+                    if self._closed and not self._groups:
                         return None
-                    self._sit(seat, idle=not max_wait_s)
-                    self._changed.wait()
-                    self._sit(seat, idle=False)
-                    continue
-                key = min(self._groups, key=lambda key: self._groups[key][0].enqueued)
-                group = self._groups[key]
-                patience = group[0].enqueued + max_wait_s - time.monotonic()
-                if max_wait_s and len(group) < most and patience > 0 and not self._closed:
-                    self._changed.wait(patience)
-                    continue
-                batch: list[Item] = []
-                while group and len(batch) < most:
-                    item = group.popleft()
-                    self._depth -= 1
-                    if not self._drop(item):
-                        batch.append(item)
-                if not group:
-                    del self._groups[key]
-                if batch:
-                    return batch
+                    if not max_wait_s:
+                        self._idle.append(seat)
+                self._changed.wait(self._patience(max_wait_s))
+                self._stand_up(seat)
             return None
 
-    def _wake(self, most: int) -> None:
-        if self._lent:  # one of those that wait may have lent its worker
-            self._changed.notify_all()
-        else:
-            self._changed.notify(most)
-
-    def _sit(self, seat: Seat, *, idle: bool) -> None:
-        """Notes whether a seat's worker has nothing to do."""
+    def _stand_up(self, seat: Seat) -> None:
         if seat in self._idle:
             self._idle.remove(seat)
-        if idle:
+
+    def _next(self, most: int, max_wait_s: float = 0, *, quick: bool = False) -> list[Item]:
+        """A batch from the group that waits for longest; none if it may grow, or is slow but shall be quick."""
+        batch: list[Item] = []
+        while self._groups and not batch:
+            key = min(self._groups, key=lambda key: self._groups[key][0].enqueued)
+            group = self._groups[key]
+            grows = max_wait_s and len(group) < most and not self._closed
+            if (grows and group[0].enqueued + max_wait_s > time.monotonic()) or (quick and group[0].slow):
+                break
+            while group and len(batch) < most and not (quick and group[0].slow):
+                item = group.popleft()
+                self._depth -= 1
+                if not self._drop(item):
+                    batch.append(item)
+            if not group:
+                del self._groups[key]
+        return batch
+
+    def _patience(self, max_wait_s: float) -> float | None:
+        """How long the group that waits for longest may wait for company; None if nothing waits."""
+        if not (max_wait_s and self._groups):
+            return None
+        oldest = min(group[0].enqueued for group in self._groups.values())
+        return max(0.0, oldest + max_wait_s - time.monotonic())
+
+    def _take_back(self, seat: Seat) -> None:
+        seat.lent = seat.late = False
+        self._lent -= 1
+        leaving = seat.leave()
+        if not leaving:  # else, of a dead worker or a pool that stops, nobody is to borrow it again
             self._idle.append(seat)
+        if self._groups or self._closed or leaving:
+            self._changed.notify_all()
+
+    def _wake(self, most: int) -> None:
+        if not self._lent:
+            self._changed.notify(most)
+        elif self._idle:  # one of those that wait may have lent its worker; who has borrowed one looks for more
+            self._changed.notify_all()
 
     def _wait_s(self) -> float:
         """How long a new item would wait for the full batches before it."""
@@ -269,12 +330,4 @@ class Batcher:
             if alive:
                 self._groups[key] = alive
             else:
-                del self._groups[key]
-
-    def _drop_dead_heads(self) -> None:
-        for key, group in list(self._groups.items()):
-            while group and self._drop(group[0]):
-                group.popleft()
-                self._depth -= 1
-            if not group:
                 del self._groups[key]

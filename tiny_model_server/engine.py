@@ -11,13 +11,14 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from tiny_model_server import tracing
-from tiny_model_server.batcher import Item, Outcome
+from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
 from tiny_model_server.codec import ARRAY, Packed, dtype_name, signature
 from tiny_model_server.errors import (
     Cancelled,
@@ -39,6 +40,24 @@ log = logging.getLogger("tiny_model_server.engine")
 _LOADS_AT_ONCE = 4
 
 
+LATER = object()
+"""What a handler returns if the answer comes by ``Loop.later``."""
+
+
+class WouldWait(Exception):
+    """The handler would have to wait: call it in a thread that can."""
+
+
+class Loop(Protocol):
+    """A transport that answers many calls from one thread."""
+
+    def later(self, answer: Callable[[], Any]) -> None:
+        """Hears from any thread that a call is over; ``answer`` returns what the handler would, or raises."""
+
+    def drive(self, seat: Seat, batcher: Batcher) -> None:
+        """Takes care of a borrowed worker that was given work; called from the loop's thread."""
+
+
 @dataclass
 class Call:
     """What a handler knows of the call that it answers, whatever the transport."""
@@ -58,6 +77,8 @@ class Call:
     """The memory that the caller shares with the server, if it does."""
     pixels: memoryview | None = None
     """The data of the request's image, if the transport has left them out of the message."""
+    loop: "Loop | None" = None
+    """Who calls the handler in a thread that must not wait."""
     trailing: dict[str, str | bytes] = field(default_factory=dict)
     """Metadata to send with the answer's status."""
 
@@ -71,7 +92,8 @@ class Engine:
         self._listeners: list[Callable[[], None]] = []
         self.metrics = Metrics()
         self._repository = Repository(settings, self.metrics, self._changed)
-        self._admitted = threading.BoundedSemaphore(settings.threads)
+        self._in_work = 0
+        self._counting = threading.Lock()
         self._room = threading.Lock()
         self._stopping = threading.Event()
         self.started = False
@@ -189,15 +211,26 @@ class Engine:
         """True once the server has begun to stop."""
         return self._stopping.is_set()
 
-    def run(self, name: str, data: Packed, args: Mapping[str, Any], call: Call, *, plain: bool = False) -> Packed:
-        """The model's answer to one input; raises what went wrong.
+    def run(
+        self,
+        name: str,
+        data: Packed,
+        args: Mapping[str, Any],
+        call: Call,
+        *,
+        plain: bool = False,
+        then: Callable[[Packed], Any] = lambda outcome: outcome,
+    ) -> Any:
+        """What ``then`` makes of the model's answer to one input; raises what went wrong.
 
-        ``plain`` asks for JSON alone, arrays in it being nested lists.
+        ``plain`` asks for JSON alone, arrays in it being nested lists. For a loop it returns LATER or raises WouldWait.
         """
+        if call.loop:
+            return self._run_later(call.model or name, data, args, call, plain, then)
         (outcome,) = self.run_batch(name, [data], args, call, plain=plain)
         if isinstance(outcome, ServerError):
             raise outcome
-        return outcome
+        return then(outcome)
 
     def run_batch(
         self, name: str, items: Sequence[Packed], args: Mapping[str, Any], call: Call, *, plain: bool = False
@@ -207,7 +240,7 @@ class Engine:
             raise InvalidInput("the batch is empty; send at least one input")
         with self._admission():
             model = self._open(call.model or name)
-            args_text = json.dumps(args, sort_keys=True) if args else ""
+            args_text = _text(args)
             if not model.stages:
                 try:
                     return self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)
@@ -238,7 +271,7 @@ class Engine:
             model = self._open(call.model or name)
             if model.stages:
                 raise ModelUnavailable(f"model {name!r} is a pipeline, which does not stream; call it by Run")
-            args_text = json.dumps(args, sort_keys=True) if args else ""
+            args_text = _text(args)
             item = Item(data, args_text, object(), deadline=call.deadline, once=not call.repeatable)
             item.chunks = queue.Queue()
             arrived = model.load_of.arrived(1)
@@ -272,19 +305,7 @@ class Engine:
         arrived = model.load_of.arrived(len(values))
         statuses = [ServerError.status] * len(values)
         try:
-            loaded = model.loaded
-            if loaded is not None:
-                for data in values:
-                    _check_declared(loaded.metadata.get("inputs") or [], data)
-            mixes = loaded is not None and loaded.options.mix_shapes
-
-            def key(data: Packed) -> Hashable:
-                if not call.repeatable:
-                    return object()  # alone in its batch, which is run again item by item if it fails
-                return args, () if mixes else signature(data)
-
-            once = not call.repeatable
-            items = [Item(data, args, key(data), deadline=call.deadline, plain=plain, once=once) for data in values]
+            items = self._items(model, values, args, call, plain)
             items[0].lane = lane
             self._submit(model, items, call)
             outcomes = [item.wait() for item in items]
@@ -298,6 +319,62 @@ class Engine:
             raise
         finally:
             model.load_of.answered(arrived, statuses)
+
+    def _run_later(
+        self,
+        name: str,
+        data: Packed,
+        args: Mapping[str, Any],
+        call: Call,
+        plain: bool,
+        then: Callable[[Packed], Any],
+    ) -> Any:
+        assert call.loop
+        model = self.model(name)
+        if model.stages or (self.settings.lazy and model.state is not State.READY):
+            raise WouldWait
+        self._admit()
+        arrived = model.load_of.arrived(1)
+        try:
+            (item,) = self._items(self._open(name), [data], _text(args), call, plain)
+        except ServerError as error:
+            self._dismiss()
+            model.load_of.answered(arrived, [error.status])
+            raise
+
+        def answer() -> Any:
+            outcome = item.wait()
+            self._dismiss()
+            model.load_of.answered(arrived, [_status(outcome)])
+            if isinstance(outcome, ServerError):
+                raise outcome
+            return then(outcome)
+
+        item.lane, item.then = call.lane, partial(call.loop.later, answer)
+        try:
+            if not call.on_end(lambda: item.resolve(Cancelled("the caller went away"))):
+                raise Cancelled("the caller went away")
+            if seat := model.batcher.borrow(item):
+                seat.begin([item])
+                call.loop.drive(seat, model.batcher)
+            else:
+                model.batcher.put([item])
+        except ServerError as error:
+            item.resolve(error)
+        return LATER
+
+    def _items(self, model: ServedModel, values: Sequence[Packed], args: str, call: Call, plain: bool) -> list[Item]:
+        """An item for each value; InvalidInput if one does not fit what the model declares."""
+        loaded, once = model.loaded, not call.repeatable
+        mixes = loaded is not None and loaded.options.mix_shapes
+        items = []
+        for data in values:
+            if loaded is not None:
+                _check_declared(loaded.metadata.get("inputs") or [], data)
+            # What is not repeatable is alone in its batch: that is run again item by item if it fails.
+            key: Hashable = object() if once else (args, () if mixes else signature(data))
+            items.append(Item(data, args, key, deadline=call.deadline, plain=plain, once=once))
+        return items
 
     def _submit(self, model: ServedModel, items: list[Item], call: Call) -> None:
         def give_up() -> None:
@@ -341,16 +418,25 @@ class Engine:
             raise ModelUnavailable(f"{pipeline.name!r} names the stage {name!r}, which is a pipeline itself")
         return stage
 
-    @contextmanager
-    def _admission(self) -> Iterator[None]:
+    def _admit(self) -> None:
         if self.stopping:
             raise Stopping("the server is stopping")
-        if not self._admitted.acquire(blocking=False):
-            raise Overloaded(f"the server has {self.settings.threads} calls in work already")
+        with self._counting:
+            if self._in_work == self.settings.threads:
+                raise Overloaded(f"the server has {self._in_work} calls in work already")
+            self._in_work += 1
+
+    def _dismiss(self) -> None:
+        with self._counting:
+            self._in_work -= 1
+
+    @contextmanager
+    def _admission(self) -> Iterator[None]:
+        self._admit()
         try:
             yield
         finally:
-            self._admitted.release()
+            self._dismiss()
 
     def _try_load(self, model: ServedModel) -> None:
         started = time.monotonic()
@@ -363,6 +449,10 @@ class Engine:
     def _changed(self) -> None:
         for listener in self._listeners:
             listener()
+
+
+def _text(args: Mapping[str, Any]) -> str:
+    return json.dumps(args, sort_keys=True) if args else ""
 
 
 def _status(outcome: Outcome) -> str:

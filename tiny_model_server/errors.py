@@ -71,6 +71,12 @@ class Unauthenticated(ServerError):
     status = "UNAUTHENTICATED"
 
 
+class Unimplemented(ServerError):
+    """There is no such method."""
+
+    status = "UNIMPLEMENTED"
+
+
 def from_status(status: str, message: str) -> ServerError:
     """Rebuilds an error that crossed a process boundary as its status name and message."""
     for kind in ServerError.__subclasses__():

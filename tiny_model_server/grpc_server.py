@@ -122,7 +122,7 @@ class GrpcServer:
         def answer(data: bytes, context: Any) -> bytes:
             with self._answering(method, context) as call:
                 # Parsed here, because a request that grpcio cannot parse would be answered as INTERNAL.
-                return wire.respond(method, handler, data, call, self._largest)
+                return wire.serialized(handler(wire.parse(method, data, call), call), self._largest)
             raise AssertionError  # _answering lets no error pass
 
         return answer

@@ -54,6 +54,7 @@ THREADS = 8
 _PAUSE_S = 1.0  # between attempts to reach a server that has no short cut
 _HANDSHAKE_S = 2.0
 _BUFFER = 1 << 16
+_AT_ONCE = 1 << 15  # bytes that a socket surely takes, whoever reads
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -113,6 +114,7 @@ class Lane:
             self.server = receive(self._socket, *HELLO.unpack(header)).decode()
             self._poll = select.poll()
             self._poll.register(self._socket, select.POLLIN)
+            self._socket.settimeout(None)  # with one, Python would poll before everything it does
         except BaseException:
             self._socket.close()
             raise
@@ -126,8 +128,12 @@ class Lane:
 
     def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> None:
         """Sends a request; TimeoutError, or OSError if the server has gone."""
+        data = REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message
+        if len(data) <= _AT_ONCE:
+            return self._socket.sendall(data)
         self._socket.settimeout(timeout)
-        self._socket.sendall(REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message)
+        self._socket.sendall(data)
+        self._socket.settimeout(None)
 
     def answered(self) -> bool:
         """True if there is an answer, or an end, to be received without waiting."""
@@ -135,14 +141,17 @@ class Lane:
 
     def receive(self, timeout: float) -> Answer:
         """The answer to the request that was sent; TimeoutError, or OSError if the server goes away."""
-        self._socket.settimeout(timeout)
+        if not self._poll.poll(timeout * 1000):
+            raise TimeoutError
         data = self._socket.recv(_BUFFER)
         if len(data) < ANSWER.size:
             raise ConnectionError("the server has gone")
         size, code, renewed = ANSWER.unpack_from(data)
         body = data[ANSWER.size :]
         if len(body) < size:
+            self._socket.settimeout(timeout)
             body += receive(self._socket, size - len(body))
+            self._socket.settimeout(None)
         if renewed:
             self._socket.sendall(READY)
             _, fds, *_ = socket.recv_fds(self._socket, 1, 1)

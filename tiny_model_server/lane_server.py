@@ -1,18 +1,25 @@
-"""The server's end of the short cut on one host (``lane.py`` has its rules): each connection has a thread."""
+"""The server's end of the short cut on one host (``lane.py`` has its rules): one thread serves all callers."""
 
 import json
 import logging
+import math
+import os
 import select
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from tiny_model_server import lane, wire
-from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import CODES, ServerError
+from tiny_model_server.batcher import Batcher, Seat, resolve
+from tiny_model_server.engine import LATER, Call, Engine, WouldWait
+from tiny_model_server.errors import CODES, ServerError, Stopping, Unimplemented
 from tiny_model_server.shm import Pair, Segment
 
 log = logging.getLogger("tiny_model_server.lane")
@@ -21,6 +28,10 @@ _LONGEST_MESSAGE = 1000  # characters of an error
 _LONGEST_HELLO = 1 << 16
 _HANDSHAKE_S = 2.0
 _NO_DEADLINE_S = 1e9
+_GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+_COMING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+_WITHOUT_WAITING = {"RunText", "RunImage", "Run", "RunImageToImage"}
+"""Methods whose handlers answer later; all others are called in threads."""
 
 
 class LaneServer:
@@ -32,22 +43,32 @@ class LaneServer:
         """Binds the socket; OSError if another has the name."""
         self._engine = engine
         self._handlers = {
-            method.path.encode(): (method, handlers[key])
+            method.path.encode(): (method, handlers[key], key in _WITHOUT_WAITING)
             for key, method in wire.methods("server", "server.Server").items()
             if not method.server_streaming
         }
+        self._largest = engine.settings.max_message_mb << 20
         self._name = name.encode()
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(lane.address(port))
         self._socket.listen(128)
-        self._hang_ups = select.epoll()
-        self._connections: dict[int, _Connection] = {}
+        self._epoll, self._workers = select.epoll(), select.epoll()
+        self._epoll.register(self._workers, select.EPOLLIN)
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll.register(self._bell, select.EPOLLIN)
+        self._connections: set[_Connection] = set()
+        self._callers: dict[int, _Connection] = {}  # by descriptor, after the greeting
+        self._driven: dict[int, tuple[Seat, Batcher]] = {}
+        self._watched: dict[int, Seat] = {}  # of which some are driven by others now
+        self._todo: deque[Callable[[], None]] = deque()
+        self._thread = threading.Thread(target=self._loop, name="lane", daemon=True)
+        self._threads = ThreadPoolExecutor(engine.settings.threads, thread_name_prefix="lane")
         self._stopping = False
 
     def start(self) -> None:
         """Accepts callers."""
-        for target in (self._accept, self._watch):
-            threading.Thread(target=target, name="lane", daemon=True).start()
+        self._thread.start()
+        threading.Thread(target=self._accept, name="lane-accept", daemon=True).start()
 
     def stop(self, grace_s: float) -> None:
         """Accepts no more calls, waits for those that are under way, and ends all connections."""
@@ -55,10 +76,29 @@ class LaneServer:
         self._socket.shutdown(socket.SHUT_RDWR)  # which also ends a waiting accept
         self._socket.close()
         deadline = time.monotonic() + grace_s
-        while any(one.busy for one in list(self._connections.values())) and time.monotonic() < deadline:
+        while any(one.busy for one in list(self._connections)) and time.monotonic() < deadline:
             time.sleep(0.01)
-        for connection in list(self._connections.values()):
+        for connection in list(self._connections):
             connection.hang_up()
+
+    def soon(self, do: Callable[[], None]) -> None:
+        """Does something in the loop's thread."""
+        self._todo.append(do)
+        if threading.current_thread() is not self._thread:
+            os.eventfd_write(self._bell, 1)
+
+    def drive(self, seat: Seat, batcher: Batcher) -> None:
+        """Finishes what a borrowed worker was given, and gives it more while there is more; for the loop's thread."""
+        fd = seat.fileno()
+        self._driven[fd] = seat, batcher
+        if self._watched.get(fd) is not seat:
+            self._watched[fd] = seat
+            self._workers.register(fd, select.EPOLLIN)
+
+    def reply(self, connection: "_Connection", make: Callable[[], Any]) -> None:
+        """Answers with what ``make`` returns or raises; for the loop's thread."""
+        if answer := self._made(make):
+            self._send(connection, *answer)
 
     def _accept(self) -> None:
         while not self._stopping:
@@ -70,46 +110,143 @@ class LaneServer:
             if not lane.same_user(accepted) or len(self._connections) >= self._engine.settings.threads:
                 accepted.close()
                 continue
-            threading.Thread(target=self._serve, args=(_Connection(accepted),), name="lane", daemon=True).start()
+            self._admit(_Connection(self, accepted))
 
-    def _watch(self) -> None:
-        """Cancels the calls of callers that hang up."""
-        while True:
-            for fd, _ in self._hang_ups.poll():
-                if connection := self._connections.get(fd):
-                    connection.gone()
-                connection = None  # waiting here with it would keep its memory
+    def _admit(self, connection: "_Connection") -> None:
+        self._connections.add(connection)
+        threading.Thread(target=self._greet, args=(connection,), name="lane-greet", daemon=True).start()
 
-    def _serve(self, connection: "_Connection") -> None:
-        self._connections[connection.fd] = connection
+    def _greet(self, connection: "_Connection") -> None:
         try:
-            metadata = connection.greet(self._name)
-            self._hang_ups.register(connection.fd, select.EPOLLRDHUP | select.EPOLLET)
-            while request := connection.next_call(metadata, self._engine.settings.max_message_mb << 20):
-                connection.busy = True
-                connection.answer(*self._answer(*request))
-                connection.busy = False
-        except (OSError, ValueError, struct.error):
-            pass  # the caller has gone, or speaks another language
-        finally:
-            self._connections.pop(connection.fd, None)
+            connection.greet(self._name)
+        except (OSError, ValueError, struct.error):  # the caller has gone, or speaks another language
+            self._connections.discard(connection)
             connection.close()
+        else:
+            self._callers[connection.fd] = connection
+            self._epoll.register(connection.fd, _COMING)
 
-    def _answer(self, path: bytes, message: bytes, call: Call) -> tuple[int, bytes]:
+    def _loop(self) -> None:
+        while True:
+            limit = min([seat.limit for seat, _ in self._driven.values()], default=math.inf)
+            events = self._epoll.poll(None if limit == math.inf else max(0.0, limit - time.monotonic()))
+            for fd, event in events:
+                self._do(partial(self._on_event, fd, event))
+                while self._todo:
+                    self._do(self._todo.popleft())
+            if limit < time.monotonic():
+                self._leave_late()
+
+    def _do(self, do: Callable[[], None]) -> None:
         try:
+            do()
+            self._on_workers()
+        except Exception:  # of one call; the others go on
+            log.exception("a fault in the server")
+
+    def _on_event(self, fd: int, event: int) -> None:
+        if fd in self._callers:
+            self._on_caller(self._callers[fd], event)
+        elif fd == self._bell:
+            os.eventfd_read(fd)
+
+    def _on_workers(self) -> None:
+        """Gives workers that are done new work, which goes before all else: an idle worker is time lost to all."""
+        if not self._watched:
+            return
+        for fd, _ in self._workers.poll(0):
+            if fd in self._driven:
+                self._on_worker(fd)
+            elif self._watched.pop(fd, None):
+                with suppress(OSError):  # its end was faster
+                    self._workers.unregister(fd)
+
+    def _on_worker(self, fd: int) -> None:
+        seat, batcher = self._driven[fd]
+        finished = seat.finish(ready=True)
+        if batch := batcher.more(seat):
+            seat.begin(batch)
+        else:
+            del self._driven[fd]
+            batcher.take_back(seat)
+        resolve(finished)  # while the worker is busy again
+
+    def _leave_late(self) -> None:
+        """Leaves workers that take too long to their own threads, which can wait for what comes of it."""
+        for fd, (seat, batcher) in list(self._driven.items()):
+            if seat.limit <= time.monotonic():
+                del self._driven[fd]
+                batcher.abandon(seat)
+
+    def _on_caller(self, connection: "_Connection", event: int) -> None:
+        try:
+            if event & _GONE:
+                raise ConnectionError
+            if event & select.EPOLLOUT and connection.flush():
+                self._epoll.modify(connection.fd, _COMING)
+            connection.unread |= bool(event & select.EPOLLIN)
+            while connection.unread and not connection.busy and not connection.gone:
+                self._begin(connection, *connection.next_call(self._largest))
+        except BlockingIOError:
+            pass  # the rest comes with another event
+        except (OSError, ValueError, struct.error):
+            self._end(connection)
+
+    def _begin(self, connection: "_Connection", path: bytes, message: bytes, call: Call) -> None:
+        connection.busy = True
+        method, handler, at_once = self._handlers.get(path, (None, None, True))
+
+        def make() -> Any:
             if self._stopping:
-                return CODES["UNAVAILABLE"], b"the server is stopping"
+                raise Stopping("the server is stopping")
             self._engine.authenticate(call.metadata)
-            if path not in self._handlers:
-                return CODES["UNIMPLEMENTED"], b"there is no such method"
-            method, handler = self._handlers[path]
-            return 0, wire.respond(method, handler, message, call, self._engine.settings.max_message_mb << 20)
+            if not method or not handler:
+                raise Unimplemented("there is no such method")
+            return handler(wire.parse(method, message, call), call)
+
+        if at_once:
+            call.loop = connection
+            try:
+                return self.reply(connection, make)
+            except WouldWait:
+                call.loop = None
+
+        def make_and_send() -> None:
+            answer = self._made(make)
+            self.soon(lambda: self._send(connection, *answer) if answer else None)
+
+        self._threads.submit(make_and_send)
+
+    def _made(self, make: Callable[[], Any]) -> tuple[int, bytes] | None:
+        """(status, message or error) that comes of a handler; None if that is to come later."""
+        try:
+            answer = make()
+            return None if answer is LATER else (0, wire.serialized(answer, self._largest))
+        except WouldWait:
+            raise
         except ServerError as error:
             final = lane.FINAL if getattr(error, "retry_after_ms", None) == -1 else 0
             return CODES[error.status] | final, str(error)[:_LONGEST_MESSAGE].encode()
         except Exception as error:
-            log.exception("%s failed", path.decode())
+            log.exception("a call failed")
             return CODES["INTERNAL"], f"a fault in the server: {type(error).__name__}: {error}".encode()
+
+    def _send(self, connection: "_Connection", code: int, body: bytes) -> None:
+        if connection.gone:
+            return
+        try:
+            if not connection.answer(code, body):
+                self._epoll.modify(connection.fd, _COMING | select.EPOLLOUT)
+            elif connection.unread:
+                self._on_caller(connection, select.EPOLLIN)
+        except OSError:
+            self._end(connection)
+
+    def _end(self, connection: "_Connection") -> None:
+        if not connection.gone:
+            del self._callers[connection.fd]
+            self._connections.discard(connection)
+            connection.close()
 
 
 class _Shared(Pair):
@@ -123,17 +260,27 @@ class _Shared(Pair):
 
 
 class _Connection:
-    def __init__(self, accepted: socket.socket) -> None:
+    """A caller: what it sends and gets, and the memory that it shares. But for the greeting, for the loop's thread."""
+
+    def __init__(self, server: LaneServer, accepted: socket.socket) -> None:
+        self._server = server
         self._socket = accepted
         self.fd = accepted.fileno()
         self.busy = False
+        """True from a request to the end of its answer."""
+        self.unread = False
+        """True if there may be something to read of which no event will tell again."""
+        self.gone = False
+        """True after its end."""
+        self._metadata: dict[str, str] = {}
         self._pair: Pair = _Shared()
-        self._lock = threading.Lock()
+        self._renewing = False
+        self._data: bytes | bytearray = b""
+        self._unsent: bytes | memoryview = b""
         self._cancel: Callable[[], None] | None = None
-        self._gone = False
 
-    def greet(self, name: bytes) -> dict[str, str]:
-        """Hands the memory over; returns the caller's metadata. ValueError if that is none."""
+    def greet(self, name: bytes) -> None:
+        """Hears the caller's metadata and hands the memory over; ValueError if that is no greeting."""
         self._socket.settimeout(_HANDSHAKE_S)
         header, lent, *_ = socket.recv_fds(self._socket, lane.HELLO.size, 1)
         if lent:
@@ -146,65 +293,91 @@ class _Connection:
         metadata = json.loads(lane.receive(self._socket, size))
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("that is no metadata")
+        self._metadata = metadata
         fds = [self._pair.inbox.fd, self._pair.outbox.fd]
         socket.send_fds(self._socket, [lane.HELLO.pack(len(name))], fds)
         self._socket.sendall(name)
-        self._socket.settimeout(None)
-        return metadata
+        self._socket.setblocking(False)
 
-    def next_call(self, metadata: dict[str, str], largest: int) -> tuple[bytes, bytes, Call] | None:
-        """(path, message, call) of the next request, None when the caller has left; ValueError if it is too large."""
-        data = self._socket.recv(1 << 16)
-        if len(data) < lane.REQUEST.size:
-            return None
-        size, seconds, repeatable, path_size = lane.REQUEST.unpack_from(data)
+    def next_call(self, largest: int) -> tuple[bytes, bytes, Call]:
+        """(path, message, call) of the next request; BlockingIOError if it is not all there yet.
+
+        ConnectionError when the caller has left, ValueError if the request is too large.
+        """
+        if self._renewing:
+            self._receive(len(lane.READY))
+            socket.send_fds(self._socket, [lane.READY], [self._pair.inbox.fd])
+            self._renewing = False
+        self._data = self._data or self._receive(1 << 16)
+        while (missing := self._missing(largest)) > 0:
+            if isinstance(self._data, bytes):
+                self._data = bytearray(self._data)  # to which is added without copying it again
+            self._data += self._receive(min(missing, 1 << 20))
+        if missing:
+            raise ValueError("one call at a time")
+        data, self._data = bytes(self._data), b""
+        _, seconds, repeatable, path_size = lane.REQUEST.unpack_from(data)
+        deadline = time.monotonic() + seconds if seconds < _NO_DEADLINE_S else None
+        call = Call(deadline, "unix:", self._metadata, self._on_end, bool(repeatable), lane=self._pair)
+        begin = lane.REQUEST.size + path_size
+        return data[lane.REQUEST.size : begin], data[begin:], call
+
+    def _missing(self, largest: int) -> int:
+        """How many bytes of the request must still come, as far as that is known; below 0 if there are too many."""
+        if len(self._data) < lane.REQUEST.size:
+            return lane.REQUEST.size - len(self._data)
+        size, *_, path_size = lane.REQUEST.unpack_from(self._data)
         if size > largest:
             raise ValueError("that is too large; gRPC says so in words")
-        body, missing = data[lane.REQUEST.size :], size + path_size - (len(data) - lane.REQUEST.size)
-        if missing > 0:
-            body += lane.receive(self._socket, missing)
-        with self._lock:
-            self._cancel = None
-        deadline = time.monotonic() + seconds if seconds < _NO_DEADLINE_S else None
-        call = Call(deadline, "unix:", metadata, self._on_end, bool(repeatable), lane=self._pair)
-        return body[:path_size], body[path_size:], call
+        return int(lane.REQUEST.size + path_size + size) - len(self._data)
 
-    def answer(self, code: int, body: bytes) -> None:
-        """Sends an answer, with new memory if a model keeps the old."""
+    def _receive(self, most: int) -> bytes:
+        self.unread = False
+        data = self._socket.recv(most)
+        self.unread = len(data) == most
+        if not data:
+            raise ConnectionError("the caller has left")
+        return data
+
+    def answer(self, code: int, body: bytes) -> bool:
+        """Sends an answer, with new memory if a model keeps the old; False if not all could be sent yet."""
+        self._cancel = None  # which knows the call's item, and that this connection
         renewed = self._pair.kept and not self._pair.lent
-        self._socket.sendall(lane.ANSWER.pack(len(body), code, renewed) + body)
+        self._unsent = lane.ANSWER.pack(len(body), code, renewed) + body
         if renewed:
             self._pair = _Shared(Segment(), self._pair.outbox)
-            lane.receive(self._socket, len(lane.READY))
-            socket.send_fds(self._socket, [lane.READY], [self._pair.inbox.fd])
+            self._renewing = True
+        return self.flush()
 
-    def gone(self) -> None:
-        """Cancels the call, if the caller has indeed hung up."""
-        try:
-            if self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                return
-        except BlockingIOError:
-            return
-        except OSError:
-            pass
-        with self._lock:
-            self._gone, cancel = True, self._cancel
-        if cancel:
-            cancel()
+    def flush(self) -> bool:
+        """Sends what is left of the answer; False if not all could be sent yet."""
+        with suppress(BlockingIOError):
+            sent = self._socket.send(self._unsent)
+            self._unsent = memoryview(self._unsent)[sent:] if sent < len(self._unsent) else b""
+        self.busy = bool(self._unsent)
+        return not self.busy
+
+    def later(self, answer: Callable[[], Any]) -> None:
+        """Hears that the call is over."""
+        self._server.soon(partial(self._server.reply, self, answer))
+
+    def drive(self, seat: Seat, batcher: Batcher) -> None:
+        """Takes care of a borrowed worker."""
+        self._server.drive(seat, batcher)
 
     def hang_up(self) -> None:
         """Ends the connection from another thread."""
-        try:
+        with suppress(OSError):  # it has ended
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # it has ended
 
     def close(self) -> None:
-        """Ends the connection; its memory goes with the last who needs it."""
-        self._cancel = None  # which knows the call's item, and that this connection
+        """Ends the connection and cancels its call; its memory goes with the last who needs it."""
+        self.gone = True
+        cancel, self._cancel = self._cancel, None
         self._socket.close()
+        if cancel:
+            cancel()
 
     def _on_end(self, cancel: Callable[[], None]) -> bool:
-        with self._lock:
-            self._cancel = cancel
-            return not self._gone
+        self._cancel = cancel
+        return not self.gone

@@ -21,6 +21,7 @@ class Pipe:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
+        self._read = memoryview(bytearray(_READ))
         self._closing = threading.Lock()
 
     def fileno(self) -> int:
@@ -40,28 +41,30 @@ class Pipe:
     def receive(self) -> tuple[Any, list[int]]:
         """The next message and its descriptors; EOFError or OSError if the other end has gone, else UnpicklingError."""
         fds = array.array("i")
-        data: bytes | bytearray = self._receive(fds)  # all of it, but where it is long or has descriptors
-        while len(data) < _HEADER.size:
-            data += self._receive(fds)
+        data: memoryview | bytearray = self._read[: self._receive(fds)]  # all of it, but where it is long
+        if len(data) < _HEADER.size:
+            data = self._complete(bytearray(data), _HEADER.size, fds)
         mark, size, count = _HEADER.unpack_from(data)
         if mark != _MARK:
             raise pickle.UnpicklingError("that is no message")
         while len(fds) < count:
             self._receive(fds, 1)
-        if missing := _HEADER.size + size - len(data):
-            data = bytearray(data)
-            while missing:
-                missing -= len(more := self._receive(fds, min(missing, 1 << 20)))
-                data += more
+        if len(data) < _HEADER.size + size:
+            data = self._complete(bytearray(data), _HEADER.size + size, fds)
         return pickle.loads(memoryview(data)[_HEADER.size :]), fds.tolist()
 
-    def _receive(self, fds: "array.array[int]", most: int = _READ) -> bytes:
-        data, ancillary, _, _ = self._socket.recvmsg(most, _SPACE)
+    def _complete(self, data: bytearray, size: int, fds: "array.array[int]") -> bytearray:
+        while len(data) < size:
+            data += self._read[: self._receive(fds, min(size - len(data), _READ))]
+        return data
+
+    def _receive(self, fds: "array.array[int]", most: int = _READ) -> int:
+        size, ancillary, *_ = self._socket.recvmsg_into([self._read[:most]], _SPACE)
         for _, _, content in ancillary:
             fds.frombytes(content)
-        if not data:
+        if not size:
             raise EOFError
-        return data
+        return size
 
     def shutdown(self) -> None:
         """Ends the conversation, from any thread: who waits at either end hears it."""

@@ -5,11 +5,12 @@ import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import reduction
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_model_server import devices
-from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
+from tiny_model_server.batcher import Batcher, Item, Outcome, Seat, resolve
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import DeadlineExceeded, ModelError, ModelUnavailable, ServerError, from_status
 from tiny_model_server.load import ModelLoad
@@ -32,6 +33,7 @@ log = logging.getLogger("tiny_model_server.pool")
 _ROOT = Path(__file__).resolve().parent.parent
 _LONGEST_BACKOFF_S = 30.0  # between attempts to load
 _LONGEST_CRASH_BACKOFF_S = 0.2  # between deaths of workers that could be loaded: inputs that kill must not stop others
+_STUCK_S = 5  # a worker that begins a message and does not go on for so long is given up
 _STABLE_S = 10.0  # a worker that lived this long and then died is restarted at once
 
 
@@ -81,6 +83,8 @@ class _Slot:
 
     def __init__(self, control: Connection) -> None:
         ours, theirs = socket.socketpair()
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of one piece, not of a whole answer
+            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _STUCK_S, 0))
         self.pipe = Pipe(ours)
         self._inbox, self._outbox = Segment(), Segment()
         self._new_inbox = False
@@ -338,6 +342,11 @@ class Pool:
         self._batcher.wake()
 
     @property
+    def stopping(self) -> bool:
+        """True when nothing more is to be run."""
+        return self._stopping.is_set()
+
+    @property
     def pids(self) -> list[int]:
         """The processes that serve now."""
         return [process.popen.pid for process in self._running() if process.ready]
@@ -446,17 +455,15 @@ class Pool:
     def _serve(self, process: _Process, slot: _Slot, options: ModelOptions) -> None:
         """Takes batches and runs them in one slot, until the worker is dead or the pool stops."""
         shift = _Shift(self, process, slot, options)
-        seat = Seat(lambda: self._stopping.is_set() or shift.broken or process.popen.returncode is not None)
-        seat.run = shift.run_one
-        while (batch := self._batcher.take(options.max_batch_size, options.max_wait_ms / 1000, seat)) is not None:
+        while (batch := self._batcher.take(options.max_wait_ms / 1000, shift)) is not None:
             if batch:
                 with self.suspects if batch[0].attempts else nullcontext():
                     shift.begin(batch)
-                    shift.finish()
+                    resolve(shift.finish())
                     batch.clear()
             else:
-                shift.finish()
-                self._batcher.take_back(seat)
+                resolve(shift.finish())
+                self._batcher.take_back(shift)
         slot.close()
 
     def after_death(self, process: _Process, batch: list[Item]) -> None:
@@ -472,20 +479,23 @@ class Pool:
         self._batcher.put_back(again)
 
 
-class _Shift:
-    """Runs batches in one slot, one after the other: in the thread that keeps it, or in that of a caller."""
+class _Shift(Seat):
+    """Runs batches in one slot, one after the other: in the thread that keeps it, or in that of who has borrowed it."""
 
     def __init__(self, pool: Pool, process: _Process, slot: _Slot, options: ModelOptions) -> None:
         self._pool, self._process, self._slot, self._options = pool, process, slot, options
+        self.most = options.max_batch_size
         self._batch: list[Item] = []
         self._started = 0.0
-        self.broken = False
-        """True when the slot is of no more use."""
+        self._broken = False
 
-    def run_one(self, item: Item) -> bool:
-        """Runs an item alone; False if its deadline came first, and ``finish`` is to be called by whoever can wait."""
-        self.begin([item])
-        return self.finish(None if item.deadline is None else item.deadline)
+    def fileno(self) -> int:
+        """The descriptor of the socket to the worker."""
+        return self._slot.pipe.fileno()
+
+    def leave(self) -> bool:
+        """True when the pool stops, or the worker is of no more use."""
+        return self._pool.stopping or self._broken or self._process.popen.returncode is not None
 
     def begin(self, batch: list[Item]) -> None:
         """Hands a batch to the worker."""
@@ -494,44 +504,41 @@ class _Shift:
             item.begun = now
         self._batch = batch
         self._started = self._pool.load.started([now - item.enqueued for item in batch])
+        self.limit = self._started + self._options.timeout_s
         try:
             self._slot.send(batch)
         except Exception as error:
             self._fail(error)
 
-    def finish(self, deadline: float | None = None) -> bool:
-        """Gives the items their outcomes when the worker is done with them; False if ``deadline`` comes first."""
+    def wait(self, deadline: float) -> bool:
+        """Waits until ``finish`` will not, or not for long; False if ``deadline`` comes first."""
+        return self._broken or deadline >= self.limit or self._slot.ready(deadline - time.monotonic())
+
+    def finish(self, *, ready: bool = False) -> Iterable[tuple[Item, Outcome]]:
+        """The items to be resolved and their outcomes; waits for the worker, if it is not known to be ready."""
         batch, slot, options = self._batch, self._slot, self._options
-        remaining: float | None = self._started + options.timeout_s - time.monotonic()
-        if self.broken:
-            return True
+        if self._broken:
+            return ()
         try:
-            if deadline is not None and deadline < self._started + options.timeout_s:
-                if not slot.ready(deadline - time.monotonic()):
-                    batch[0].resolve(DeadlineExceeded("the deadline passed before the model answered"))
-                    return False
-                remaining = None
             if batch[0].chunks is not None:
                 seconds, tally = slot.stream(batch[0], options.timeout_s)
                 outcomes: list[Outcome] = [Packed("null", [])]
             else:
-                outcomes, seconds, tally = slot.outcomes(batch, remaining)
+                outcomes, seconds, tally = slot.outcomes(batch, None if ready else self.limit - time.monotonic())
         except Exception as error:
             self._fail(error)
-        else:
-            self._pool.load.finished(self._started, seconds, tally)
-            for item, outcome in zip(batch, outcomes, strict=True):
-                item.resolve(outcome)
-            self._batch = []  # a caller's memory goes with its last user, which shall not be an idle worker
-        return True
+            return ()
+        self._pool.load.finished(self._started, seconds, tally)
+        self._batch = []  # a caller's memory goes with its last user, which shall not be an idle worker
+        return zip(batch, outcomes, strict=True)
 
     def _fail(self, error: Exception) -> None:
         """Gives the items of a batch that came to nothing their outcomes, or another chance."""
-        self.broken = True
+        self._broken = True
         batch, self._batch, name = self._batch, [], self._pool.name
+        self._process.kill()
         if isinstance(error, _WorkerDied):
             return self._pool.after_death(self._process, batch)
-        self._process.kill()
         outcome: ServerError
         if isinstance(error, _WorkerHung):
             outcome = DeadlineExceeded(f"model {name!r} took longer than its timeout_s={self._options.timeout_s:g}")

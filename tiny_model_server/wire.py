@@ -4,7 +4,6 @@ Generated modules would register in protobuf's default pool, where they clash wi
 a version stamp; descriptor sets do neither. ``make proto`` writes them from the .proto files.
 """
 
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,13 +70,13 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     return value | data[at] << shift, at + 1
 
 
-def respond(method: Method, handler: Callable[[Any, Any], Any], data: bytes, call: Any, largest: int) -> bytes:
-    """What a handler answers to these bytes; an answer of more than ``largest`` bytes is an error not to be retried."""
-    response: bytes = handler(parse(method, data, call), call).SerializeToString()
-    if len(response) > largest:
-        why = f"the answer has {len(response)} bytes, more than TMS_MAX_MESSAGE_MB allows"
+def serialized(answer: Any, largest: int) -> bytes:
+    """The bytes of an answer; more than ``largest`` are an error not to be retried."""
+    data: bytes = answer.SerializeToString()
+    if len(data) > largest:
+        why = f"the answer has {len(data)} bytes, more than TMS_MAX_MESSAGE_MB allows"
         raise Overloaded(why, retry_after_ms=-1)
-    return response
+    return data
 
 
 @cache

@@ -47,8 +47,12 @@ class _Native:
         )
 
     def RunImageToImage(self, request: Any, call: Call) -> Any:
-        args = codec.parse_args(request.args)
-        packed = self._engine.run(request.model, _image(request.image, call), args, call)
+        args, image = codec.parse_args(request.args), _image(request.image, call)
+        return self._engine.run(
+            request.model, image, args, call, then=lambda packed: self._image_answer(packed, request.model, call)
+        )
+
+    def _image_answer(self, packed: Packed, model: str, call: Call) -> Any:
         value = codec.unpack(packed)
         image, rest = value, None
         if isinstance(value, dict) and isinstance(value.get("image"), np.ndarray):
@@ -61,7 +65,7 @@ class _Native:
                 f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
             )
             raise ModelUnavailable(
-                f"model {request.model!r} answered with a {kind}, no image (HxW or HxWxC); call it by RunImage"
+                f"model {model!r} answered with a {kind}, no image (HxW or HxWxC); call it by RunImage"
             ) from None
         height, width, channels = (*image.shape, 1)[:3]
         answer = self._image_response(data=codec.plain_json(rest))
@@ -72,8 +76,7 @@ class _Native:
         return answer
 
     def Run(self, request: Any, call: Call) -> Any:
-        args = codec.parse_args(request.args)
-        return self._answer(self._engine.run(request.model, _value(request.data, call), args, call), call)
+        return self._run(request, _value(request.data, call), call)
 
     def RunBatch(self, request: Any, call: Call) -> Any:
         items = [_named(_value, i, value, call) for i, value in enumerate(request.items)]
@@ -130,8 +133,10 @@ class _Native:
         return self._json({"stopping": True})
 
     def _run(self, request: Any, data: Packed, call: Call) -> Any:
-        args, plain = codec.parse_args(request.args), not request.accept_arrays
-        return self._answer(self._engine.run(request.model, data, args, call, plain=plain), call)
+        args, plain = codec.parse_args(request.args), not getattr(request, "accept_arrays", True)
+        return self._engine.run(
+            request.model, data, args, call, plain=plain, then=lambda packed: self._answer(packed, call)
+        )
 
     def _answer(self, packed: Packed, call: Call) -> Any:
         answer = self._response()
