@@ -18,7 +18,7 @@ import pytest
 
 import model_client
 from tests.conftest import Server, wait_for
-from tiny_model_server import devices, wire
+from tiny_model_server import awake, devices, wire
 
 StartServer = Callable[..., Server]
 
@@ -364,6 +364,55 @@ def test_a_second_signal_hurries(start_server: StartServer) -> None:
         assert isinstance(call.exception(), model_client.ModelClientError)
 
 
+# ---- waiting awake
+
+
+def test_waiting_awake_stops_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    polls: list[float | None] = []
+    takes = 0.0
+
+    def poll(timeout: float | None) -> list[str]:
+        polls.append(timeout)
+        if timeout == 0:
+            return ["event"] if len(polls) > 3 and not takes else []
+        time.sleep(takes)
+        return ["event"]
+
+    waiter = awake.Waiter(poll)
+    assert waiter.wait(None) == ["event"]
+    assert polls == [None]  # 0 us, as where there is one core
+    monkeypatch.setattr(awake, "seconds", 0.01)
+    polls.clear()
+    assert waiter.wait(5) == ["event"]
+    assert polls == [0, 0, 0, 0]
+    takes = 0.02
+    for seen in ([0, 5], [5]):  # it lasts longer: once in vain, then no more
+        polls.clear()
+        waiter.wait(5)
+        assert sorted(set(polls)) == seen
+    takes = 0.001
+    for seen in ([5], [0, 5]):
+        polls.clear()
+        waiter.wait(5)
+        assert sorted(set(polls)) == seen
+    with awake._one:  # another thread is awake already
+        polls.clear()
+        waiter.wait(5)
+        assert polls == [5]
+
+
+def test_a_slow_model_keeps_nobody_awake(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    body = "    def run(self, data, args):\n        __import__('time').sleep(0.1)\n        return data"
+    server = start_server(write_model(tmp_path, "slow", body), TMS_AWAKE_US=10000)
+    front = psutil.Process(server.process.pid)
+    with server.client("slow") as client:
+        client.run_text("x")
+        before = sum(front.cpu_times()[:2])
+        for _ in range(10):
+            client.run_text("x")
+        assert sum(front.cpu_times()[:2]) - before < 0.25  # of a second's calls; a thread that stays awake takes it all
+
+
 # ---- devices
 
 
@@ -384,9 +433,13 @@ def test_workers_are_spread_over_the_gpus() -> None:
             devices.parse(wrong)
 
 
-def test_threads_are_divided_and_the_operators_word_counts() -> None:
+def test_threads_are_divided_and_the_operators_word_counts(tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
-    assert devices.threads_for(1) == cores
+    assert devices.threads_for(1) == max(1, int(devices.cpus()))
+    limit = tmp_path / "cpu.max"
+    for text, cpus in {"max 100000": cores, "50000 100000": 0.5, "99900000 100000": cores, "nonsense": cores}.items():
+        limit.write_text(text)
+        assert devices.cpus(limit) == cpus
     assert devices.threads_for(1000) == 1
     found = devices.environment(0, cores, ("auto",), {"OMP_NUM_THREADS": "7"}, [])
     assert "OMP_NUM_THREADS" not in found

@@ -15,6 +15,7 @@ ORDER = [
     "tiny_model_server.codec",
     "tiny_model_server.shm",
     "tiny_model_server.pipe",
+    "tiny_model_server.awake",
     "tiny_model_server.pictures",
     "tiny_model_server.tally",
     "tiny_model_server.devices",
@@ -146,7 +147,7 @@ def test_the_inside_stays_small() -> None:
             assert lines < 250, f"{path.name}: a door converts, delegates and converts back"
         else:
             core += lines
-    assert core <= 4100
+    assert core <= 4125
 
 
 def test_no_door_imports_another() -> None:

@@ -24,6 +24,16 @@ CORES: frozenset[int] = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched
 """The cores that the server was started with; empty where the system does not tell."""
 
 
+def cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
+    """How many cores the server may use at once: those it has, or as many as its container is limited to."""
+    cores = float(len(CORES) or os.cpu_count() or 1)
+    try:
+        quota, period = limit.read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else min(cores, int(quota) / int(period))
+
+
 def keep_to_one_core(seed: int) -> None:
     """Keeps this process to one of its cores, chosen by ``seed``, for threads that are started from now on.
 
@@ -100,4 +110,4 @@ def environment(
 
 def threads_for(workers: int) -> int:
     """The usable cores divided by the workers, at least one."""
-    return max(1, (len(CORES) or os.cpu_count() or 1) // workers)
+    return max(1, int(cpus()) // workers)

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 from tiny_model_server import lane, wire
+from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Seat, resolve
 from tiny_model_server.engine import LATER, Call, Engine, WouldWait
 from tiny_model_server.errors import CODES, ServerError, Stopping, Unimplemented
@@ -56,6 +57,7 @@ class LaneServer:
         self._epoll.register(self._workers, select.EPOLLIN)
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll.register(self._bell, select.EPOLLIN)
+        self._for_worker, self._for_caller = Waiter(self._epoll.poll), Waiter(self._epoll.poll)
         self._connections: set[_Connection] = set()
         self._callers: dict[int, _Connection] = {}  # by descriptor, after the greeting
         self._driven: dict[int, tuple[Seat, Batcher]] = {}
@@ -129,7 +131,8 @@ class LaneServer:
     def _loop(self) -> None:
         while True:
             limit = min([seat.limit for seat, _ in self._driven.values()], default=math.inf)
-            events = self._epoll.poll(None if limit == math.inf else max(0.0, limit - time.monotonic()))
+            waiter = self._for_worker if self._driven else self._for_caller
+            events = waiter.wait(None if limit == math.inf else max(0.0, limit - time.monotonic()))
             for fd, event in events:
                 self._do(partial(self._on_event, fd, event))
                 while self._todo:

@@ -10,8 +10,8 @@ import threading
 import urllib.request
 from dataclasses import replace
 
-from tiny_model_server import __version__, codec, lane, logs
-from tiny_model_server.devices import keep_memory, keep_to_one_core
+from tiny_model_server import __version__, awake, codec, lane, logs
+from tiny_model_server.devices import cpus, keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
@@ -53,6 +53,7 @@ def serve(settings: Settings) -> int:
     """Serves until SIGTERM, SIGINT or StopServer; a second signal hurries the stop."""
     log.info("settings: %s", settings.describe())
     keep_memory()
+    awake.seconds = settings.awake_us / 1e6 if cpus() >= 2 else 0
     if settings.one_core:
         keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
     engine = Engine(settings)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_model_server import devices
+from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Item, Outcome, Seat, resolve
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import DeadlineExceeded, ModelError, ModelUnavailable, ServerError, from_status
@@ -89,8 +90,9 @@ class _Slot:
         self._inbox, self._outbox = Segment(), Segment()
         self._new_inbox = False
         self._known: set[int] = set()  # the callers' memory that the worker maps, by name
-        self._poll = select.poll()
-        self._poll.register(self.pipe, select.POLLIN)
+        poll = select.poll()
+        poll.register(self.pipe, select.POLLIN)
+        self._waiter = Waiter(lambda seconds: poll.poll(None if seconds is None else seconds * 1000))
         with theirs:
             for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
                 reduction.send_handle(control, fd, 0)
@@ -104,7 +106,7 @@ class _Slot:
 
     def ready(self, seconds: float) -> bool:
         """True when the worker has answered, False if it has not within this time."""
-        return bool(self._poll.poll(max(0.0, seconds) * 1000))
+        return bool(self._waiter.wait(max(0.0, seconds)))
 
     def outcomes(self, batch: list[Item], timeout_s: float | None) -> tuple[list[Outcome], float, Tally]:
         """One outcome an item, the worker's seconds, what it counted; _WorkerDied or _WorkerHung if there is none.

@@ -103,6 +103,12 @@ class Settings:
     threads: int = _setting(256, _number(int, 1, 4096), "calls in the server at once; one more is refused")
     lane: bool = _setting(True, _flag, "1: clients on this host send by unix socket and shared memory, which is faster")
     one_core: bool = _setting(True, _flag, "1: the gRPC process keeps to one core, which is faster; workers use all")
+    awake_us: int = _setting(
+        300,
+        _number(int, 0, 10000),
+        "microseconds that the gRPC process waits awake where waits are mostly shorter: small calls take a third less, "
+        "and some CPU more; on one core it never does",
+    )
     strict: bool = _setting(False, _flag, "1: a model that fails to load stops the start")
     lazy: bool = _setting(False, _flag, "1: a model is loaded at its first call")
     reload: bool = _setting(False, _flag, "1: a model is reloaded when its files change")

@@ -1,0 +1,36 @@
+"""Waiting awake for a moment before sleeping: to wake a core up costs more than most waits within a call take."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+seconds = 0.0
+"""How long to stay awake; 0 is not at all. Set at the start."""
+
+_one = threading.Lock()  # stays awake at a time: more would only take each other's core
+
+
+class Waiter:
+    """Waits in one place for events, and stays awake there as long as that has paid lately."""
+
+    def __init__(self, poll: Callable[[float | None], Any]) -> None:
+        """``poll`` returns events if there are any within so many seconds (None: whenever)."""
+        self._poll = poll
+        self._pays = True
+
+    def wait(self, timeout: float | None) -> Any:
+        """What ``poll`` finds within ``timeout`` seconds."""
+        if not seconds or (timeout is not None and timeout <= 0):
+            return self._poll(timeout)
+        begun = time.monotonic()
+        if self._pays and _one.acquire(blocking=False):
+            try:
+                while time.monotonic() - begun < seconds:
+                    if found := self._poll(0):
+                        return found
+            finally:
+                _one.release()
+        found = self._poll(timeout)
+        self._pays = time.monotonic() - begun < seconds
+        return found
