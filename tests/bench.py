@@ -5,11 +5,13 @@ Prints Markdown tables for BENCHMARKS.md. Machines are noisy: trust the ratios.
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,13 +45,15 @@ LENGTHS = f"""{LENGTH}    def run_batch(self, items, args):
 """
 BATCHES = """
 import time
-from model_interface import ModelInterface
+from model_interface import ModelInterface, observe
 class Model(ModelInterface):
     max_batch_size = 32
     def run(self, data, args):
         return self.run_batch([data], args)[0]
     def run_batch(self, items, args):
+        begun = time.monotonic()
         time.sleep(({base} + {item} * len(items)) / 1000)
+        observe("own_ms", (time.monotonic() - begun) * 1000)
         return [1] * len(items)
 """
 COSTS = {"heavy": (10, 0.5), "light": (2, 0.1)}  # ms a batch, ms an item
@@ -156,18 +160,29 @@ def map_table(server: Server) -> None:
 
 def batching_table(server: Server, stub: Any) -> None:
     """64 callers and one, on models that cost so much a batch and so much an item."""
-    print("\n| model | callers | calls/s | ideal | part of it | p50 ms |\n| --- | --- | --- | --- | --- | --- |")
+    print("\n| model | callers | calls/s | ideal | part of it | p50 ms | a batch in the model, ms |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (base, item) in COSTS.items():
         for callers in (1, 64):
             call = [sys.executable, __file__, "callers", server.address, name, str(callers)]
+            before = own_ms(server, name)
             ran = subprocess.run(call, capture_output=True, text=True, check=True)
             rate, p50, _ = map(float, ran.stdout.split())
             most = min(callers, 32)
             ideal = most / (base + item * most) * 1000
-            what = f"{base} ms + {item} ms an item"
-            print(f"| {what} | {callers} | {rate:.0f} | {ideal:.0f} | {rate / ideal:.2f} | {p50:.2f} |", flush=True)
+            total, batches = own_ms(server, name) - before
+            cells = [f"{base} ms + {item} ms an item", callers, f"{rate:.0f}", f"{ideal:.0f}", f"{rate / ideal:.2f}"]
+            print("|", " | ".join(map(str, [*cells, f"{p50:.2f}", f"{total / batches:.2f}"])), "|", flush=True)
     rate, p50, _ = measure(lambda: stub(b""), 64)
-    print(f"| none: the bare echo | 64 | {rate:.0f} | | | {p50:.2f} |", flush=True)
+    print(f"| none: the bare echo | 64 | {rate:.0f} | | | {p50:.2f} | |", flush=True)
+
+
+def own_ms(server: Server, model: str) -> np.ndarray[Any, Any]:
+    """(milliseconds, batches) that the model has counted itself."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as answer:
+        text = answer.read().decode()
+    found = [re.search(rf'tms_model_own_ms_{what}{{model="{model}"}} (\S+)', text) for what in ("sum", "count")]
+    return np.array([float(one[1]) if one else 0.0 for one in found])
 
 
 def client_overhead(server: Server) -> None:
