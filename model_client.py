@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -544,7 +544,7 @@ class _Sent:
 
     def result(self) -> Any:
         """The answer, or the error raised; gRPC makes the call if need be."""
-        with _in_flight():
+        with _in_flight:
             if self._process != forks.generation:
                 raise Cancelled(grpc.StatusCode.CANCELLED, "it was begun before a fork", self._client.model)
             found = self.receive()
@@ -578,7 +578,7 @@ class ModelClient(_Client):
     ) -> Iterator[Any]:
         """The model's answers as it makes them; leaving the loop early ends the model's work. See ``run``."""
         request = self._value_request("RunStream", data, args)
-        with _in_flight():
+        with _in_flight:
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
@@ -742,7 +742,7 @@ class ModelClient(_Client):
     def _start(
         self, request: _Request, timeout: float | None, retry: bool = True, outcome: "Future[Any] | None" = None
     ) -> Any:
-        with _in_flight():
+        with _in_flight:
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             if sent := self._send(request, begun + timeout, retry):
                 if outcome:
@@ -769,7 +769,7 @@ class ModelClient(_Client):
     def _ahead(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any] | _Sent":
         """Starts a call; by the short cut no thread waits for its answer but the one that wants it."""
         if self._connected:
-            with _in_flight():
+            with _in_flight:
                 begun, timeout, _, _ = self._connect(request, timeout, retry)
                 if sent := self._send(request, begun + timeout, retry):
                     return sent
@@ -929,7 +929,7 @@ class AsyncModelClient(_Client):
     ) -> AsyncIterator[Any]:
         """The model's answers as it makes them: ``async for``; see ``ModelClient.run_stream``."""
         request = self._value_request("RunStream", data, args)
-        with _in_flight():
+        with _in_flight:
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
@@ -996,7 +996,7 @@ class AsyncModelClient(_Client):
         return asyncio.get_running_loop()
 
     async def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
-        with _in_flight():
+        with _in_flight:
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             remaining = max(0.001, begun + timeout - time.monotonic())
             call = stub(request.message, timeout=remaining, metadata=self._sent(retry))
@@ -1067,13 +1067,16 @@ def _close_clients() -> None:
             client.close()
 
 
-@contextmanager
-def _in_flight() -> Iterator[None]:
-    forks.begin()
-    try:
-        yield
-    finally:
+class _InFlight:
+    def __enter__(self) -> None:
+        forks.begin()
+
+    def __exit__(self, *error: object) -> None:
         forks.end()
+
+
+_in_flight = _InFlight()
+"""Around every call."""
 
 
 def _why_silent(error: Any) -> str | None:
@@ -1106,6 +1109,7 @@ def _addresses(ip: str | None, port: int | None, addresses: Sequence[str] | str 
     return [address.strip() for address in listed]
 
 
+@cache
 def _message(name: str) -> Any:
     return wire.message("server", f"{_SERVICE.partition('.')[0]}.{name}")
 

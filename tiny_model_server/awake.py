@@ -17,14 +17,15 @@ class Waiter:
     def __init__(self, poll: Callable[[float | None], Any]) -> None:
         """``poll`` returns events if there are any within so many seconds (None: whenever)."""
         self._poll = poll
-        self._pays = True
+        self.pays = True
+        """Whether the last wait was short."""
 
     def wait(self, timeout: float | None) -> Any:
         """What ``poll`` finds within ``timeout`` seconds."""
         if not seconds or (timeout is not None and timeout <= 0):
             return self._poll(timeout)
         begun = time.monotonic()
-        if self._pays and _one.acquire(blocking=False):
+        if self.pays and _one.acquire(blocking=False):
             try:
                 while time.monotonic() - begun < seconds:
                     if found := self._poll(0):
@@ -32,5 +33,5 @@ class Waiter:
             finally:
                 _one.release()
         found = self._poll(timeout)
-        self._pays = time.monotonic() - begun < seconds
+        self.pays = time.monotonic() - begun < seconds
         return found

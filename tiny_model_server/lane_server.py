@@ -131,14 +131,19 @@ class LaneServer:
     def _loop(self) -> None:
         while True:
             limit = min([seat.limit for seat, _ in self._driven.values()], default=math.inf)
-            waiter = self._for_worker if self._driven else self._for_caller
-            events = waiter.wait(None if limit == math.inf else max(0.0, limit - time.monotonic()))
+            events = self._wait()(None if limit == math.inf else max(0.0, limit - time.monotonic()))
             for fd, event in events:
                 self._do(partial(self._on_event, fd, event))
                 while self._todo:
                     self._do(self._todo.popleft())
             if limit < time.monotonic():
                 self._leave_late()
+
+    def _wait(self) -> Callable[[float | None], Any]:
+        """How to wait: awake for one worker or the next call of a quick model, not where cores have enough to do."""
+        if len(self._driven) == 1:
+            return self._for_worker.wait
+        return self._epoll.poll if self._driven or not self._for_worker.pays else self._for_caller.wait
 
     def _do(self, do: Callable[[], None]) -> None:
         try:
