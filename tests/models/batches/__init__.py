@@ -9,6 +9,7 @@ class Model(ModelInterface):
     max_batch_size = 8
 
     def run(self, data, args):
+        time.sleep(args.get("sleep", 0))
         if data < 0:
             raise InvalidInput(f"{data} is negative")
         return [data, 1]
