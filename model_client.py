@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache, partial, wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Concatenate, NamedTuple, ParamSpec
 
 import grpc
 import grpc.aio
@@ -54,6 +54,7 @@ _IN_FLIGHT = 16
 _POLL_S = 0.05
 _PROBE_S = 1.0
 _SERVICE = "server.Server"
+_P = ParamSpec("_P")
 
 
 class ModelClientError(grpc.RpcError):
@@ -544,7 +545,7 @@ class _Sent:
 
     def result(self) -> Any:
         """The answer, or the error raised; gRPC makes the call if need be."""
-        with _in_flight:
+        with _in_flight():
             if self._process != forks.generation:
                 raise Cancelled(grpc.StatusCode.CANCELLED, "it was begun before a fork", self._client.model)
             found = self.receive()
@@ -563,6 +564,28 @@ class _Sent:
         self._client._ended(self._request.method, self.begun, (("tms-replica", self._lane.server),), status)
 
 
+class _Submitter(_Calls):
+    """The way of calling that returns futures, or what is like them."""
+
+    def __init__(self, client: "ModelClient", submit: Callable[[_Request, float | None, bool], Any]) -> None:
+        self._submit = submit
+        self.model = client.model
+
+    def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
+        return self._submit(request, timeout, retry)
+
+
+def _submitting(run: Callable[Concatenate[Any, _P], Any]) -> Callable[Concatenate[Any, _P], "Future[Any]"]:
+    """The method that starts what ``run`` does, with its arguments."""
+
+    @wraps(run)
+    def submit(client: "ModelClient", /, *args: _P.args, **kwargs: _P.kwargs) -> "Future[Any]":
+        return run(_Submitter(client, client._submit), *args, **kwargs)  # type: ignore[no-any-return]
+
+    submit.__doc__ = f"Starts ``{run.__name__}``, and returns the future of its answer."
+    return submit
+
+
 class ModelClient(_Client):
     """A client of one model, connected to one server or balanced over several. Threads may share it.
 
@@ -578,7 +601,7 @@ class ModelClient(_Client):
     ) -> Iterator[Any]:
         """The model's answers as it makes them; leaving the loop early ends the model's work. See ``run``."""
         request = self._value_request("RunStream", data, args)
-        with _in_flight:
+        with _in_flight():
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
@@ -592,41 +615,13 @@ class ModelClient(_Client):
 
     # ---- several at once
 
-    def submit_image(
-        self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
-    ) -> "Future[Any]":
-        """Starts ``run_image``, and returns the future of its answer."""
-        return _Submitter(self, self._submit).run_image(image, args, timeout, retry=retry)  # type: ignore[no-any-return]
-
-    def submit_text(
-        self, text: str, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
-    ) -> "Future[Any]":
-        """Starts ``run_text``."""
-        return _Submitter(self, self._submit).run_text(text, args, timeout, retry=retry)  # type: ignore[no-any-return]
-
-    def submit(
-        self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
-    ) -> "Future[Any]":
-        """Starts ``run``."""
-        return _Submitter(self, self._submit).run(data, args, timeout, retry=retry)  # type: ignore[no-any-return]
-
-    def submit_image_to_image(
-        self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
-    ) -> "Future[Any]":
-        """Starts ``run_image_to_image``."""
-        return _Submitter(self, self._submit).run_image_to_image(image, args, timeout, retry=retry)  # type: ignore[no-any-return]
-
-    def submit_image_batch(self, images: Sequence[Image], *rest: Any, **options: Any) -> "Future[list[Any]]":
-        """Starts ``run_image_batch``, with its arguments."""
-        return _Submitter(self, self._submit).run_image_batch(images, *rest, **options)  # type: ignore[no-any-return]
-
-    def submit_text_batch(self, texts: Sequence[str], *rest: Any, **options: Any) -> "Future[list[Any]]":
-        """Starts ``run_text_batch``, with its arguments."""
-        return _Submitter(self, self._submit).run_text_batch(texts, *rest, **options)  # type: ignore[no-any-return]
-
-    def submit_batch(self, items: Sequence[Any], *rest: Any, **options: Any) -> "Future[list[Any]]":
-        """Starts ``run_batch``, with its arguments."""
-        return _Submitter(self, self._submit).run_batch(items, *rest, **options)  # type: ignore[no-any-return]
+    submit_image = _submitting(_Calls.run_image)
+    submit_text = _submitting(_Calls.run_text)
+    submit = _submitting(_Calls.run)
+    submit_image_to_image = _submitting(_Calls.run_image_to_image)
+    submit_image_batch = _submitting(_Calls.run_image_batch)
+    submit_text_batch = _submitting(_Calls.run_text_batch)
+    submit_batch = _submitting(_Calls.run_batch)
 
     def map(
         self,
@@ -742,7 +737,7 @@ class ModelClient(_Client):
     def _start(
         self, request: _Request, timeout: float | None, retry: bool = True, outcome: "Future[Any] | None" = None
     ) -> Any:
-        with _in_flight:
+        with _in_flight():
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             if sent := self._send(request, begun + timeout, retry):
                 if outcome:
@@ -769,7 +764,7 @@ class ModelClient(_Client):
     def _ahead(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any] | _Sent":
         """Starts a call; by the short cut no thread waits for its answer but the one that wants it."""
         if self._connected:
-            with _in_flight:
+            with _in_flight():
                 begun, timeout, _, _ = self._connect(request, timeout, retry)
                 if sent := self._send(request, begun + timeout, retry):
                     return sent
@@ -890,17 +885,6 @@ class ModelClient(_Client):
         return self._each(method, message, _info, timeout)
 
 
-class _Submitter(_Calls):
-    """The way of calling that returns futures, or what is like them."""
-
-    def __init__(self, client: ModelClient, submit: Callable[[_Request, float | None, bool], Any]) -> None:
-        self._submit = submit
-        self.model = client.model
-
-    def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
-        return self._submit(request, timeout, retry)
-
-
 def _in_thread(name: str) -> Any:
     """The coroutine function that does what a method of ``ModelClient`` does, without blocking the loop."""
 
@@ -929,7 +913,7 @@ class AsyncModelClient(_Client):
     ) -> AsyncIterator[Any]:
         """The model's answers as it makes them: ``async for``; see ``ModelClient.run_stream``."""
         request = self._value_request("RunStream", data, args)
-        with _in_flight:
+        with _in_flight():
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
@@ -996,7 +980,7 @@ class AsyncModelClient(_Client):
         return asyncio.get_running_loop()
 
     async def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
-        with _in_flight:
+        with _in_flight():
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             remaining = max(0.001, begun + timeout - time.monotonic())
             call = stub(request.message, timeout=remaining, metadata=self._sent(retry))
@@ -1067,16 +1051,13 @@ def _close_clients() -> None:
             client.close()
 
 
-class _InFlight:
-    def __enter__(self) -> None:
-        forks.begin()
-
-    def __exit__(self, *error: object) -> None:
+@contextmanager
+def _in_flight() -> Iterator[None]:
+    forks.begin()
+    try:
+        yield
+    finally:
         forks.end()
-
-
-_in_flight = _InFlight()
-"""Around every call."""
 
 
 def _why_silent(error: Any) -> str | None:
