@@ -106,8 +106,8 @@ class Settings:
     awake_us: int = _setting(
         300,
         _number(int, 0, 10000),
-        "microseconds that the gRPC process waits awake where waits are mostly shorter: small calls take a third less, "
-        "and some CPU more; on one core it never does",
+        "microseconds that the gRPC process stays awake where waits mostly are shorter: small calls take a quarter "
+        "less, and some CPU more; on one core it never does",
     )
     strict: bool = _setting(False, _flag, "1: a model that fails to load stops the start")
     lazy: bool = _setting(False, _flag, "1: a model is loaded at its first call")
