@@ -337,9 +337,9 @@ class Engine:
         arrived = model.load_of.arrived(1)
         try:
             (item,) = self._items(self._open(name), [data], _text(args), call, plain)
-        except ServerError as error:
+        except Exception as error:
             self._dismiss()
-            model.load_of.answered(arrived, [error.status])
+            model.load_of.answered(arrived, [getattr(error, "status", ServerError.status)])
             raise
 
         def answer() -> Any:
