@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from tests.conftest import ROOT, Server, wait_for
 from tests.test_faults import write_model
 from tiny_model_server import lane, wire
 from tiny_model_server.errors import CODES
+from tiny_model_server.lane_server import LaneServer
+from tiny_model_server.settings import Settings
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
 METHODS = wire.methods("server", "server.Server")
@@ -213,10 +216,24 @@ def test_a_caller_that_does_not_read(server: Server, raw: lane.Lane) -> None:
     assert send(raw, "RunText", text="z", model="echo", accept_arrays=True)[1].data == '"z"'
 
 
-def test_a_model_that_hangs_among_callers_of_others(start_server: Callable[..., Server], tmp_path: Path) -> None:
+HANGS = {
+    "in run": "time.sleep(60 * len(data))",
+    "in its answer": (
+        "for fd in range(100 * len(data)):\n"
+        "            if os.path.exists(f'/proc/self/fd/{fd}') and 'socket' in os.readlink(f'/proc/self/fd/{fd}'):\n"
+        "                os.write(fd, b'half')\n"
+        "        time.sleep(60 * len(data))"
+    ),
+}
+
+
+@pytest.mark.parametrize("where", HANGS)
+def test_a_model_that_hangs_among_callers_of_others(
+    start_server: Callable[..., Server], tmp_path: Path, where: str
+) -> None:
     """Its time limit ends it, however busy the thread is that serves all callers; and those of the other are served."""
     write_model(tmp_path, "quick", "    def run(self, data, args):\n        return data")
-    body = "    timeout_s = 3\n    def run(self, data, args):\n        __import__('time').sleep(60 * len(data))"
+    body = f"    timeout_s = 3\n    def run(self, data, args):\n        import os, time\n        {HANGS[where]}"
     server = start_server(write_model(tmp_path, "hangs", body))
     ended = threading.Event()
     slowest: list[float] = []
@@ -280,11 +297,64 @@ def test_both_ways_to_one_worker(
         thread.start()
     for thread in threads:
         thread.join(60)
+        assert not thread.is_alive()
     assert lanes(by_lane) == 3
     assert lanes(by_grpc) == 0
     by_lane.close()
     by_grpc.close()
     assert not wrong
+
+
+def test_descriptors_that_run_out(start_server: Callable[..., Server]) -> None:
+    """While there are none, callers go by gRPC; afterwards the short cut is there again."""
+    server = start_server()
+    front = psutil.Process(server.process.pid)
+    lane.Lane(server.port, {}).close()
+    _, most = front.rlimit(psutil.RLIMIT_NOFILE)
+    for spare in range(4):  # for the socket, for one memory, for both
+        front.rlimit(psutil.RLIMIT_NOFILE, (front.num_fds() + spare, most))
+        with contextlib.suppress(OSError):
+            lane.Lane(server.port, {}).close()
+        front.rlimit(psutil.RLIMIT_NOFILE, (most, most))
+
+        def again() -> bool:
+            with contextlib.suppress(OSError):
+                lane.Lane(server.port, {}).close()
+                return True
+            return False
+
+        wait_for(again, "the short cut")
+
+
+def test_a_greeting_that_is_nested_deeply(start_server: Callable[..., Server]) -> None:
+    server = start_server(TMS_THREADS=2)
+    for _ in range(4):
+        with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
+            connection.settimeout(5)
+            connection.connect(lane.address(server.port))
+            connection.sendall(lane.HELLO.pack(60000) + b"[" * 60000)
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(1) == b""
+    lane.Lane(server.port, {}).close()  # those hold no place
+    assert not [line for line in server.log if "Traceback" in line]
+
+
+def test_a_worker_that_cannot_be_watched() -> None:
+    """Its own thread finishes what it was given."""
+
+    class Blind:
+        def register(self, fd: int, events: int) -> None:
+            raise OSError("no watch is left")
+
+    abandoned: list[Any] = []
+    handlers = dict.fromkeys(METHODS)
+    served = LaneServer(SimpleNamespace(settings=Settings()), handlers, 1, "x")  # type: ignore[arg-type]
+    served._workers = Blind()  # type: ignore[assignment]
+    with socket.socket() as seat:
+        served.drive(seat, SimpleNamespace(abandon=abandoned.append))  # type: ignore[arg-type]
+        assert abandoned == [seat]
+    served.stop(0)
+    assert not served._driven
 
 
 def test_a_request_that_never_ends(server: Server) -> None:

@@ -129,7 +129,10 @@ class Seat:
         raise NotImplementedError
 
     def finish(self, *, ready: bool = False) -> Iterable[tuple[Item, Outcome]]:
-        """The items to be resolved and their outcomes; waits for the worker, if it is not known to be ready."""
+        """The items to be resolved and their outcomes; waits for the worker.
+
+        If it is known to be ``ready``, nothing is waited for: pipe.Incomplete if it has only begun to answer.
+        """
         raise NotImplementedError
 
 

@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Seat, resolve
 from tiny_model_server.engine import LATER, Call, Engine, WouldWait
 from tiny_model_server.errors import CODES, ServerError, Stopping, Unimplemented
+from tiny_model_server.pipe import Incomplete
 from tiny_model_server.shm import Pair, Segment
 
 log = logging.getLogger("tiny_model_server.lane")
@@ -61,7 +63,8 @@ class LaneServer:
         self._connections: set[_Connection] = set()
         self._callers: dict[int, _Connection] = {}  # by descriptor, after the greeting
         self._driven: dict[int, tuple[Seat, Batcher]] = {}
-        self._watched: dict[int, Seat] = {}  # of which some are driven by others now
+        # Some of these are driven by others now.
+        self._watched: weakref.WeakValueDictionary[int, Seat] = weakref.WeakValueDictionary()
         self._todo: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._loop, name="lane", daemon=True)
         self._threads = ThreadPoolExecutor(engine.settings.threads, thread_name_prefix="lane")
@@ -92,10 +95,13 @@ class LaneServer:
     def drive(self, seat: Seat, batcher: Batcher) -> None:
         """Finishes what a borrowed worker was given, and gives it more while there is more; for the loop's thread."""
         fd = seat.fileno()
-        self._driven[fd] = seat, batcher
         if self._watched.get(fd) is not seat:
+            try:
+                self._workers.register(fd, select.EPOLLIN)
+            except OSError:  # the system watches no more
+                return batcher.abandon(seat)
             self._watched[fd] = seat
-            self._workers.register(fd, select.EPOLLIN)
+        self._driven[fd] = seat, batcher
 
     def reply(self, connection: "_Connection", make: Callable[[], Any]) -> None:
         """Answers with what ``make`` returns or raises; for the loop's thread."""
@@ -121,7 +127,7 @@ class LaneServer:
     def _greet(self, connection: "_Connection") -> None:
         try:
             connection.greet(self._name)
-        except (OSError, ValueError, struct.error):  # the caller has gone, or speaks another language
+        except (OSError, ValueError, RecursionError, struct.error):  # the caller has gone, or speaks another language
             self._connections.discard(connection)
             connection.close()
         else:
@@ -171,7 +177,11 @@ class LaneServer:
 
     def _on_worker(self, fd: int) -> None:
         seat, batcher = self._driven[fd]
-        finished = seat.finish(ready=True)
+        try:
+            finished = seat.finish(ready=True)
+        except Incomplete:  # its own thread can wait for the rest
+            del self._driven[fd]
+            return batcher.abandon(seat)
         if batch := batcher.more(seat):
             seat.begin(batch)
         else:
@@ -281,7 +291,7 @@ class _Connection:
         self.gone = False
         """True after its end."""
         self._metadata: dict[str, str] = {}
-        self._pair: Pair = _Shared()
+        self._pair: Pair
         self._renewing = False
         self._data: bytes | bytearray = b""
         self._unsent: bytes | memoryview = b""
@@ -291,10 +301,9 @@ class _Connection:
         """Hears the caller's metadata and hands the memory over; ValueError if that is no greeting."""
         self._socket.settimeout(_HANDSHAKE_S)
         header, lent, *_ = socket.recv_fds(self._socket, lane.HELLO.size, 1)
-        if lent:
-            self._pair = _Shared(Segment(lent[0]), lent=True)
-            if not self._pair.inbox.sealed():
-                raise ValueError("that memory may shrink")
+        self._pair = _Shared(Segment(lent[0]), lent=True) if lent else _Shared()
+        if lent and not self._pair.inbox.sealed():
+            raise ValueError("that memory may shrink")
         size = lane.HELLO.unpack(header)[0]
         if size > _LONGEST_HELLO:
             raise ValueError("that is no greeting")

@@ -16,12 +16,17 @@ _MOST_FDS = 200  # in one piece; Linux takes 253
 _SPACE = socket.CMSG_SPACE(4 * _MOST_FDS)
 
 
+class Incomplete(Exception):
+    """A message has begun to come, and the rest is not there yet."""
+
+
 class Pipe:
     """One end; both belong to this program."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         self._read = memoryview(bytearray(_READ))
+        self._begun = bytearray()  # of a message that was Incomplete
         self._closing = threading.Lock()
 
     def fileno(self) -> int:
@@ -38,25 +43,32 @@ class Pipe:
             socket.send_fds(self._socket, [b"\0" if first else header], fds[first : first + _MOST_FDS])
         self._socket.sendall(data)
 
-    def receive(self) -> tuple[Any, list[int]]:
-        """The next message and its descriptors; EOFError or OSError if the other end has gone, else UnpicklingError."""
+    def receive(self, *, wait: bool = True) -> tuple[Any, list[int]]:
+        """The next message and its descriptors; EOFError or OSError if the other end has gone, else UnpicklingError.
+
+        Without ``wait``, where something is there and brings no descriptors: Incomplete if that is not all.
+        """
         fds = array.array("i")
-        data: memoryview | bytearray = self._read[: self._receive(fds)]  # all of it, but where it is long
+        data: memoryview | bytearray = self._begun or self._read[: self._receive(fds)]
         if len(data) < _HEADER.size:
-            data = self._complete(bytearray(data), _HEADER.size, fds)
+            data = self._complete(data, _HEADER.size, fds, wait)
         mark, size, count = _HEADER.unpack_from(data)
         if mark != _MARK:
             raise pickle.UnpicklingError("that is no message")
         while len(fds) < count:
             self._receive(fds, 1)
         if len(data) < _HEADER.size + size:
-            data = self._complete(bytearray(data), _HEADER.size + size, fds)
+            data = self._complete(data, _HEADER.size + size, fds, wait)
+        self._begun = bytearray()
         return pickle.loads(memoryview(data)[_HEADER.size :]), fds.tolist()
 
-    def _complete(self, data: bytearray, size: int, fds: "array.array[int]") -> bytearray:
-        while len(data) < size:
-            data += self._read[: self._receive(fds, min(size - len(data), _READ))]
-        return data
+    def _complete(self, data: memoryview | bytearray, size: int, fds: "array.array[int]", wait: bool) -> bytearray:
+        self._begun = bytearray(data)
+        if not wait:
+            raise Incomplete
+        while len(self._begun) < size:
+            self._begun += self._read[: self._receive(fds, min(size - len(self._begun), _READ))]
+        return self._begun
 
     def _receive(self, fds: "array.array[int]", most: int = _READ) -> int:
         size, ancillary, *_ = self._socket.recvmsg_into([self._read[:most]], _SPACE)

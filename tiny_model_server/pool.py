@@ -24,7 +24,7 @@ from tiny_model_server.batcher import Batcher, Item, Outcome, Seat, resolve
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import DeadlineExceeded, ModelError, ModelUnavailable, ServerError, from_status
 from tiny_model_server.load import ModelLoad
-from tiny_model_server.pipe import Pipe
+from tiny_model_server.pipe import Incomplete, Pipe
 from tiny_model_server.settings import ModelOptions, Settings
 from tiny_model_server.shm import Pair, Place, Segment
 from tiny_model_server.tally import Tally
@@ -111,7 +111,7 @@ class _Slot:
     def outcomes(self, batch: list[Item], timeout_s: float | None) -> tuple[list[Outcome], float, Tally]:
         """One outcome an item, the worker's seconds, what it counted; _WorkerDied or _WorkerHung if there is none.
 
-        Without ``timeout_s`` the worker must be ``ready``.
+        Without ``timeout_s`` the worker must be ``ready``; Incomplete if it has only begun to answer.
         """
         try:
             answers, seconds, kept, tally = self._receive(timeout_s)
@@ -176,7 +176,7 @@ class _Slot:
     def _receive(self, timeout_s: float | None) -> Any:
         if timeout_s is not None and not self.ready(timeout_s):
             raise _WorkerHung
-        return self.pipe.receive()[0]
+        return self.pipe.receive(wait=timeout_s is not None)[0]
 
     def _outcome(self, answer: tuple[str | None, str, list[Place]], lane: Pair | None) -> Outcome:
         status, text, places = answer
@@ -517,7 +517,10 @@ class _Shift(Seat):
         return self._broken or deadline >= self.limit or self._slot.ready(deadline - time.monotonic())
 
     def finish(self, *, ready: bool = False) -> Iterable[tuple[Item, Outcome]]:
-        """The items to be resolved and their outcomes; waits for the worker, if it is not known to be ready."""
+        """The items to be resolved and their outcomes; waits for the worker.
+
+        If it is known to be ``ready``, nothing is waited for: Incomplete if it has only begun to answer.
+        """
         batch, slot, options = self._batch, self._slot, self._options
         if self._broken:
             return ()
@@ -527,6 +530,8 @@ class _Shift(Seat):
                 outcomes: list[Outcome] = [Packed("null", [])]
             else:
                 outcomes, seconds, tally = slot.outcomes(batch, None if ready else self.limit - time.monotonic())
+        except Incomplete:
+            raise
         except Exception as error:
             self._fail(error)
             return ()
