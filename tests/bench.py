@@ -5,15 +5,14 @@ Prints Markdown tables for BENCHMARKS.md. Machines are noisy: trust the ratios.
 
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +44,17 @@ LENGTHS = f"""{LENGTH}    def run_batch(self, items, args):
 """
 BATCHES = """
 import time
-from model_interface import ModelInterface, observe
+from model_interface import ModelInterface
 class Model(ModelInterface):
     max_batch_size = 32
     def run(self, data, args):
         return self.run_batch([data], args)[0]
     def run_batch(self, items, args):
-        begun = time.monotonic()
         time.sleep(({base} + {item} * len(items)) / 1000)
-        observe("own_ms", (time.monotonic() - begun) * 1000)
         return [1] * len(items)
 """
 COSTS = {"heavy": (10, 0.5), "light": (2, 0.1)}  # ms a batch, ms an item
+AWAKE_US = (0, 150, 300, 500)
 
 
 def bare_echo() -> None:
@@ -160,29 +158,52 @@ def map_table(server: Server) -> None:
 
 def batching_table(server: Server, stub: Any) -> None:
     """64 callers and one, on models that cost so much a batch and so much an item."""
-    print("\n| model | callers | calls/s | ideal | part of it | p50 ms | a batch in the model, ms |")
+    print("\n| model | callers | calls/s | ideal | part of it | p50 ms | the sleep alone, ms |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, (base, item) in COSTS.items():
         for callers in (1, 64):
-            call = [sys.executable, __file__, "callers", server.address, name, str(callers)]
-            before = own_ms(server, name)
-            ran = subprocess.run(call, capture_output=True, text=True, check=True)
-            rate, p50, _ = map(float, ran.stdout.split())
             most = min(callers, 32)
-            ideal = most / (base + item * most) * 1000
-            total, batches = own_ms(server, name) - before
+            cost = base + item * most
+            call = [sys.executable, __file__, "callers", server.address, name, str(callers), str(cost)]
+            ran = subprocess.run(call, capture_output=True, text=True, check=True)
+            rate, p50, _, alone = map(float, ran.stdout.split())
+            ideal = most / cost * 1000
             cells = [f"{base} ms + {item} ms an item", callers, f"{rate:.0f}", f"{ideal:.0f}", f"{rate / ideal:.2f}"]
-            print("|", " | ".join(map(str, [*cells, f"{p50:.2f}", f"{total / batches:.2f}"])), "|", flush=True)
+            print("|", " | ".join(map(str, [*cells, f"{p50:.2f}", f"{alone:.2f}"])), "|", flush=True)
     rate, p50, _ = measure(lambda: stub(b""), 64)
     print(f"| none: the bare echo | 64 | {rate:.0f} | | | {p50:.2f} | |", flush=True)
 
 
-def own_ms(server: Server, model: str) -> np.ndarray[Any, Any]:
-    """(milliseconds, batches) that the model has counted itself."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics") as answer:
-        text = answer.read().decode()
-    found = [re.search(rf'tms_model_own_ms_{what}{{model="{model}"}} (\S+)', text) for what in ("sum", "count")]
-    return np.array([float(one[1]) if one else 0.0 for one in found])
+def awake_table() -> None:
+    """One caller of servers that stay awake for so long, in turns, beside the one that never does."""
+    servers = [Server(models(), TMS_AWAKE_US=us) for us in AWAKE_US]
+    columns: dict[str, list[Callable[[], Any]]] = {}
+    for server in servers:
+        clients = {name: server.client(name) for name in ("heavy", "light", "length")}
+        for name, (base, _) in COSTS.items():
+            columns.setdefault(f"{base} ms", []).append(partial(clients[name].run_text, "x"))
+        columns.setdefault("20 B text", []).append(partial(clients["length"].run_text, "twenty bytes of text"))
+        for shape in SHAPES:
+            call = partial(clients["length"].run_image, np.zeros(shape, np.uint8))
+            columns.setdefault("x".join(map(str, shape)), []).append(call)
+    p50s = np.array([[[p50_of(call) for call in calls] for calls in columns.values()] for _ in range(10)])
+    print("\n| us |", " | ".join(columns), "|\n| --- |", " --- |" * len(columns))
+    middle, ratios = np.median(p50s, axis=0), np.median(p50s / p50s[:, :, :1], axis=0)
+    for number, us in enumerate(AWAKE_US):
+        cells = [f"{ms:.2f} ({ratio:.2f})" for ms, ratio in zip(middle[:, number], ratios[:, number], strict=True)]
+        print(f"| {us} |", " | ".join(cells), "|", flush=True)
+    for server in servers:
+        server.kill()
+
+
+def p50_of(call: Callable[[], Any]) -> float:
+    """Milliseconds of the middle one of a quarter of a second's calls."""
+    times: list[float] = []
+    end = time.perf_counter() + 0.25
+    while (start := time.perf_counter()) < end:
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) * 1000
 
 
 def client_overhead(server: Server) -> None:
@@ -276,10 +297,11 @@ def soak() -> None:
     assert server.stop() == 0
 
 
-def callers(address: str, model: str, count: str) -> None:
-    """Prints rate, p50 and p99 of this many callers in this process."""
+def callers(address: str, model: str, count: str, cost: str) -> None:
+    """Prints rate, p50 and p99 of this many callers in this process, and the p50 of sleeping for the model's cost."""
     with ModelClient(model, addresses=[address]) as client:
-        print(*measure(lambda: client.run_text("x"), int(count)))
+        measured = measure(lambda: client.run_text("x"), int(count))
+    print(*measured, measure(lambda: time.sleep(float(cost) / 1000), 1)[1])
 
 
 def main() -> None:
@@ -296,6 +318,7 @@ def main() -> None:
         client_overhead(server)
         recovery(server)
         hop()
+        awake_table()
     finally:
         channel.close()
         bare.kill()
