@@ -187,7 +187,7 @@ def awake_table() -> None:
             call = partial(clients["length"].run_image, np.zeros(shape, np.uint8))
             columns.setdefault("x".join(map(str, shape)), []).append(call)
     p50s = np.array([[[p50_of(call) for call in calls] for calls in columns.values()] for _ in range(10)])
-    print("\n| us |", " | ".join(columns), "|\n| --- |", " --- |" * len(columns))
+    print("\n| us |", " | ".join(columns), "|\n| --- |" + " --- |" * len(columns))
     middle, ratios = np.median(p50s, axis=0), np.median(p50s / p50s[:, :, :1], axis=0)
     for number, us in enumerate(AWAKE_US):
         cells = [f"{ms:.2f} ({ratio:.2f})" for ms, ratio in zip(middle[:, number], ratios[:, number], strict=True)]
