@@ -51,6 +51,7 @@ Image = Array | str | os.PathLike[str] | bytes
 
 DEFAULT_TIMEOUT_S = 60.0
 _IN_FLIGHT = 16
+_MOST_LANES = 64  # of one AsyncModelClient; calls beyond them go by gRPC
 _POLL_S = 0.05
 _PROBE_S = 1.0
 _SERVICE = "server.Server"
@@ -144,6 +145,11 @@ class _Message:
     def __init__(self, message: Any, parts: Sequence[tuple[Any, Array]] = ()) -> None:
         self._message = message
         self._parts = parts
+
+    @property
+    def short(self) -> bool:
+        """True if the message without those bytes can be sent by the short cut without waiting."""
+        return bool(self._message.ByteSize() < lane.AT_ONCE // 2)
 
     @property
     def arrays(self) -> list[Array]:
@@ -460,6 +466,16 @@ class _Client(_Calls):
         self._lanes = Lanes(self._lane_port, dict(self._metadata)) if self._lane_port else None
         self._place = place
 
+    def _let_go(self) -> list[Any]:
+        """Ends the short cut; returns the channels, which are to be closed."""
+        with self._lock:
+            channels, self._channels, self._stubs = list(self._channels.values()), {}, {}
+            lanes, self._lanes = self._lanes, None
+            self._place, self._connected = (), False
+        if lanes:
+            lanes.close()
+        return channels
+
     def _sent(self, retry: bool) -> tuple[tuple[str, str], ...]:
         return self._metadata if retry else (*self._metadata, ("tms-retry", "no"))
 
@@ -493,7 +509,7 @@ class _Sent:
     """A call under way by the short cut, to be asked for its end as a future is, by one thread."""
 
     def __init__(
-        self, client: "ModelClient", request: _Request, deadline: float, retry: bool, lanes: Lanes, taken: Lane
+        self, client: _Client, request: _Request, deadline: float, retry: bool, lanes: Lanes, taken: Lane
     ) -> None:
         self._client, self._request, self._retry = client, request, retry
         self._lanes, self._lane, self._process = lanes, taken, forks.generation
@@ -538,6 +554,24 @@ class _Sent:
             raise _error("UNAVAILABLE", f"the server went away: {error}", client.model, taken.server) from None
         finally:
             self._lanes.give_back(taken, usable=usable)
+
+    async def received(self) -> tuple[Any] | None:
+        """As ``receive``, while the event loop goes on."""
+        loop = asyncio.get_running_loop()
+        came, fd = asyncio.Event(), self._lane.fileno()
+        loop.add_reader(fd, came.set)
+        try:
+            try:
+                async with asyncio.timeout(self._remaining()):
+                    await came.wait()
+            finally:
+                loop.remove_reader(fd)
+        except TimeoutError:
+            pass  # receive says so
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        return await asyncio.to_thread(self.receive) if came.is_set() and not self._lane.whole() else self.receive()
 
     def done(self) -> bool:
         """True if ``result`` would not wait."""
@@ -717,13 +751,7 @@ class ModelClient(_Client):
 
     def close(self) -> None:
         """Ends the connection; calls in flight fail with ``Cancelled``. A later call connects again."""
-        with self._lock:
-            channels, self._channels, self._stubs = self._channels, {}, {}
-            lanes, self._lanes = self._lanes, None
-            self._place, self._connected = (), False
-        if lanes:
-            lanes.close()
-        for opened in channels.values():
+        for opened in self._let_go():
             opened.close()
 
     def __enter__(self) -> "ModelClient":
@@ -962,10 +990,7 @@ class AsyncModelClient(_Client):
 
     async def close(self) -> None:
         """Ends the connection; calls in flight fail with ``Cancelled``. A later call connects again."""
-        with self._lock:
-            channels, self._channels, self._stubs = self._channels, {}, {}
-            self._connected = False
-        for opened in channels.values():
+        for opened in self._let_go():
             await opened.close()
 
     async def __aenter__(self) -> "AsyncModelClient":
@@ -982,6 +1007,8 @@ class AsyncModelClient(_Client):
     async def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
         with _in_flight():
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
+            if (sent := self._send(request, begun + timeout, retry)) and (found := await sent.received()):
+                return found[0]
             remaining = max(0.001, begun + timeout - time.monotonic())
             call = stub(request.message, timeout=remaining, metadata=self._sent(retry))
             try:
@@ -994,6 +1021,16 @@ class AsyncModelClient(_Client):
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
             self._ended(request.method, begun, await call.trailing_metadata())
         return request.decode(response, None)
+
+    def _send(self, request: _Request, deadline: float, retry: bool) -> _Sent | None:
+        """The call, under way by the short cut; None if gRPC is to make it, for nothing here may wait."""
+        if not (lanes := self._lanes) or lanes.busy >= _MOST_LANES or not request.message.short:
+            return None
+        if not (taken := lanes.take(request.message.arrays, connect=False)):
+            lanes.prepare(request.message.arrays)
+            return None
+        sent = _Sent(self, request, deadline, retry, lanes, taken)
+        return sent if sent.begin() else None
 
     async def _connect(self, request: _Request, timeout: float | None, retry: bool) -> tuple[float, float, Any, Any]:
         begun, timeout = time.monotonic(), self._timeout if timeout is None else timeout

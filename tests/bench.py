@@ -3,6 +3,7 @@
 Prints Markdown tables for BENCHMARKS.md. Machines are noisy: trust the ratios.
 """
 
+import asyncio
 import logging
 import os
 import signal
@@ -23,7 +24,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from model_client import ModelClient  # noqa: E402
+from model_client import AsyncModelClient, ModelClient  # noqa: E402
 from tests.conftest import Server  # noqa: E402
 from tiny_model_server import codec, wire  # noqa: E402
 from tiny_model_server.engine import Call, Engine  # noqa: E402
@@ -132,6 +133,43 @@ def echo_table(server: Server, stub: Any) -> None:
                         cpu = [f"{1000 * one / (rate * SECONDS + 20):.2f}" for one in used]
                         cells = [name, at_once, way, f"{rate:.0f}", f"{p50:.2f}", f"{p99:.2f}", f"{p50 / bare:.2f}"]
                         print("|", " | ".join(map(str, [*cells, *(cpu if way != "bare" else "   ")])), "|", flush=True)
+
+
+def asyncio_table(server: Server) -> None:
+    """``AsyncModelClient`` over gRPC and by the short cut, with one call in flight and with 16."""
+    print("\n| asyncio | in flight | gRPC: p50 ms | calls/s | same host: p50 ms | calls/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
+
+    async def measured(call: Callable[[], Any], at_once: int) -> tuple[float, float]:
+        times: list[float] = []
+        end = time.perf_counter() + SECONDS / 4
+
+        async def caller() -> None:
+            while (start := time.perf_counter()) < end:
+                await call()
+                times.append(time.perf_counter() - start)
+
+        await asyncio.gather(*(caller() for _ in range(at_once)))
+        return float(np.median(times)) * 1000, 4 * len(times) / SECONDS
+
+    async def main() -> None:
+        clients = []
+        for os.environ["TMS_LANE"] in ("0", "1"):
+            clients.append(AsyncModelClient("length", addresses=[server.address]))
+            await asyncio.gather(*(clients[-1].run_text("x") for _ in range(20)))
+        for shape in [(), *SHAPES]:
+            image = np.zeros(shape, np.uint8)
+            for at_once in (1, 16):
+                calls = [partial(one.run_image, image) if shape else partial(one.run_text, "x" * 20) for one in clients]
+                turns = [[figure for call in calls for figure in await measured(call, at_once)] for _ in range(5)]
+                cells = [f"{figure:.2f}" if index % 2 == 0 else f"{figure:.0f}" for index, figure in
+                         enumerate(np.median(turns, axis=0))]  # fmt: skip
+                name = "x".join(map(str, shape)) or "20 B text"
+                print("|", " | ".join([name, str(at_once), *cells]), "|", flush=True)
+        for client in clients:
+            await client.close()
+
+    asyncio.run(main())
 
 
 def map_table(server: Server) -> None:
@@ -314,6 +352,7 @@ def main() -> None:
     try:
         echo_table(server, stub)
         map_table(server)
+        asyncio_table(server)
         batching_table(server, stub)
         client_overhead(server)
         recovery(server)

@@ -54,7 +54,8 @@ THREADS = 8
 _PAUSE_S = 1.0  # between attempts to reach a server that has no short cut
 _HANDSHAKE_S = 2.0
 _BUFFER = 1 << 16
-_AT_ONCE = 1 << 15  # bytes that a socket surely takes, whoever reads
+AT_ONCE = 1 << 15
+"""Bytes that a socket surely takes, whoever reads."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -129,11 +130,26 @@ class Lane:
     def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> None:
         """Sends a request; TimeoutError, or OSError if the server has gone."""
         data = REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message
-        if len(data) <= _AT_ONCE:
+        if len(data) <= AT_ONCE:
             return self._socket.sendall(data)
         self._socket.settimeout(timeout)
         self._socket.sendall(data)
         self._socket.settimeout(None)
+
+    def fileno(self) -> int:
+        """The descriptor, which can be read from when there is an answer, or an end."""
+        return self._socket.fileno()
+
+    def whole(self) -> bool:
+        """True if ``receive`` would not wait, after something has come."""
+        try:
+            data = self._socket.recv(_BUFFER, socket.MSG_PEEK)
+        except OSError:
+            return True
+        if len(data) < ANSWER.size:
+            return True
+        size, _, renewed = ANSWER.unpack_from(data)
+        return len(data) >= ANSWER.size + size and not renewed
 
     def answered(self) -> bool:
         """True if there is an answer, or an end, to be received without waiting."""
@@ -158,12 +174,16 @@ class Lane:
             self.inbox = Segment(fds[0])
         return Answer(code, body, self.outbox)
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
         """Ends the connection, from any thread; a call that waits fails."""
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass  # the other end was faster
+
+    def close(self) -> None:
+        """Ends the connection, and lets go of it."""
+        self.hang_up()
         self._socket.close()
 
     def __del__(self) -> None:
@@ -207,8 +227,11 @@ class Lanes:
         log.warning("no short cut to the server on this host any more: %s", why)
         self._not_before = math.inf
 
-    def take(self, arrays: Sequence[Array]) -> Lane | None:
-        """A connection for a call with these arrays; None if the server has no short cut for us, or no more of them."""
+    def take(self, arrays: Sequence[Array], *, connect: bool = True) -> Lane | None:
+        """A connection for a call with these arrays; None if the server has no short cut for us, or no more of them.
+
+        Without ``connect``, which may take its time, only one that is there.
+        """
         memories = {_memory(array) for array in arrays}
         lent = memories.pop() if len(memories) == 1 else None
         with self._lock:
@@ -216,7 +239,7 @@ class Lanes:
             if lane and self._not_before < math.inf:
                 self._taken.add(lane)
                 return lane
-            if time.monotonic() < self._not_before:
+            if not connect or time.monotonic() < self._not_before:
                 return None
         try:
             lane = Lane(self._port, self._metadata, lent)
@@ -226,6 +249,21 @@ class Lanes:
         with self._lock:
             self._taken.add(lane)
         return lane
+
+    @property
+    def busy(self) -> int:
+        """How many connections are in use."""
+        return len(self._taken)
+
+    def prepare(self, arrays: Sequence[Array]) -> None:
+        """Has a connection made for later calls with such arrays, in a thread of ours."""
+
+        def connect() -> None:
+            if lane := self.take(arrays):
+                self.give_back(lane, usable=True)
+
+        if time.monotonic() >= self._not_before:
+            self.begin(connect)
 
     def give_back(self, lane: Lane, *, usable: bool) -> None:
         """Takes a connection back after its call; one that broke or was left in the middle is closed."""
@@ -243,9 +281,11 @@ class Lanes:
     def close(self) -> None:
         """Ends all connections; calls in them fail."""
         with self._lock:
-            lanes = [*self._free, *self._taken, *self._lent.values()]
+            idle, taken = [*self._free, *self._lent.values()], self._taken
             self._free, self._taken, self._lent = [], set(), weakref.WeakKeyDictionary()
-        for lane in lanes:
+        for lane in taken:  # to be closed by who waits for the answer
+            lane.hang_up()
+        for lane in idle:
             lane.close()
 
 
