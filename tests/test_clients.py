@@ -1,7 +1,6 @@
 """The real clients of every contract, unchanged, each in an environment of its own: the scripts in tests/clients."""
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 
 from tests.conftest import MODELS, ROOT, Server
 from tests.test_faults import write_model
-from tests.test_package import pip
+from tests.test_package import environment
 
 ROWS = (
     "    metadata = {'batch': True, 'inputs': [{'name': 'x', 'dtype': 'float32', 'shape': [3]}],\n"
@@ -61,13 +60,9 @@ def models(tmp_path: Path) -> Path:
 @pytest.fixture
 def python(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """The interpreter of a new environment with what the test's marker ``installs`` names."""
-    program = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     marker = request.node.get_closest_marker("installs")
     assert marker
-    for line in marker.args:
-        pip("install", *line.split(), python=program)
-    return program
+    return environment(tmp_path / "venv", *marker.args) / "python"
 
 
 def passes(python: Path, script: str, *arguments: object) -> None:

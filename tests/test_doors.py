@@ -319,14 +319,14 @@ def test_an_unloaded_model(door: Door, everything: Server) -> None:
 def test_overload(door: Door, everything: Server) -> None:
     """One at work and four queued are what this model holds; the next is refused at once."""
     with everything.client("probe") as client:
-        held = [client.submit_text(f"sleep 0.{n + 5}") for n in range(5)]
+        held = [client.submit_text(f"sleep 0.{n or 5}") for n in range(5)]
         wait_for(lambda: client.model_info()[0]["queue_depth"] == 4, "a full queue")
         started = time.monotonic()
         refused = refusal(door, "probe", ["x"])
         assert time.monotonic() - started < 0.5
         assert refused.status == door.expected("RESOURCE_EXHAUSTED")
         assert "queue" in refused.message
-        assert [future.result() for future in held] == [{"text": f"SLEEP 0.{n + 5}"} for n in range(5)]
+        assert [future.result() for future in held] == [{"text": f"SLEEP 0.{n or 5}"} for n in range(5)]
     assert door.run("probe", ["x"]) == [{"text": "X"}]
 
 

@@ -197,7 +197,7 @@ def test_a_call_that_is_cancelled_is_not_run(sleeper: Server, tmp_path: Path) ->
 def test_closing_ends_what_is_under_way(sleeper: Server) -> None:
     async def main() -> None:
         async with connected(sleeper, "sleeper") as client:
-            calling = asyncio.ensure_future(client.run_text("x", {"s": 5}))
+            calling = asyncio.ensure_future(client.run_text("x", {"s": 2}))
             await asyncio.sleep(0.1)
             assert by_lane(client) == 1
             started = time.monotonic()
