@@ -214,6 +214,7 @@ def batching_table(server: Server, stub: Any) -> None:
 
 def awake_table() -> None:
     """One caller of servers that stay awake for so long, in turns, beside the one that never does."""
+    os.environ["TMS_LANE"] = "1"
     servers = [Server(models(), TMS_AWAKE_US=us) for us in AWAKE_US]
     columns: dict[str, list[Callable[[], Any]]] = {}
     for server in servers:
