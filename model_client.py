@@ -471,8 +471,9 @@ class _Client(_Calls):
         with self._lock:
             channels, self._channels, self._stubs = list(self._channels.values()), {}, {}
             lanes, self._lanes = self._lanes, None
+            ours = self._place[1:2] == (forks.generation,)  # else the connections are the parent's
             self._place, self._connected = (), False
-        if lanes:
+        if lanes and ours:
             lanes.close()
         return channels
 
@@ -1161,9 +1162,9 @@ def _with_pixels(message: bytes, pixels: memoryview) -> bytes:
     """
     data = b"\x22" + _varint(len(pixels))  # NumpyImage.data
     head = b"".join((message, b"\x0a", _varint(len(data) + len(pixels)), data))
-    buffer: io.BytesIO = _written.__dict__.setdefault("buffer", io.BytesIO())
-    if sys.getrefcount(buffer.getvalue()) > 2:  # a call still sends this thread's last message
-        buffer = _written.buffer = io.BytesIO()
+    if sys.getrefcount(_written.buffer.getvalue()) > 2:  # a call still sends this thread's last message
+        _written.buffer = io.BytesIO()
+    buffer = _written.buffer
     buffer.seek(0)
     buffer.write(head)
     buffer.write(pixels)
@@ -1171,8 +1172,14 @@ def _with_pixels(message: bytes, pixels: memoryview) -> bytes:
     return buffer.getvalue()
 
 
-_written = threading.local()
-"""Each thread's last message, over which the next is written: fresh pages would cost more than the copy."""
+class _Written(threading.local):
+    """Each thread's last message, over which the next is written: fresh pages would cost more than the copy."""
+
+    def __init__(self) -> None:
+        self.buffer = io.BytesIO()
+
+
+_written = _Written()
 
 
 def _image_parts(image: Image) -> tuple[Any, Array]:

@@ -638,6 +638,32 @@ def test_map_over_a_server_that_comes_back(start_server: Callable[..., Server]) 
         starter.join()
 
 
+@pytest.mark.parametrize("child", ["pass", "assert client.run_text('of the child') == 'of the child'"])
+def test_a_forked_child_that_ends(server: Server, child: str) -> None:
+    """What it closes on its way out, called or not, is not the parent's connection."""
+    code = (
+        "import os, sys\nfrom model_client import ModelClient\n"
+        "client = ModelClient('echo', addresses=[sys.argv[1]])\nassert client.run_text('x') == 'x'\n"
+        f"if not (pid := os.fork()):\n    {child}\n    sys.exit()\n"
+        "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0\n"
+        "assert client.run_text('y', retry=False) == 'y'\n"
+        "assert len(client._lanes._free) == 1"
+    )
+    command = [sys.executable, "-c", code, server.address]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_args_that_are_nested_deeply(start_server: Callable[..., Server]) -> None:
+    """They are the caller's fault, however deep the server meets its limit, and no such call keeps a place."""
+    server = start_server(TMS_THREADS=4)
+    with contextlib.closing(lane.Lane(server.port, {})) as one, server.client("echo") as client:
+        for depth in range(1050, 880, -1):
+            code, said = send(one, "RunText", text="x", model="echo", args='{"a":' * depth + "1" + "}" * depth)
+            assert not code or "nested too deeply" in said
+        assert client.run_text("x") == "x"
+
+
 def test_a_fork_in_the_middle_of_map(start_server: Callable[..., Server], tmp_path: Path) -> None:
     """Calls that were sent ahead are the parent's: it goes on, and the child has connections of its own."""
     body = "    def run(self, data, args):\n        __import__('time').sleep(0.05)\n        return data"

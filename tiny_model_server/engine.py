@@ -452,7 +452,10 @@ class Engine:
 
 
 def _text(args: Mapping[str, Any]) -> str:
-    return json.dumps(args, sort_keys=True) if args else ""
+    try:
+        return json.dumps(args, sort_keys=True) if args else ""
+    except RecursionError:
+        raise InvalidInput("args are nested too deeply") from None
 
 
 def _status(outcome: Outcome) -> str:
