@@ -309,10 +309,13 @@ def test_descriptors_that_run_out(start_server: Callable[..., Server]) -> None:
     """While there are none, callers go by gRPC; afterwards the short cut is there again."""
     server = start_server()
     front = psutil.Process(server.process.pid)
-    lane.Lane(server.port, {}).close()
+    before = front.num_fds()
     _, most = front.rlimit(psutil.RLIMIT_NOFILE)
-    for spare in range(4):  # for the socket, for one memory, for both
-        front.rlimit(psutil.RLIMIT_NOFILE, (front.num_fds() + spare, most))
+    for spare in range(4):  # for nothing, the socket, one memory, both
+        wait_for(lambda: front.num_fds() == before, "the end of the last connection")
+        used = {int(name) for name in os.listdir(f"/proc/{front.pid}/fd")}
+        limit = next(n for n in range(most) if n - sum(fd < n for fd in used) == spare)  # descriptors are below it
+        front.rlimit(psutil.RLIMIT_NOFILE, (limit, most))
         with contextlib.suppress(OSError):
             lane.Lane(server.port, {}).close()
         front.rlimit(psutil.RLIMIT_NOFILE, (most, most))
