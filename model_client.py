@@ -12,7 +12,7 @@ import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache, partial, wraps
 from pathlib import Path
 from types import TracebackType
@@ -526,8 +526,10 @@ class _Sent:
             self._lanes.give_up(f"memory cannot be shared: {error}")
             self.cancel()
             return False
-        with suppress(OSError):  # to receive says what it was
+        try:
             self._lane.send(self._described.path.encode(), message, self._remaining(), self._retry)
+        except OSError:
+            pass  # to receive says what it was
         return True
 
     def receive(self) -> tuple[Any] | None:
@@ -580,7 +582,7 @@ class _Sent:
 
     def result(self) -> Any:
         """The answer, or the error raised; gRPC makes the call if need be."""
-        with _in_flight():
+        with forks.in_flight:
             if self._process != forks.generation:
                 raise Cancelled(grpc.StatusCode.CANCELLED, "it was begun before a fork", self._client.model)
             found = self.receive()
@@ -636,7 +638,7 @@ class ModelClient(_Client):
     ) -> Iterator[Any]:
         """The model's answers as it makes them; leaving the loop early ends the model's work. See ``run``."""
         request = self._value_request("RunStream", data, args)
-        with _in_flight():
+        with forks.in_flight:
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
@@ -766,7 +768,7 @@ class ModelClient(_Client):
     def _start(
         self, request: _Request, timeout: float | None, retry: bool = True, outcome: "Future[Any] | None" = None
     ) -> Any:
-        with _in_flight():
+        with forks.in_flight:
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             if sent := self._send(request, begun + timeout, retry):
                 if outcome:
@@ -793,7 +795,7 @@ class ModelClient(_Client):
     def _ahead(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any] | _Sent":
         """Starts a call; by the short cut no thread waits for its answer but the one that wants it."""
         if self._connected:
-            with _in_flight():
+            with forks.in_flight:
                 begun, timeout, _, _ = self._connect(request, timeout, retry)
                 if sent := self._send(request, begun + timeout, retry):
                     return sent
@@ -942,7 +944,7 @@ class AsyncModelClient(_Client):
     ) -> AsyncIterator[Any]:
         """The model's answers as it makes them: ``async for``; see ``ModelClient.run_stream``."""
         request = self._value_request("RunStream", data, args)
-        with _in_flight():
+        with forks.in_flight:
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
@@ -1006,7 +1008,7 @@ class AsyncModelClient(_Client):
         return asyncio.get_running_loop()
 
     async def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
-        with _in_flight():
+        with forks.in_flight:
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             if (sent := self._send(request, begun + timeout, retry)) and (found := await sent.received()):
                 return found[0]
@@ -1089,15 +1091,6 @@ def _close_clients() -> None:
             client.close()
 
 
-@contextmanager
-def _in_flight() -> Iterator[None]:
-    forks.begin()
-    try:
-        yield
-    finally:
-        forks.end()
-
-
 def _why_silent(error: Any) -> str | None:
     """What gRPC says of a server that is not there; None if the error is the answer of one that is."""
     if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
@@ -1146,22 +1139,13 @@ def _args(args: Mapping[str, Any] | None) -> str:
     return codec.plain_json(args)
 
 
-def _varint(number: int) -> bytes:
-    """A number as protobuf writes it."""
-    groups = bytearray()
-    while number > 0x7F:
-        groups.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*groups, number])
-
-
 def _with_pixels(message: bytes, pixels: memoryview) -> bytes:
     """The bytes of an ImageArgs with its image's data, copied once; protobuf would copy them three times.
 
     They stand alone in a second occurrence of the field ``image``, which parsers merge with the first.
     """
-    data = b"\x22" + _varint(len(pixels))  # NumpyImage.data
-    head = b"".join((message, b"\x0a", _varint(len(data) + len(pixels)), data))
+    data = b"\x22" + codec.varint(len(pixels))  # NumpyImage.data
+    head = b"".join((message, b"\x0a", codec.varint(len(data) + len(pixels)), data))
     if sys.getrefcount(_written.buffer.getvalue()) > 2:  # a call still sends this thread's last message
         _written.buffer = io.BytesIO()
     buffer = _written.buffer

@@ -23,7 +23,8 @@ class Item:
     """One input on its way through queue and worker; whoever submitted it waits for its outcome.
 
     ``args`` is JSON, ``deadline`` on the monotonic clock. ``plain`` asks for JSON without arrays beside it; ``once``
-    forbids to run the item again if its worker dies; ``lane`` takes the outcome's arrays.
+    forbids to run the item again if its worker dies; ``lane`` takes the outcome's arrays. A worker that runs the item
+    alone may answer request ``reply`` there by itself, and then it is ``told``.
     """
 
     packed: Packed
@@ -33,8 +34,10 @@ class Item:
     plain: bool = False
     once: bool = False
     lane: Pair | None = None
+    reply: int | None = None
     chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
     attempts: int = 0
+    told: bool = False
     enqueued: float = field(default_factory=time.monotonic)
     begun: float = 0.0
     outcome: Outcome | None = None
@@ -84,11 +87,12 @@ class Item:
 
     def wait(self) -> Outcome:
         """The item's outcome, DeadlineExceeded if its deadline comes first."""
-        remaining = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
-        if self._done.acquire(timeout=remaining):
-            self._done.release()
-        else:
-            self.resolve(DeadlineExceeded("the deadline passed before the model answered"))
+        if self.outcome is None:
+            remaining = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+            if self._done.acquire(timeout=remaining):
+                self._done.release()
+            else:
+                self.resolve(DeadlineExceeded("the deadline passed before the model answered"))
         assert self.outcome is not None
         return self.outcome
 
@@ -148,7 +152,8 @@ class Batcher:
     def __init__(self, queue_size: int, load: ModelLoad) -> None:
         self.queue_size = queue_size
         self._load = load
-        self._changed = threading.Condition()
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._groups: dict[Hashable, deque[Item]] = {}
         self._idle: list[Seat] = []
         self._lent = 0
@@ -157,7 +162,7 @@ class Batcher:
 
     def put(self, items: Sequence[Item]) -> None:
         """Queues all items or none: Overloaded if they don't fit, the closing error if the queue is closed."""
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise self._closed
             if self._depth + len(items) > self.queue_size:
@@ -176,7 +181,7 @@ class Batcher:
 
     def borrow(self, item: Item) -> Seat | None:
         """A worker that waits for work, for who runs this item there at once; None if there is none."""
-        with self._changed:
+        with self._lock:
             if self._closed or self._groups or not self._idle or item.slow:
                 return None
             seat = self._idle.pop()
@@ -198,24 +203,29 @@ class Batcher:
         return True
 
     def more(self, seat: Seat) -> list[Item]:
-        """The next batch for who has borrowed a seat; none if nothing waits, or only its own thread should take it."""
-        with self._changed:
-            return [] if seat.leave() else self._next(seat.most, quick=True)
+        """The next batch for who has borrowed a seat; where nothing waits, or only its own thread should take it, none,
+        and the seat is taken back.
+        """
+        with self._lock:
+            batch = [] if seat.leave() else self._next(seat.most, quick=True)
+            if not batch:
+                self._take_back(seat)
+            return batch
 
     def take_back(self, seat: Seat) -> None:
         """Ends the lending of a seat."""
-        with self._changed:
+        with self._lock:
             self._take_back(seat)
 
     def abandon(self, seat: Seat) -> None:
         """Leaves a seat that was borrowed while its worker works: its own thread will finish that."""
-        with self._changed:
+        with self._lock:
             seat.late = True
             self._changed.notify_all()
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Queues items of a worker that died again, each to be run alone and before all others."""
-        with self._changed:
+        with self._lock:
             for item in items:
                 item.key = object()  # equal to no other key
                 self._groups[item.key] = deque([item])
@@ -228,7 +238,7 @@ class Batcher:
         None when ``seat.leave()`` becomes true (call ``wake`` then) or the queue is closed and empty. No item at all
         when a borrower has left the seat in the middle: finish that, and call ``take_back``.
         """
-        with self._changed:
+        with self._lock:
             self._stand_up(seat)
             while seat.lent or not seat.leave():
                 if seat.late:
@@ -294,7 +304,7 @@ class Batcher:
 
     def close(self, error: ServerError, *, drain: bool) -> None:
         """Refuses new items with ``error`` from now on; what is queued is still run (``drain``) or gets it too."""
-        with self._changed:
+        with self._lock:
             self._closed = error
             if not drain:
                 for group in self._groups.values():
@@ -306,12 +316,12 @@ class Batcher:
 
     def open(self) -> None:
         """Accepts items (again)."""
-        with self._changed:
+        with self._lock:
             self._closed = None
 
     def wake(self) -> None:
         """Lets every waiting ``take`` look at its ``leave`` again."""
-        with self._changed:
+        with self._lock:
             self._changed.notify_all()
 
     @property

@@ -9,7 +9,8 @@ import threading
 
 _PATIENCE_S = 65.0  # longer than a call takes by default: a child of a process in a call may crash inside gRPC
 
-_changed = threading.Condition()
+_lock = threading.RLock()
+_changed = threading.Condition(_lock)
 _in_flight = 0
 _forking = False
 generation = 0
@@ -23,7 +24,7 @@ unusable = False
 def begin() -> None:
     """Notes that a call starts; waits while a fork is under way."""
     global _in_flight
-    with _changed:
+    with _lock:  # which is quicker than by the condition
         while _forking:
             _changed.wait()
         _in_flight += 1
@@ -32,10 +33,22 @@ def begin() -> None:
 def end() -> None:
     """Notes that a call has ended."""
     global _in_flight
-    with _changed:
+    with _lock:
         _in_flight -= 1
         if _forking:
             _changed.notify_all()
+
+
+class _InFlight:
+    def __enter__(self) -> None:
+        begin()
+
+    def __exit__(self, *error: object) -> None:
+        end()
+
+
+in_flight = _InFlight()
+"""``begin`` and ``end`` for a with-statement."""
 
 
 def _before() -> None:
@@ -54,9 +67,10 @@ def _after_in_parent() -> None:
 
 
 def _after_in_child() -> None:
-    global _changed, _forking, _in_flight, generation, unusable
+    global _changed, _forking, _in_flight, _lock, generation, unusable
     unusable = unusable or polled or _in_flight > 0
-    _changed, _forking, _in_flight, generation = threading.Condition(), False, 0, generation + 1
+    _lock, _forking, _in_flight, generation = threading.RLock(), False, 0, generation + 1
+    _changed = threading.Condition(_lock)
 
 
 os.register_at_fork(before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child)

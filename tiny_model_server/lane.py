@@ -11,11 +11,13 @@ The rules:
    client's metadata, JSON; the server answers with its name and two descriptors: memory into which the client writes
    what it sends, and in which it finds what it gets. They can grow, never shrink, so that nobody who maps them can be
    made to fail. A client may bring its own memory for what it sends, sealed in this way: that of one ``shared_array``.
-3. A request is a header (bytes of the message, seconds that remain, whether it may be repeated, bytes of the method's
-   path), the path and the message of ``server.proto``, whose ``place`` fields say where arrays lie. A server believes
-   no place: it must lie in this caller's memory and fit shape and dtype.
-4. An answer is a header (bytes, gRPC's number of the status and FINAL, whether new memory comes along) and the
-   message, or the error's text. New memory for what the client sends comes when a model keeps what lies in the old,
+3. A request is a header (bytes of the message, seconds that remain, whether it may be repeated, a number, bytes of the
+   method's path), the path and the message of ``server.proto``, whose ``place`` fields say where arrays lie. A server
+   believes no place: it must lie in this caller's memory and fit shape and dtype.
+4. An answer is a header (bytes, gRPC's number of the status and FINAL, whether new memory comes along, the request's
+   number) and the message, or the error's text. It comes from the server, or past it from the worker that ran the call
+   alone, to which the server gives the connection. Should both answer, as when that worker is killed in between, the
+   client leaves the second one out. New memory for what the client sends comes when a model keeps what lies in the old,
    in a message of its own that the client asks for; of a client's own the model gets a copy.
 5. What a call leaves in the shared memory is valid until the caller's next request; a client copies what it hands on.
 6. A caller that gives up closes the connection, which cancels the call. When a connection ends, so do its memory and
@@ -38,11 +40,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiny_model_server.codec import Array
-from tiny_model_server.shm import ALIGN, Segment
+from tiny_model_server.codec import Array, dtype_of, varint
+from tiny_model_server.shm import ALIGN, Place, Segment
 
-REQUEST = struct.Struct("<IfBB")
-ANSWER = struct.Struct("<IBB")
+REQUEST = struct.Struct("<IfBBB")
+ANSWER = struct.Struct("<IBBB")
 FINAL = 0x80
 """Beside a status' number: the call is not to be tried again."""
 READY = b"r"
@@ -62,6 +64,20 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 def address(port: int) -> str:
     """The abstract name of the unix socket of the server with this gRPC port."""
     return f"\0tiny-model-server:{port}"
+
+
+def response(text: str, places: Sequence[Place]) -> bytes:
+    """The message Response of one value, whose arrays lie in the memory shared; workers have no protobuf."""
+    parts = [_field(1, text.encode())]
+    for offset, dtype, shape in places:
+        size = math.prod(shape) * dtype_of(dtype).itemsize
+        place = _field(4, b"\x08" + varint(offset) + b"\x10" + varint(size))
+        parts.append(_field(2, _field(1, dtype.encode()) + _field(2, b"".join(map(varint, shape))) + place))
+    return b"".join(parts)
+
+
+def _field(number: int, content: bytes) -> bytes:
+    return bytes((number << 3 | 2,)) + varint(len(content)) + content
 
 
 def same_user(connection: socket.socket) -> bool:
@@ -120,6 +136,8 @@ class Lane:
             self._socket.close()
             raise
         self.lent = weakref.ref(lent) if lent else None
+        self._number = 0
+        self._rest = b""
 
     def place(self, arrays: Sequence[Array]) -> list[int]:
         """Where the arrays of the next call lie in the shared memory, after they were put there if need be."""
@@ -129,7 +147,8 @@ class Lane:
 
     def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> None:
         """Sends a request; TimeoutError, or OSError if the server has gone."""
-        data = REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message
+        self._number = (self._number + 1) & 0xFF
+        data = REQUEST.pack(len(message), timeout, repeatable, self._number, len(path)) + path + message
         if len(data) <= AT_ONCE:
             return self._socket.sendall(data)
         self._socket.settimeout(timeout)
@@ -148,8 +167,8 @@ class Lane:
             return True
         if len(data) < ANSWER.size:
             return True
-        size, _, renewed = ANSWER.unpack_from(data)
-        return len(data) >= ANSWER.size + size and not renewed
+        size, _, renewed, number = ANSWER.unpack_from(data)
+        return len(data) >= ANSWER.size + size and not renewed and number == self._number
 
     def answered(self) -> bool:
         """True if there is an answer, or an end, to be received without waiting."""
@@ -157,17 +176,20 @@ class Lane:
 
     def receive(self, timeout: float) -> Answer:
         """The answer to the request that was sent; TimeoutError, or OSError if the server goes away."""
-        if not self._poll.poll(timeout * 1000):
-            raise TimeoutError
-        data = self._socket.recv(_BUFFER)
-        if len(data) < ANSWER.size:
-            raise ConnectionError("the server has gone")
-        size, code, renewed = ANSWER.unpack_from(data)
-        body = data[ANSWER.size :]
-        if len(body) < size:
-            self._socket.settimeout(timeout)
-            body += receive(self._socket, size - len(body))
-            self._socket.settimeout(None)
+        number = -1
+        while number != self._number:
+            if not self._rest and not self._poll.poll(timeout * 1000):
+                raise TimeoutError
+            data = self._rest or self._socket.recv(_BUFFER)
+            if len(data) < ANSWER.size:
+                raise ConnectionError("the server has gone")
+            size, code, renewed, number = ANSWER.unpack_from(data)
+            end = ANSWER.size + size
+            body, self._rest = data[ANSWER.size : end], data[end:]
+            if len(data) < end:
+                self._socket.settimeout(timeout)
+                body += receive(self._socket, end - len(data))
+                self._socket.settimeout(None)
         if renewed:
             self._socket.sendall(READY)
             _, fds, *_ = socket.recv_fds(self._socket, 1, 1)

@@ -20,7 +20,7 @@ from typing import Any
 from tiny_model_server import lane, wire
 from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Seat, resolve
-from tiny_model_server.engine import LATER, Call, Engine, WouldWait
+from tiny_model_server.engine import LATER, TOLD, Call, Engine, WouldWait
 from tiny_model_server.errors import CODES, ServerError, Stopping, Unimplemented
 from tiny_model_server.pipe import Incomplete
 from tiny_model_server.shm import Pair, Segment
@@ -89,7 +89,7 @@ class LaneServer:
     def soon(self, do: Callable[[], None]) -> None:
         """Does something in the loop's thread."""
         self._todo.append(do)
-        if threading.current_thread() is not self._thread:
+        if threading.get_ident() != self._thread.ident:
             os.eventfd_write(self._bell, 1)
 
     def drive(self, seat: Seat, batcher: Batcher) -> None:
@@ -186,7 +186,6 @@ class LaneServer:
             seat.begin(batch)
         else:
             del self._driven[fd]
-            batcher.take_back(seat)
         resolve(finished)  # while the worker is busy again
 
     def _leave_late(self) -> None:
@@ -235,11 +234,13 @@ class LaneServer:
 
         self._threads.submit(make_and_send)
 
-    def _made(self, make: Callable[[], Any]) -> tuple[int, bytes] | None:
-        """(status, message or error) that comes of a handler; None if that is to come later."""
+    def _made(self, make: Callable[[], Any]) -> tuple[int, bytes | None] | None:
+        """(status, message or error) that comes of a handler, no message if that was sent; None if it comes later."""
         try:
             answer = make()
-            return None if answer is LATER else (0, wire.serialized(answer, self._largest))
+            if answer is LATER:
+                return None
+            return 0, None if answer is TOLD else wire.serialized(answer, self._largest)
         except WouldWait:
             raise
         except ServerError as error:
@@ -249,7 +250,7 @@ class LaneServer:
             log.exception("a call failed")
             return CODES["INTERNAL"], f"a fault in the server: {type(error).__name__}: {error}".encode()
 
-    def _send(self, connection: "_Connection", code: int, body: bytes) -> None:
+    def _send(self, connection: "_Connection", code: int, body: bytes | None) -> None:
         if connection.gone:
             return
         try:
@@ -264,6 +265,7 @@ class LaneServer:
         if not connection.gone:
             del self._callers[connection.fd]
             self._connections.discard(connection)
+            self._epoll.unregister(connection.fd)
             connection.close()
 
 
@@ -271,6 +273,7 @@ class _Shared(Pair):
     """The memory of one connection, given back when nobody needs it any more: caller, queue or worker."""
 
     def __del__(self) -> None:
+        super().__del__()
         if not self.kept:
             self.outbox.discard()
             if not self.lent:
@@ -293,6 +296,7 @@ class _Connection:
         self._metadata: dict[str, str] = {}
         self._pair: Pair
         self._renewing = False
+        self._number = 0
         self._data: bytes | bytearray = b""
         self._unsent: bytes | memoryview = b""
         self._cancel: Callable[[], None] | None = None
@@ -301,7 +305,8 @@ class _Connection:
         """Hears the caller's metadata and hands the memory over; ValueError if that is no greeting."""
         self._socket.settimeout(_HANDSHAKE_S)
         header, lent, *_ = socket.recv_fds(self._socket, lane.HELLO.size, 1)
-        self._pair = _Shared(Segment(lent[0]), lent=True) if lent else _Shared()
+        caller = self._socket.dup()
+        self._pair = _Shared(caller, Segment(lent[0]), lent=True) if lent else _Shared(caller)
         if lent and not self._pair.inbox.sealed():
             raise ValueError("that memory may shrink")
         size = lane.HELLO.unpack(header)[0]
@@ -333,9 +338,10 @@ class _Connection:
         if missing:
             raise ValueError("one call at a time")
         data, self._data = bytes(self._data), b""
-        _, seconds, repeatable, path_size = lane.REQUEST.unpack_from(data)
+        _, seconds, repeatable, self._number, path_size = lane.REQUEST.unpack_from(data)
         deadline = time.monotonic() + seconds if seconds < _NO_DEADLINE_S else None
-        call = Call(deadline, "unix:", self._metadata, self._on_end, bool(repeatable), lane=self._pair)
+        shared: dict[str, Any] = {"lane": self._pair, "number": self._number}
+        call = Call(deadline, "unix:", self._metadata, self._on_end, bool(repeatable), **shared)
         begin = lane.REQUEST.size + path_size
         return data[lane.REQUEST.size : begin], data[begin:], call
 
@@ -356,13 +362,19 @@ class _Connection:
             raise ConnectionError("the caller has left")
         return data
 
-    def answer(self, code: int, body: bytes) -> bool:
-        """Sends an answer, with new memory if a model keeps the old; False if not all could be sent yet."""
+    def answer(self, code: int, body: bytes | None) -> bool:
+        """Sends an answer, with new memory if a model keeps the old; False if not all could be sent yet.
+
+        No ``body`` is one that the caller has already.
+        """
         self._cancel = None  # which knows the call's item, and that this connection
+        if body is None:
+            self.busy = False
+            return True
         renewed = self._pair.kept and not self._pair.lent
-        self._unsent = lane.ANSWER.pack(len(body), code, renewed) + body
+        self._unsent = lane.ANSWER.pack(len(body), code, renewed, self._number) + body
         if renewed:
-            self._pair = _Shared(Segment(), self._pair.outbox)
+            self._pair = _Shared(self._socket.dup(), Segment(), self._pair.outbox)
             self._renewing = True
         return self.flush()
 
@@ -374,9 +386,16 @@ class _Connection:
         self.busy = bool(self._unsent)
         return not self.busy
 
-    def later(self, answer: Callable[[], Any]) -> None:
+    def later(self, answer: Callable[[], Any], note: Callable[[], None]) -> None:
         """Hears that the call is over."""
-        self._server.soon(partial(self._server.reply, self, answer))
+
+        def end() -> None:
+            try:
+                self._server.reply(self, answer)
+            finally:
+                note()
+
+        self._server.soon(end)
 
     def drive(self, seat: Seat, batcher: Batcher) -> None:
         """Takes care of a borrowed worker."""
@@ -391,6 +410,7 @@ class _Connection:
         """Ends the connection and cancels its call; its memory goes with the last who needs it."""
         self.gone = True
         cancel, self._cancel = self._cancel, None
+        self.hang_up()  # workers know the socket, too
         self._socket.close()
         if cancel:
             cancel()

@@ -166,13 +166,12 @@ class ModelLoad:
             if errors:
                 self._errors.add(int(now), errors)
 
-    def started(self, queued_s: Sequence[float]) -> float:
-        """Notes the start of a batch whose items waited this long; returns the time, for ``finished``."""
+    def started(self, queued_s: Sequence[float]) -> None:
+        """Notes the start of a batch whose items waited this long."""
         with self._lock:
             for seconds in queued_s:
                 self.queue_seconds.observe(seconds)
             self.batch_size.observe(len(queued_s))
-        return time.monotonic()
 
     def finished(self, since: float, compute_s: float, tally: Tally) -> None:
         """Notes the end of a batch that began at ``since`` and took the worker ``compute_s``."""

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import reduction
@@ -114,10 +114,13 @@ class _Slot:
         Without ``timeout_s`` the worker must be ``ready``; Incomplete if it has only begun to answer.
         """
         try:
-            answers, seconds, kept, tally = self._receive(timeout_s)
+            answers, seconds, kept, told, tally = self._receive(timeout_s)
         except (EOFError, OSError) as error:
             raise _WorkerDied from error
         self._note_kept(kept)
+        if told:
+            batch[0].told = True
+            return [Packed("null", [])], seconds, tally
         return [self._outcome(answer, item.lane) for answer, item in zip(answers, batch, strict=True)], seconds, tally
 
     def stream(self, item: Item, timeout_s: float) -> tuple[float, Tally]:
@@ -125,7 +128,7 @@ class _Slot:
         try:
             while len(answer := self._receive(timeout_s)) == 3:
                 self.pipe.send(item.put_chunk(self._outcome(answer, None)))
-            _, seconds, kept, tally = answer
+            _, seconds, kept, _, tally = answer
             self._note_kept(kept)
         except (EOFError, OSError) as error:
             raise _WorkerDied from error
@@ -142,7 +145,8 @@ class _Slot:
         for item in batch:
             pair, where = item.packed.shared or (None, [next(places) for _ in item.packed.arrays])
             names = [self._name(one, fresh) for one in (pair, item.lane)]
-            items.append((item.packed.text, where, item.plain, *names))
+            reply = item.reply if len(batch) == 1 and not item.attempts else None
+            items.append((item.packed.text, where, item.plain, *names, reply))
         gone = [name for name in self._known if name not in Pair.alive] if fresh else []
         streams = batch[0].chunks is not None
         message = (
@@ -155,9 +159,10 @@ class _Slot:
         )
         fds = [self._inbox.fd] if self._new_inbox else []
         for pair in fresh.values():
-            fds += pair.inbox.fd, pair.outbox.fd
+            fds += pair.inbox.fd, pair.outbox.fd, pair.caller.fileno()
         self.pipe.send(message, fds)
-        self._known = self._known.difference(gone).union(fresh)
+        if fresh:
+            self._known = self._known.difference(gone).union(fresh)
 
     def _name(self, pair: Pair | None, fresh: dict[int, Pair]) -> int | None:
         """What the worker calls a caller's memory; it is sent along if the worker does not have it yet."""
@@ -504,13 +509,12 @@ class _Shift(Seat):
         now = time.monotonic()
         for item in batch:
             item.begun = now
-        self._batch = batch
-        self._started = self._pool.load.started([now - item.enqueued for item in batch])
-        self.limit = self._started + self._options.timeout_s
+        self._batch, self._started, self.limit = batch, now, now + self._options.timeout_s
         try:
             self._slot.send(batch)
         except Exception as error:
             self._fail(error)
+        self._pool.load.started([now - item.enqueued for item in batch])
 
     def wait(self, deadline: float) -> bool:
         """Waits until ``finish`` will not, or not for long; False if ``deadline`` comes first."""
@@ -535,9 +539,15 @@ class _Shift(Seat):
         except Exception as error:
             self._fail(error)
             return ()
-        self._pool.load.finished(self._started, seconds, tally)
         self._batch = []  # a caller's memory goes with its last user, which shall not be an idle worker
-        return zip(batch, outcomes, strict=True)
+        return self._noted(zip(batch, outcomes, strict=True), self._started, seconds, tally)
+
+    def _noted(
+        self, finished: Iterable[tuple[Item, Outcome]], started: float, seconds: float, tally: Tally
+    ) -> Iterator[tuple[Item, Outcome]]:
+        """These, and notes them when they have been taken: after the answers."""
+        yield from finished
+        self._pool.load.finished(started, seconds, tally)
 
     def _fail(self, error: Exception) -> None:
         """Gives the items of a batch that came to nothing their outcomes, or another chance."""

@@ -9,6 +9,7 @@ import itertools
 import math
 import mmap
 import os
+import socket
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -108,9 +109,9 @@ class Segment:
         self._map, self._size = None, 0
 
     def discard(self) -> None:
-        """Gives what is mapped here back at once, whoever maps it still."""
-        if self._map and hasattr(mmap, "MADV_REMOVE"):
-            self._map.madvise(mmap.MADV_REMOVE)
+        """Gives all memory back at once, whoever maps it still."""
+        if hasattr(mmap, "MADV_REMOVE") and (size := os.fstat(self.fd).st_size):
+            mmap.mmap(self.fd, size).madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
         """Lets the segment go; views of it stay valid."""
@@ -129,14 +130,27 @@ class Pair:
     _numbers = itertools.count()
     alive: "weakref.WeakValueDictionary[int, Pair]" = weakref.WeakValueDictionary()
 
-    def __init__(self, inbox: Segment | None = None, outbox: Segment | None = None, *, lent: bool = False) -> None:
+    def __init__(
+        self,
+        caller: socket.socket,
+        inbox: Segment | None = None,
+        outbox: Segment | None = None,
+        *,
+        lent: bool = False,
+    ) -> None:
         """New segments, where none are given; ``lent`` says that the inbox is the caller's own."""
+        self.caller = caller
+        """A duplicate of the socket to the caller, closed with this."""
+        self.kept = True  # as long as not all is here
         self.inbox, self.outbox = inbox or Segment(), outbox or Segment()
         self.lent = lent
         self.name = next(self._numbers)
         self.kept = False
         """Set when a model keeps what lies in the inbox: it is the model's own then, and not to be written again."""
         self.alive[self.name] = self
+
+    def __del__(self) -> None:
+        self.caller.close()
 
 
 def _unnamed_file() -> int:

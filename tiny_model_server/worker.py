@@ -26,14 +26,15 @@ from typing import Any
 import numpy as np
 
 from model_interface import ModelInterface, Pipeline
-from tiny_model_server import codec, logs, tally
+from tiny_model_server import codec, lane, logs, tally
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
 from tiny_model_server.pipe import Pipe
 from tiny_model_server.settings import ModelOptions
-from tiny_model_server.shm import Pair, Segment
+from tiny_model_server.shm import Pair, Place, Segment
 
 log = logging.getLogger("tiny_model_server.worker")
 
+_AT_ONCE = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
 DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
 
@@ -212,8 +213,9 @@ class Slot:
                 if new_inbox:
                     self._inbox.close()
                     self._inbox = Segment(fds.pop(0))
-                for (name, lent), inbox, outbox in zip(fresh, fds[::2], fds[1::2], strict=True):
-                    self._pairs[name] = Pair(Segment(inbox), Segment(outbox), lent=lent)
+                for (name, lent), inbox, outbox, caller in zip(fresh, fds[::3], fds[1::3], fds[2::3], strict=True):
+                    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=caller)
+                    self._pairs[name] = Pair(end, Segment(inbox), Segment(outbox), lent=lent)
                 for name in gone:
                     self._pairs.pop(name)
                 alive: list[tuple[int | None, weakref.ref[Any]]] = []
@@ -229,20 +231,42 @@ class Slot:
                 for name in [name for name in kept if name is not None and self._pairs[name].lent]:
                     self._pairs[name].inbox.detach()
                     kept.remove(name)
-                self._pipe.send((outcomes, time.monotonic() - started, kept, tally.drain()))
+                seconds = time.monotonic() - started
+                told = not streams and not kept and self._tell(items[0], outcomes[0])
+                self._pipe.send(([] if told else outcomes, seconds, kept, told, tally.drain()))
             except (EOFError, OSError):
                 return
 
     def _run(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
         results = self._runner.run(self._receive(items, alive), codec.parse_args(args))
-        answers = [self._pack(result, item[2]) for result, item in zip(results, items, strict=True)]
-        ours = [answer for answer, item in zip(answers, items, strict=True) if item[4] is None]
-        places = iter(self._outbox.write([array for _, _, arrays in ours for array in arrays]))
-        outcomes = []
-        for (status, text, arrays), (*_, reply) in zip(answers, items, strict=True):
-            written = [next(places) for _ in arrays] if reply is None else self._pairs[reply].outbox.write(arrays)
-            outcomes.append((status, text, written))
+        outcomes: list[tuple[str | None, str, list[Place]]] = []
+        ours: list[tuple[list[Place], codec.Array]] = []
+        for result, (_, _, plain, _, back, _) in zip(results, items, strict=True):
+            status, text, arrays = self._pack(result, plain)
+            places = [] if back is None or not arrays else self._pairs[back].outbox.write(arrays)
+            if back is None:
+                ours += [(places, array) for array in arrays]
+            outcomes.append((status, text, places))
+        for (places, _), place in zip(ours, self._outbox.write([array for _, array in ours]), strict=True):
+            places.append(place)
         return outcomes
+
+    def _tell(self, item: Sequence[Any], outcome: tuple[str | None, str, list[Place]]) -> bool:
+        """Answers the caller past the front; False if that is for the front to do."""
+        *_, back, reply = item
+        status, text, places = outcome
+        if reply is None or status or len(text) > lane.AT_ONCE // 8:
+            return False
+        message = lane.response(text, places)
+        answer = lane.ANSWER.pack(len(message), 0, False, reply) + message
+        caller = self._pairs[back].caller
+        try:
+            sent = caller.send(answer, _AT_ONCE)
+        except OSError:  # it has gone, or does not read
+            return False
+        if sent < len(answer):  # which so few bytes to one who waits for them do not come to
+            caller.shutdown(socket.SHUT_RDWR)
+        return True
 
     def _stream(self, args: str, items: Sequence[Any], alive: list[Any]) -> None:
         """Sends each value as (status, text, places), and goes on when the front says so."""
@@ -258,7 +282,7 @@ class Slot:
 
     def _receive(self, items: Sequence[Any], alive: list[Any]) -> list[codec.Packed]:
         packed = []
-        for text, places, _, source, _ in items:
+        for text, places, _, source, *_ in items:
             arrays = (self._inbox if source is None else self._pairs[source].inbox).read(places)
             alive += [(source, weakref.ref(_owner(array))) for array in arrays]
             packed.append(codec.Packed(text, arrays))

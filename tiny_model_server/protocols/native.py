@@ -135,7 +135,13 @@ class _Native:
     def _run(self, request: Any, data: Packed, call: Call) -> Any:
         args, plain = codec.parse_args(request.args), not getattr(request, "accept_arrays", True)
         return self._engine.run(
-            request.model, data, args, call, plain=plain, then=lambda packed: self._answer(packed, call)
+            request.model,
+            data,
+            args,
+            call,
+            plain=plain,
+            direct=not plain,
+            then=lambda packed: self._answer(packed, call),
         )
 
     def _answer(self, packed: Packed, call: Call) -> Any:
