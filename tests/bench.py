@@ -54,6 +54,20 @@ class Model(ModelInterface):
         time.sleep(({base} + {item} * len(items)) / 1000)
         return [1] * len(items)
 """
+ANSWERS = """
+import numpy as np
+from model_interface import ModelInterface
+class Model(ModelInterface):
+    def __init__(self):
+        self.made = {}
+    def run(self, data, args):
+        if not isinstance(data, str):
+            return data if args.get("back") else len(data)
+        shape = tuple(args["shape"])
+        if shape not in self.made:
+            self.made[shape] = np.ones(shape, args["dtype"])
+        return self.made[shape]
+"""
 COSTS = {"heavy": (10, 0.5), "light": (2, 0.1)}  # ms a batch, ms an item
 AWAKE_US = (0, 150, 300, 500)
 
@@ -95,6 +109,7 @@ def models() -> Path:
     bodies = {name: BATCHES.format(base=base, item=item) for name, (base, item) in COSTS.items()} | {
         "length": LENGTH,
         "lengths": LENGTHS,
+        "answers": ANSWERS,
     }
     for name, body in bodies.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -133,6 +148,23 @@ def echo_table(server: Server, stub: Any) -> None:
                         cpu = [f"{1000 * one / (rate * SECONDS + 20):.2f}" for one in used]
                         cells = [name, at_once, way, f"{rate:.0f}", f"{p50:.2f}", f"{p99:.2f}", f"{p50 / bare:.2f}"]
                         print("|", " | ".join(map(str, [*cells, *(cpu if way != "bare" else "   ")])), "|", flush=True)
+
+
+def answers_table(server: Server) -> None:
+    """An array sent for a number, an array got for a text, and an image for an image; medians of five turns."""
+    print("\n| array | way | sent | got | both | got / sent |\n| --- | --- | --- | --- | --- | --- |")
+    for dtype, shape in [("float32", (32, 768)), ("bool", SHAPES[1][:2]), *(("uint8", shape) for shape in SHAPES)]:
+        array = np.ones(shape, dtype)
+        for way, os.environ["TMS_LANE"] in {"gRPC": "0", "same host": "1"}.items():
+            with server.client("answers") as client:
+                calls = [
+                    partial(client.run, array),
+                    partial(client.run, "x", {"shape": shape, "dtype": dtype}),
+                    partial(client.run, array, {"back": True}),
+                ]
+                sent, got, both = np.median([[p50_of(call) for call in calls] for _ in range(5)], axis=0)
+            cells = [f"{dtype} {'x'.join(map(str, shape))}", way, *(f"{ms:.2f}" for ms in (sent, got, both, got / sent))]
+            print("|", " | ".join(cells), "|", flush=True)
 
 
 def asyncio_table(server: Server) -> None:
@@ -352,6 +384,7 @@ def main() -> None:
     stub = channel.unary_unary("/bare.Echo/Call")
     try:
         echo_table(server, stub)
+        answers_table(server)
         map_table(server)
         asyncio_table(server)
         batching_table(server, stub)

@@ -226,7 +226,8 @@ def test_workers_answer_past_the_server(start_server: Callable[..., Server], tmp
         return data"""
     server = start_server(write_model(tmp_path / "models", "stops", body))
     front = psutil.Process(server.process.pid)
-    values = ["x", IMAGE, {"mask": IMAGE > 3, "empty": np.zeros((0, 2)), "number": np.float64(2), "text": "\u20ac" * 99}]
+    empty = np.zeros((0, 2))
+    values = ["x", IMAGE, {"mask": IMAGE > 3, "empty": empty, "number": np.float64(2), "text": "\u20ac" * 99}]
     with server.client("stops", timeout=10) as client:
         for value in values:
             for _ in range(300):  # until the numbers of requests begin anew

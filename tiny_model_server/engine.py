@@ -43,7 +43,7 @@ _LOADS_AT_ONCE = 4
 LATER = object()
 """What a handler returns if the answer comes by ``Loop.later``."""
 TOLD = object()
-"""What comes by ``Loop.later`` if the worker has answered the caller by itself."""
+"""What comes by ``Loop.later`` if a worker has answered the caller by itself."""
 
 
 class WouldWait(Exception):
@@ -53,11 +53,8 @@ class WouldWait(Exception):
 class Loop(Protocol):
     """A transport that answers many calls from one thread."""
 
-    def later(self, answer: Callable[[], Any], note: Callable[[], None]) -> None:
-        """Hears from any thread that a call is over; ``answer`` returns what the handler would, or raises.
-
-        ``note`` is to be called when the answer is on its way.
-        """
+    def later(self, answer: Callable[[], Any]) -> None:
+        """Hears from any thread that a call is over; ``answer`` returns what the handler would, or raises."""
 
     def drive(self, seat: Seat, batcher: Batcher) -> None:
         """Takes care of a borrowed worker that was given work; called from the loop's thread."""
@@ -81,7 +78,7 @@ class Call:
     lane: Pair | None = None
     """The memory that the caller shares with the server, if it does."""
     number: int | None = None
-    """The request's, where a worker may answer it."""
+    """The request's, if a worker may answer it by itself, with a Response of server.proto."""
     pixels: memoryview | None = None
     """The data of the request's image, if the transport has left them out of the message."""
     loop: "Loop | None" = None
@@ -226,16 +223,14 @@ class Engine:
         call: Call,
         *,
         plain: bool = False,
-        direct: bool = False,
         then: Callable[[Packed], Any] = lambda outcome: outcome,
     ) -> Any:
         """What ``then`` makes of the model's answer to one input; raises what went wrong.
 
-        ``plain`` asks for JSON alone, arrays in it being nested lists; ``direct`` says that ``then`` makes a
-        ``server.Response``, which workers can, too. For a loop it returns LATER or raises WouldWait.
+        ``plain`` asks for JSON alone, arrays in it being nested lists. For a loop it returns LATER or raises WouldWait.
         """
         if call.loop:
-            return self._run_later(call.model or name, data, args, call, plain, direct, then)
+            return self._run_later(call.model or name, data, args, call, plain, then)
         (outcome,) = self.run_batch(name, [data], args, call, plain=plain)
         if isinstance(outcome, ServerError):
             raise outcome
@@ -336,7 +331,6 @@ class Engine:
         args: Mapping[str, Any],
         call: Call,
         plain: bool,
-        direct: bool,
         then: Callable[[Packed], Any],
     ) -> Any:
         assert call.loop
@@ -354,16 +348,13 @@ class Engine:
 
         def answer() -> Any:
             outcome = item.wait()
+            self._dismiss()
+            model.load_of.answered(arrived, [_status(outcome)])
             if isinstance(outcome, ServerError):
                 raise outcome
             return TOLD if item.told else then(outcome)
 
-        def note() -> None:
-            self._dismiss()
-            model.load_of.answered(arrived, [_status(item.wait())])
-
-        item.reply = call.number if direct else None
-        item.lane, item.then = call.lane, partial(call.loop.later, answer, note)
+        item.reply, item.lane, item.then = call.number, call.lane, partial(call.loop.later, answer)
         try:
             if not call.on_end(lambda: item.resolve(Cancelled("the caller went away"))):
                 raise Cancelled("the caller went away")

@@ -154,20 +154,21 @@ class LaneServer:
     def _do(self, do: Callable[[], None]) -> None:
         try:
             do()
-            self._on_workers()
+            if self._driven:
+                self._on_workers()
         except Exception:  # of one call; the others go on
             log.exception("a fault in the server")
 
     def _on_event(self, fd: int, event: int) -> None:
         if fd in self._callers:
             self._on_caller(self._callers[fd], event)
+        elif fd == self._workers.fileno():
+            self._on_workers()
         elif fd == self._bell:
             os.eventfd_read(fd)
 
     def _on_workers(self) -> None:
         """Gives workers that are done new work, which goes before all else: an idle worker is time lost to all."""
-        if not self._watched:
-            return
         for fd, _ in self._workers.poll(0):
             if fd in self._driven:
                 self._on_worker(fd)
@@ -386,16 +387,9 @@ class _Connection:
         self.busy = bool(self._unsent)
         return not self.busy
 
-    def later(self, answer: Callable[[], Any], note: Callable[[], None]) -> None:
+    def later(self, answer: Callable[[], Any]) -> None:
         """Hears that the call is over."""
-
-        def end() -> None:
-            try:
-                self._server.reply(self, answer)
-            finally:
-                note()
-
-        self._server.soon(end)
+        self._server.soon(partial(self._server.reply, self, answer))
 
     def drive(self, seat: Seat, batcher: Batcher) -> None:
         """Takes care of a borrowed worker."""

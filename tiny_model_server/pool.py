@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing import reduction
@@ -539,15 +539,9 @@ class _Shift(Seat):
         except Exception as error:
             self._fail(error)
             return ()
+        self._pool.load.finished(self._started, seconds, tally)
         self._batch = []  # a caller's memory goes with its last user, which shall not be an idle worker
-        return self._noted(zip(batch, outcomes, strict=True), self._started, seconds, tally)
-
-    def _noted(
-        self, finished: Iterable[tuple[Item, Outcome]], started: float, seconds: float, tally: Tally
-    ) -> Iterator[tuple[Item, Outcome]]:
-        """These, and notes them when they have been taken: after the answers."""
-        yield from finished
-        self._pool.load.finished(started, seconds, tally)
+        return zip(batch, outcomes, strict=True)
 
     def _fail(self, error: Exception) -> None:
         """Gives the items of a batch that came to nothing their outcomes, or another chance."""

@@ -48,6 +48,7 @@ class _Native:
 
     def RunImageToImage(self, request: Any, call: Call) -> Any:
         args, image = codec.parse_args(request.args), _image(request.image, call)
+        call.number = None  # the answer is no Response
         return self._engine.run(
             request.model, image, args, call, then=lambda packed: self._image_answer(packed, request.model, call)
         )
@@ -135,13 +136,7 @@ class _Native:
     def _run(self, request: Any, data: Packed, call: Call) -> Any:
         args, plain = codec.parse_args(request.args), not getattr(request, "accept_arrays", True)
         return self._engine.run(
-            request.model,
-            data,
-            args,
-            call,
-            plain=plain,
-            direct=not plain,
-            then=lambda packed: self._answer(packed, call),
+            request.model, data, args, call, plain=plain, then=lambda packed: self._answer(packed, call)
         )
 
     def _answer(self, packed: Packed, call: Call) -> Any:
