@@ -52,6 +52,9 @@ Image = Array | str | os.PathLike[str] | bytes
 DEFAULT_TIMEOUT_S = 60.0
 _IN_FLIGHT = 16
 _MOST_LANES = 64  # of one AsyncModelClient; calls beyond them go by gRPC
+_MEMORIES = 4  # of a thread's answers; applications mostly hold the last one while they ask for the next
+_COPIED_FRESH = 1 << 16  # bytes of an answer for which malloc has pages at hand
+_LARGEST_MEMORY = 1 << 25  # bytes to be kept for the next answer
 _POLL_S = 0.05
 _PROBE_S = 1.0
 _SERVICE = "server.Server"
@@ -158,13 +161,22 @@ class _Message:
 
     def inline(self) -> bytes:
         """The message with all bytes in it."""
-        image = getattr(self._message, "image", None)
+        kind, message = self._message.DESCRIPTOR.name, self._message
+        ended = kind == "ImageArgs" or (kind == "RunArgs" and bool(self._parts) and self.arrays[-1].nbytes > wire.LARGE)
         for part, array in self._parts:
             part.ClearField("place")
-            if part is not image:
+            if not ended or part is not self._parts[-1][0]:
                 part.data = bytes(codec.raw(array))
-        data: bytes = self._message.SerializeToString()
-        return _with_pixels(data, codec.raw(self._parts[0][1])) if image and self._parts else data
+        if not ended:
+            data: bytes = message.SerializeToString()
+            return data
+        part, array = self._parts[-1]
+        owner = b""
+        if kind == "RunArgs":
+            owner = part.SerializeToString()
+            message = type(message).FromString(message.SerializeToString())
+            del message.data.arrays[-1]
+        return _written_over(wire.Tailed(message, owner, codec.raw(array)))
 
     def placed(self, lane: Lane) -> bytes:
         """The message, with the bytes put into shared memory."""
@@ -176,10 +188,14 @@ class _Message:
         return data
 
 
+_Source = Segment | memoryview | None
+"""Where the bytes are that a message lacks: memory that is shared, or those of its last array or image alone."""
+
+
 class _Request(NamedTuple):
     method: str
     message: _Message
-    decode: Callable[[Any, Segment | None], Any]
+    decode: Callable[[Any, _Source], Any]
 
 
 class _Calls:
@@ -299,11 +315,11 @@ class _Calls:
         return _Request(method, _Message(message, _fill(message.data, codec.pack(data))), _answer)
 
     def _batch(self, request: _Request, in_place: bool) -> _Request:
-        def decode(response: Any, memory: Segment | None) -> list[Any]:
+        def decode(response: Any, source: _Source) -> list[Any]:
             outcomes: list[Any] = []
             for index, item in enumerate(response.items):
                 if item.WhichOneof("outcome") == "value":
-                    outcomes.append(codec.unpack(Packed(item.value.json, _arrays(item.value.arrays, memory))))
+                    outcomes.append(codec.unpack(Packed(item.value.json, _arrays(item.value.arrays, source))))
                     continue
                 status = _STATUS_OF_CODE.get(item.error.code, "UNKNOWN")
                 error = _error(status, f"item {index}: {item.error.message}", self.model)
@@ -450,7 +466,7 @@ class _Client(_Calls):
                 self._stubs[method, retry] = kind(
                     described.path,
                     request_serializer=_Message.inline,
-                    response_deserializer=described.response.FromString,
+                    response_deserializer=partial(wire.parsed, described.response),
                 )
             self._last_deadline = max(self._last_deadline, time.monotonic() + timeout)
             return opened, self._stubs[method, retry]
@@ -643,7 +659,7 @@ class ModelClient(_Client):
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
                 for response in responses:
-                    yield request.decode(response, None)
+                    yield request.decode(*response)
                 self._ended(request.method, begun, responses.trailing_metadata())
             except grpc.RpcError as error:
                 raise self._explained(error, request, begun, timeout, opened) from None
@@ -783,7 +799,7 @@ class ModelClient(_Client):
             except ValueError:  # what grpc raises for a call on a channel that another thread has closed
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
             self._ended(request.method, begun, call.trailing_metadata())
-        return request.decode(response, None)
+        return request.decode(*response)
 
     def _send(self, request: _Request, deadline: float, retry: bool) -> "_Sent | None":
         """The call, under way by the short cut; None if gRPC is to make it."""
@@ -850,7 +866,7 @@ class ModelClient(_Client):
             try:
                 response = call.result()
                 self._ended(request.method, begun, call.trailing_metadata())
-                answer = request.decode(response, None)
+                answer = request.decode(*response)
             except grpc.FutureCancelledError:  # by close(), or by who has the future
                 error = Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model)
             except ModelClientError as failed:  # of an item in a batch
@@ -949,7 +965,7 @@ class AsyncModelClient(_Client):
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
                 async for response in responses:
-                    yield request.decode(response, None)
+                    yield request.decode(*response)
                 self._ended(request.method, begun, await responses.trailing_metadata())
             except grpc.RpcError as error:
                 raise await self._explained(error, request, begun, timeout, opened) from None
@@ -1023,7 +1039,7 @@ class AsyncModelClient(_Client):
                     raise
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
             self._ended(request.method, begun, await call.trailing_metadata())
-        return request.decode(response, None)
+        return request.decode(*response)
 
     def _send(self, request: _Request, deadline: float, retry: bool) -> _Sent | None:
         """The call, under way by the short cut; None if gRPC is to make it, for nothing here may wait."""
@@ -1139,19 +1155,14 @@ def _args(args: Mapping[str, Any] | None) -> str:
     return codec.plain_json(args)
 
 
-def _with_pixels(message: bytes, pixels: memoryview) -> bytes:
-    """The bytes of an ImageArgs with its image's data, copied once; protobuf would copy them three times.
-
-    They stand alone in a second occurrence of the field ``image``, which parsers merge with the first.
-    """
-    data = b"\x22" + codec.varint(len(pixels))  # NumpyImage.data
-    head = b"".join((message, b"\x0a", codec.varint(len(data) + len(pixels)), data))
+def _written_over(tailed: wire.Tailed) -> bytes:
+    """The bytes of a message, those of its array copied once."""
     if sys.getrefcount(_written.buffer.getvalue()) > 2:  # a call still sends this thread's last message
         _written.buffer = io.BytesIO()
     buffer = _written.buffer
     buffer.seek(0)
-    buffer.write(head)
-    buffer.write(pixels)
+    buffer.write(tailed.head())
+    buffer.write(tailed.data)
     buffer.truncate()
     return buffer.getvalue()
 
@@ -1164,6 +1175,29 @@ class _Written(threading.local):
 
 
 _written = _Written()
+
+
+class _Answers(threading.local):
+    """What each thread's last large answers lay in, for the next ones, when the application has dropped them."""
+
+    def __init__(self) -> None:
+        self._memories: deque[Array] = deque(maxlen=_MEMORIES)
+
+    def copy(self, array: Array) -> Array:
+        """A copy that the application may write to."""
+        if not _COPIED_FRESH < array.nbytes <= _LARGEST_MEMORY:
+            return array.copy()
+        for memory in self._memories:
+            if memory.nbytes == array.nbytes and sys.getrefcount(memory) == 3:  # this name, the argument, the deque
+                break
+        else:
+            self._memories.append(memory := np.empty(array.nbytes, np.uint8))
+        copied = memory.view(array.dtype).reshape(array.shape)
+        copied[...] = array
+        return copied
+
+
+_answers = _Answers()
 
 
 def _image_parts(image: Image) -> tuple[Any, Array]:
@@ -1188,37 +1222,42 @@ def _fill(value: Any, packed: Packed) -> list[tuple[Any, Array]]:
     return [(value.arrays.add(dtype=codec.dtype_name(one.dtype), shape=one.shape), one) for one in packed.arrays]
 
 
-def _arrays(messages: Any, memory: Segment | None) -> list[Array]:
-    # Copied, so that what the application gets is its own to write to.
-    return [codec.array_from(array.dtype, array.shape, _bytes(array, memory)).copy() for array in messages]
+def _arrays(messages: Any, source: _Source) -> list[Array]:
+    found = [_bytes(array, source if isinstance(source, Segment) else None) for array in messages]
+    if isinstance(source, memoryview):
+        found[-1] = source
+    named = zip(messages, found, strict=True)
+    return [_answers.copy(codec.array_from(one.dtype, one.shape, data)) for one, data in named]
 
 
-def _bytes(message: Any, memory: Segment | None) -> bytes | memoryview:
-    if memory and message.HasField("place"):
-        return memory.bytes_at(message.place.offset, message.place.length)
+def _bytes(message: Any, source: _Source) -> bytes | memoryview:
+    if isinstance(source, memoryview):
+        return source
+    if source and message.HasField("place"):
+        return source.bytes_at(message.place.offset, message.place.length)
     data: bytes = message.data
     return data
 
 
-def _answer(response: Any, memory: Segment | None) -> Any:
-    return codec.unpack(Packed(response.data, _arrays(response.arrays, memory)))
+def _answer(response: Any, source: _Source) -> Any:
+    return codec.unpack(Packed(response.data, _arrays(response.arrays, source)))
 
 
-def _data(response: Any, memory: Segment | None) -> Any:
+def _data(response: Any, source: _Source) -> Any:
     return json.loads(response.data)
 
 
-def _image_answer(response: Any, memory: Segment | None) -> Array:
+def _image_answer(response: Any, source: _Source) -> Array:
     found = response.image
-    data = _bytes(found, memory)
-    return codec.image_from(found.height, found.width, found.channels, found.dtype, data).copy()
+    data = _bytes(found, source)
+    return _answers.copy(codec.image_from(found.height, found.width, found.channels, found.dtype, data))
 
 
-def _states(response: Any, memory: Segment | None) -> list[dict[str, str]]:
+def _states(response: Any, source: _Source) -> list[dict[str, str]]:
     return [{"name": model.name, "state": model.state, "reason": model.reason} for model in response.models]
 
 
-def _info(info: Any, memory: Segment | None) -> dict[str, Any]:
+def _info(info: Any, source: _Source) -> dict[str, Any]:
     return {
         "name": info.name,
         "state": info.state,

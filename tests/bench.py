@@ -163,7 +163,8 @@ def answers_table(server: Server) -> None:
                     partial(client.run, array, {"back": True}),
                 ]
                 sent, got, both = np.median([[p50_of(call) for call in calls] for _ in range(5)], axis=0)
-            cells = [f"{dtype} {'x'.join(map(str, shape))}", way, *(f"{ms:.2f}" for ms in (sent, got, both, got / sent))]
+            name = f"{dtype} {'x'.join(map(str, shape))}"
+            cells = [name, way, *(f"{figure:.2f}" for figure in (sent, got, both, got / sent))]
             print("|", " | ".join(cells), "|", flush=True)
 
 

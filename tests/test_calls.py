@@ -10,11 +10,12 @@ import grpc
 import numpy as np
 import pytest
 import skimage.data
+from google.protobuf.message import DecodeError
 
 import model_client
 from model_client import ModelClient
 from tests.conftest import Server, wait_for
-from tiny_model_server import wire
+from tiny_model_server import codec, wire
 
 PHOTOGRAPHS = Path(skimage.data.__file__).parent
 DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
@@ -296,6 +297,103 @@ def test_mixed_load_reaches_its_own_callers(server: Server) -> None:
 
     with ThreadPoolExecutor(32) as threads:
         assert all(threads.map(call, range(400)))
+
+
+LARGE = np.random.default_rng(1).random((3, 200, 300))
+SMALL = np.arange(7, dtype=np.int16)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        LARGE,
+        LARGE[:, ::-1] > 0.5,
+        [LARGE, SMALL],
+        [SMALL, LARGE],
+        [LARGE, LARGE[0], np.zeros((0, 3))],
+        {"text": "x" * 99_999, "array": LARGE.astype("<U9")},
+        {"b": b"y" * 99_999, "nested": [{"array": LARGE.astype(np.complex64)}]},
+        np.array(3.5),
+        [SMALL] * 200,
+    ],
+    ids=lambda value: codec.pack(value).text[:20],
+)
+def test_arrays_large_and_small_both_ways(server: Server, value: object) -> None:
+    with server.client("echo") as client:
+        for _ in range(3):
+            np.testing.assert_equal(client.run(value), value)
+        np.testing.assert_equal(list(client.run_stream(value)), [value])
+        np.testing.assert_equal(client.run_batch([value, 1, value]), [value, 1, value])
+
+
+@pytest.mark.parametrize("value", [LARGE, [SMALL, LARGE], [LARGE, SMALL], [LARGE, LARGE], {"text": "x" * 99_999}])
+def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
+    """For every parser, in both directions; and those of other clients' messages are found where they end so, too."""
+    kind = wire.message("server", "server.RunArgs")
+    whole = kind(model="m", args='{"a": 1}')
+    packed = codec.pack(value)
+    whole.data.json = packed.text
+    for array in packed.arrays:
+        whole.data.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=array.tobytes())
+    sent = ModelClient("m")._value_request("Run", value, {"a": 1}).message.inline()
+    assert kind.FromString(sent) == whole
+    at_end = bool(packed.arrays) and packed.arrays[-1] is not SMALL and packed.arrays[-1].nbytes > wire.LARGE
+    whole.ClearField("model")
+    whole.ClearField("args")
+    for data in (sent, whole.SerializeToString()):
+        found, tail = wire.parsed(kind, data)
+        assert (tail is not None) == at_end
+        if tail is not None:
+            assert not found.data.arrays[-1].data
+            found.data.arrays[-1].data = bytes(tail)
+        assert found == kind.FromString(data)
+
+
+def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is taken for an array that protobuf would not; and none has us look for long."""
+    kind = wire.message("server", "server.RunArgs")
+    array = b"\x1a" + codec.varint(99_388) + bytes(99_388)  # Array.data
+    value = b"\x12" + codec.varint(len(array)) + array  # Value.arrays
+    good = b"\x0a" + codec.varint(len(value)) + value  # RunArgs.data
+    assert len(wire.parsed(kind, good)[1] or b"") == 99_388
+    number = b"\xff" * 9 + b"\x01"
+    in_text = b"\x0d\x81\x01\x12\x04\x1a" + codec.varint(len(good)) + good  # after four bytes that look like fields
+    in_unknown = b"\xfa\x01" + codec.varint(len(good)) + good  # whose length looks like a field
+    for bad in (good[:-1], good + b"\x0a", b"\x0a\x00" * 200 + good, in_text, in_unknown, b"\xfa\x01\x01x" + good,
+                b"\x08" + number + good, b"\xff" * 99_999, b"\x08" * 99_999, b"\x0a" + number + good):  # fmt: skip
+        try:
+            expected = kind.FromString(bad)
+        except DecodeError:
+            with pytest.raises(DecodeError):
+                wire.parsed(kind, bad)
+            continue
+        found, tail = wire.parsed(kind, bad)
+        if tail is not None:
+            found.data.arrays[-1].data = bytes(tail)
+        assert found == expected
+    looked = []
+    varint = wire._varint
+    monkeypatch.setattr(wire, "_varint", lambda *args: looked.append(1) or varint(*args))
+    wire.parsed(kind, b"\x08\x01" * 99_999 + good)
+    assert 0 < len(looked) < 1000
+
+
+def test_large_answers_are_the_applications_own(server: Server) -> None:
+    """Their memory is written again when nobody has them any more, and no view of them: not before."""
+    images = [np.full((300, 400, 3), number, np.uint8) for number in range(12)]
+    with server.client("echo") as client:
+        held = [client.run_image(image) for image in images[:6]]
+        views = [client.run_image(image)[100:, :, 1] for image in images[6:]]
+        for number in range(20):
+            assert client.run_image(images[number % 12])[5, 5, 1] == number % 12
+        for number, array in enumerate([*held, *views]):
+            assert array.flags.writeable
+            assert np.all(array == number)
+        first = client.run_image(images[1])
+        where = first.__array_interface__["data"]
+        del first
+        seen = [client.run_image(images[2]).__array_interface__["data"] for _ in range(2)]
+        assert where in seen
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5, 5), (8, 16), (100, 200, 3), (600, 1000, 4)])

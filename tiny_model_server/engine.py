@@ -79,8 +79,8 @@ class Call:
     """The memory that the caller shares with the server, if it does."""
     number: int | None = None
     """The request's, if a worker may answer it by itself, with a Response of server.proto."""
-    pixels: memoryview | None = None
-    """The data of the request's image, if the transport has left them out of the message."""
+    tail: memoryview | None = None
+    """The bytes of the request's image or last array, if the transport has left them out of the message."""
     loop: "Loop | None" = None
     """Who calls the handler in a thread that must not wait."""
     trailing: dict[str, str | bytes] = field(default_factory=dict)

@@ -132,7 +132,7 @@ class GrpcServer:
             with self._answering(method, context) as call:
                 each = (wire.parse(method, one) for one in data) if method.client_streaming else None
                 for response in handler(each or wire.parse(method, data), call):
-                    yield response.SerializeToString()
+                    yield wire.serialized(response, self._largest)
 
         return answer
 

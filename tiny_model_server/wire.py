@@ -11,11 +11,21 @@ from typing import Any, NamedTuple
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
+from tiny_model_server.codec import varint
 from tiny_model_server.errors import InvalidInput, Overloaded
 
 _FOLDER = Path(__file__).parent / "protocols"
 
-_LARGE = 1 << 15
+LARGE = 1 << 15
+"""Bytes of an array or image that are worth being kept out of messages."""
+_MOST_FIELDS = 100  # to be looked through; no caller shall have us look at millions
+_TAILS = {
+    "server.ImageArgs": (1, 4),
+    "server.RunArgs": (1, 2, 3),
+    "server.Response": (2, 3),
+    "server.ImageResponse": (2, 4),
+}
+"""The fields that lead to the bytes of the last array or image."""
 
 pool = descriptor_pool.DescriptorPool()
 """Every schema of ours; give it to reflection."""
@@ -31,48 +41,89 @@ class Method(NamedTuple):
     server_streaming: bool
 
 
-def parse(method: Method, data: bytes, call: Any = None) -> Any:
-    """The request in these bytes; InvalidInput if they are none.
+class Tailed(NamedTuple):
+    """A message but for its last array or image, whose bytes protobuf would copy once more and its parser twice.
 
-    Of an image that stands at their end, as our clients write it, the pixels stay where they are, as ``call.pixels``;
-    protobuf would copy them twice.
+    They come at the end, in an occurrence of their own of that field. ``owner`` has what else an array says of itself,
+    serialized; an image has said it in the message: parsers join what they find of it.
     """
+
+    message: Any
+    owner: bytes
+    data: memoryview
+
+    def head(self) -> bytes:
+        """All bytes before those of the array."""
+        *path, last = _TAILS[self.message.DESCRIPTOR.full_name]
+        head = b"".join((self.owner, _tag(last), varint(len(self.data))))
+        for field in reversed(path):
+            head = b"".join((_tag(field), varint(len(head) + len(self.data)), head))
+        return bytes(self.message.SerializeToString() + head)
+
+
+def parsed(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
+    """A message, and the bytes of its last array or image if they are many, at its end, and so left out of it."""
+    data, tail = _apart(data, _TAILS.get(kind.DESCRIPTOR.full_name, ()))
+    return kind.FromString(data), tail
+
+
+def parse(method: Method, data: bytes, call: Any = None) -> Any:
+    """The request in these bytes; InvalidInput if they are none. What ``parsed`` leaves out is ``call.tail``."""
     try:
-        if call is not None and method.request.DESCRIPTOR.name == "ImageArgs" and (found := _pixels_at_end(data)):
-            call.pixels = memoryview(data)[found[1] :]
-            data = data[: found[0]]
-        return method.request.FromString(data)
+        if call is None:
+            return method.request.FromString(data)
+        request, call.tail = parsed(method.request, data)
+        return request
     except DecodeError:
         raise InvalidInput(f"the request is no {method.request.DESCRIPTOR.full_name}") from None
 
 
-def _pixels_at_end(data: bytes) -> tuple[int, int] | None:
-    """Where the last field begins and where its pixels do, if it is an image (1) with large data (4) and no more."""
-    at = 0
+def _apart(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview | None]:
+    """The message without the bytes of the field at the end of ``path``, if they are the last and many; and those."""
+    before: list[bytes] = []
+    begin = size = 0
     try:
-        while at < len(data):
-            field, tag = at, data[at]
-            size, at = _varint(data, at + 1)
-            if tag & 7 == 2 and at + size == len(data) and tag == 0x0A and size > _LARGE and data[at] == 0x22:
-                length, pixels = _varint(data, at + 1)
-                return (field, pixels) if pixels + length == len(data) else None
-            at += size if tag & 7 == 2 else 0
-    except IndexError:
-        pass  # malformed, as protobuf will say
-    return None
+        for field in path if len(data) > LARGE else ():
+            start = at = begin
+            for _ in range(_MOST_FIELDS):
+                start, tag = at, data[at]
+                size, at = _varint(data, at + 1)
+                if tag > 0x7F or tag & 5:  # none of our fields
+                    return data, None
+                at += size if tag & 2 else 0
+                if at >= len(data):
+                    break
+            if at != len(data) or data[start] != field << 3 | 2:
+                return data, None
+            before.append(data[begin:start])
+            begin = len(data) - size
+    except IndexError:  # malformed, as protobuf will say
+        return data, None
+    if size <= LARGE or not before:
+        return data, None
+    rest = before.pop()
+    for field, head in zip(reversed(path[:-1]), reversed(before), strict=True):
+        rest = b"".join((head, _tag(field), varint(len(rest)), rest))
+    return rest, memoryview(data)[begin:]
+
+
+def _tag(field: int) -> bytes:
+    return bytes((field << 3 | 2,))
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while data[at] > 0x7F:
-        value |= (data[at] & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-    return value | data[at] << shift, at + 1
+    value = 0
+    for shift in range(0, 70, 7):
+        byte = data[at]
+        value, at = value | (byte & 0x7F) << shift, at + 1
+        if byte < 0x80:
+            return value, at
+    raise IndexError("that is no number")
 
 
 def serialized(answer: Any, largest: int) -> bytes:
     """The bytes of an answer; more than ``largest`` are an error not to be retried."""
-    data: bytes = answer.SerializeToString()
+    data: bytes = b"".join((answer.head(), answer.data)) if isinstance(answer, Tailed) else answer.SerializeToString()
     if len(data) > largest:
         why = f"the answer has {len(data)} bytes, more than TMS_MAX_MESSAGE_MB allows"
         raise Overloaded(why, retry_after_ms=-1)

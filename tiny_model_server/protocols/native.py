@@ -71,9 +71,11 @@ class _Native:
         height, width, channels = (*image.shape, 1)[:3]
         answer = self._image_response(data=codec.plain_json(rest))
         fields = {"height": height, "width": width, "channels": channels, "dtype": codec.dtype_name(image.dtype)}
-        _send([([answer.image], packed if len(packed.arrays) == 1 else Packed("", [image]))], call)
         for name, field in fields.items():
             setattr(answer.image, name, field)
+        if _goes_to_the_end(image, call):
+            return wire.Tailed(answer, b"", codec.raw(image))
+        _send([([answer.image], packed if len(packed.arrays) == 1 else Packed("", [image]))], call)
         return answer
 
     def Run(self, request: Any, call: Call) -> Any:
@@ -141,8 +143,14 @@ class _Native:
 
     def _answer(self, packed: Packed, call: Call) -> Any:
         answer = self._response()
-        _send([_fill(answer, "data", packed)], call)
-        return answer
+        parts, _ = filled = _fill(answer, "data", packed)
+        if not parts or not _goes_to_the_end(packed.arrays[-1], call):
+            _send([filled], call)
+            return answer
+        _send([(parts[:-1], Packed("", packed.arrays[:-1]))], call)
+        owner = parts[-1].SerializeToString()
+        del answer.arrays[-1]
+        return wire.Tailed(answer, owner, codec.raw(packed.arrays[-1]))
 
     def _run_batch(self, request: Any, data: list[Packed], call: Call) -> Any:
         args, plain = codec.parse_args(request.args), not request.accept_arrays
@@ -172,7 +180,7 @@ class _Native:
 
 
 def _image(image: Any, call: Call) -> Packed:
-    data = _data(image, call)
+    data = _data(image, call) if call.tail is None else call.tail
     if image.encoded:
         return codec.pack(EncodedImage(data))
     array = codec.image_from(image.height, image.width, image.channels, image.dtype, data)
@@ -180,7 +188,10 @@ def _image(image: Any, call: Call) -> Packed:
 
 
 def _value(value: Any, call: Call) -> Packed:
-    arrays = [codec.array_from(array.dtype, array.shape, _data(array, call)) for array in value.arrays]
+    found = [_data(array, call) for array in value.arrays]
+    if call.tail is not None:
+        found[-1] = call.tail
+    arrays = [codec.array_from(one.dtype, one.shape, data) for one, data in zip(value.arrays, found, strict=True)]
     packed = _packed(value.json, value.arrays, arrays, call)
     codec.unpack(packed)  # malformed JSON and references to no array are refused before they queue
     return packed
@@ -188,8 +199,6 @@ def _value(value: Any, call: Call) -> Packed:
 
 def _data(message: Any, call: Call) -> bytes | memoryview:
     """The bytes of an image or array: in the message, or in the memory that the caller shares."""
-    if call.pixels is not None:
-        return call.pixels
     if not message.HasField("place"):
         data: bytes = message.data
         return data
@@ -215,6 +224,10 @@ def _named(convert: Callable[[Any, Call], Packed], index: int, message: Any, cal
         return convert(message, call)
     except InvalidInput as error:
         raise InvalidInput(f"item {index}: {error}") from None
+
+
+def _goes_to_the_end(array: Array, call: Call) -> bool:
+    return not call.lane and array.nbytes > wire.LARGE
 
 
 def _fill(message: Any, text_field: str, packed: Packed) -> tuple[list[Any], Packed]:
