@@ -127,12 +127,12 @@ class LaneServer:
     def _greet(self, connection: "_Connection") -> None:
         try:
             connection.greet(self._name)
-        except (OSError, ValueError, RecursionError, struct.error):  # the caller has gone, or speaks another language
-            self._connections.discard(connection)
-            connection.close()
-        else:
             self._callers[connection.fd] = connection
             self._epoll.register(connection.fd, _COMING)
+        except (OSError, ValueError, RecursionError, struct.error):  # the caller has gone, or speaks another language
+            self._callers.pop(connection.fd, None)
+            self._connections.discard(connection)
+            connection.close()
 
     def _loop(self) -> None:
         while True:

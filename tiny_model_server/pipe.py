@@ -13,6 +13,7 @@ _HEADER = struct.Struct("<III")  # _MARK, bytes of the pickle, number of descrip
 _MARK = 0x7E5A11ED  # by which is seen that a model has written into the socket
 _READ = 1 << 16
 _MOST_FDS = 200  # in one piece; Linux takes 253
+_FLAGS = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # what a model starts gets none of them
 _SPACE = socket.CMSG_SPACE(4 * _MOST_FDS)
 
 
@@ -71,7 +72,7 @@ class Pipe:
         return self._begun
 
     def _receive(self, fds: "array.array[int]", most: int = _READ) -> int:
-        size, ancillary, *_ = self._socket.recvmsg_into([self._read[:most]], _SPACE)
+        size, ancillary, *_ = self._socket.recvmsg_into([self._read[:most]], _SPACE, _FLAGS)
         for _, _, content in ancillary:
             fds.frombytes(content)
         if not size:
