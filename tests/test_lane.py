@@ -133,6 +133,19 @@ def test_lies_about_the_image(raw: lane.Lane, lie: dict[str, Any]) -> None:
     assert code == CODES["INVALID_ARGUMENT"], text
 
 
+def test_lies_beside_bytes_in_the_message(raw: lane.Lane) -> None:
+    """A place counts, and is looked at, also where the message has the bytes as well, at its end."""
+    kind = METHODS["RunImage"].request
+    lie = {"offset": 1 << 40, "length": 60_000}
+    told = {"height": 200, "width": 300, "channels": 1, "dtype": "uint8", "place": lie}
+    parts = [kind(model="describe"), kind(image=told), kind(image={"data": bytes(60_000)})]
+    raw.send(METHODS["RunImage"].path.encode(), b"".join(part.SerializeToString() for part in parts), 10, True)
+    answer = raw.receive(10)
+    assert answer.code == CODES["INVALID_ARGUMENT"]
+    assert b"do not lie in the shared memory" in answer.body
+    assert send(raw, "RunText", text="x", model="echo")[1].data == '"x"'
+
+
 def test_places_are_for_this_way_alone(server: Server) -> None:
     import grpc
 
