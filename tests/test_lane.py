@@ -236,6 +236,8 @@ def test_workers_answer_past_the_server(start_server: Callable[..., Server], tmp
         import os, signal
         if args.get("stop"):
             os.kill(os.getppid(), signal.SIGSTOP)
+            while open(f"/proc/{os.getppid()}/stat").read().rpartition(")")[2].split()[0] != "T":
+                pass
         return data"""
     server = start_server(write_model(tmp_path / "models", "stops", body))
     front = psutil.Process(server.process.pid)
