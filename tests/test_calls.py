@@ -328,7 +328,7 @@ def test_arrays_large_and_small_both_ways(server: Server, value: object) -> None
 
 @pytest.mark.parametrize("value", [LARGE, [SMALL, LARGE], [LARGE, SMALL], [LARGE, LARGE], {"text": "x" * 99_999}])
 def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
-    """For every parser, in both directions; and those of other clients' messages are found where they end so, too."""
+    """For every parser; and those of other clients' messages are found where they end so, too."""
     kind = wire.message("server", "server.RunArgs")
     whole = kind(model="m", args='{"a": 1}')
     packed = codec.pack(value)
@@ -347,6 +347,29 @@ def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
             assert not found.data.arrays[-1].data
             found.data.arrays[-1].data = bytes(tail)
         assert found == kind.FromString(data)
+
+
+@pytest.mark.parametrize("value", [LARGE, [SMALL, LARGE], [LARGE, SMALL], [LARGE, LARGE]])
+def test_answers_with_bytes_at_the_end_are_for_every_parser(server: Server, value: object) -> None:
+    """As a generated stub reads them, which knows no ends."""
+    methods = wire.methods("server", "server.Server")
+    packed, image = codec.pack(value), (LARGE[0] * 200).astype(np.uint8)
+    request = methods["Run"].request(model="echo", data={"json": packed.text})
+    for array in packed.arrays:
+        request.data.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=array.tobytes())
+    height, width = image.shape
+    described = {"height": height, "width": width, "channels": 1, "dtype": "uint8", "data": image.tobytes()}
+    with grpc.insecure_channel(server.address) as channel:
+
+        def call(name: str, request: object) -> object:
+            kind = methods[name]
+            stub = channel.unary_unary(kind.path, kind.request.SerializeToString, kind.response.FromString)
+            return stub(request, timeout=10)
+
+        answer = call("Run", request)
+        assert (answer.data, list(answer.arrays)) == (packed.text, list(request.data.arrays))
+        answer = call("RunImageToImage", methods["RunImageToImage"].request(model="echo", image=described))
+        assert answer.image == methods["RunImageToImage"].response(image=described).image
 
 
 def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +394,8 @@ def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
         if tail is not None:
             found.data.arrays[-1].data = bytes(tail)
         assert found == expected
+    with pytest.raises(IndexError):
+        wire._varint(b"\xff" * 20 + b"\x01", 0)  # no number of protobuf's is so long
     looked = []
     varint = wire._varint
     monkeypatch.setattr(wire, "_varint", lambda *args: looked.append(1) or varint(*args))

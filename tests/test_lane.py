@@ -46,6 +46,14 @@ def raw(server: Server) -> Iterator[lane.Lane]:
     made.close()
 
 
+def run_application(code: str, server: Server) -> str:
+    """What a process that runs this code, with the server's address as argument, says on stderr; it must succeed."""
+    command = [sys.executable, "-c", code, server.address]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stderr
+
+
 def send(one: lane.Lane, method: str, **fields: Any) -> tuple[int, Any]:
     """(status number, message or text) of a call whose places the test makes up."""
     one.send(METHODS[method].path.encode(), METHODS[method].request(**fields).SerializeToString(), 10, True)
@@ -648,10 +656,7 @@ def test_memory_that_cannot_be_shared(server: Server, tmp_path: Path) -> None:
         "image = numpy.ones((1080, 1920, 3), 'uint8')\n"
         "for _ in range(3):\n    assert (client.run_image(image, retry=False) == image).all()\n"
     )
-    command = [sys.executable, "-c", code, server.address]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stderr.count("no short cut") == 1
+    assert run_application(code, server).count("no short cut") == 1
 
 
 def test_a_token_is_asked_for_here_too(start_server: Callable[..., Server]) -> None:
@@ -723,9 +728,7 @@ def test_a_forked_child_that_ends(server: Server, child: str) -> None:
         "assert client.run_text('y', retry=False) == 'y'\n"
         "assert len(client._lanes._free) == 1"
     )
-    command = [sys.executable, "-c", code, server.address]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
-    assert ran.returncode == 0, ran.stderr
+    run_application(code, server)
 
 
 def test_args_that_are_nested_deeply(start_server: Callable[..., Server]) -> None:
@@ -754,9 +757,7 @@ def test_a_fork_in_the_middle_of_map(start_server: Callable[..., Server], tmp_pa
         "assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0\n"
         "assert list(answers) == [str(number) for number in range(1, 20)]"
     )
-    command = [sys.executable, "-c", code, server.address]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
-    assert ran.returncode == 0, ran.stderr
+    run_application(code, server)
 
 
 def test_arrays_that_are_handed_over_without_a_copy(start_server: Callable[..., Server], tmp_path: Path) -> None:

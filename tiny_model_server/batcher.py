@@ -87,12 +87,11 @@ class Item:
 
     def wait(self) -> Outcome:
         """The item's outcome, DeadlineExceeded if its deadline comes first."""
-        if self.outcome is None:
-            remaining = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
-            if self._done.acquire(timeout=remaining):
-                self._done.release()
-            else:
-                self.resolve(DeadlineExceeded("the deadline passed before the model answered"))
+        remaining = -1.0 if self.deadline is None else max(0.0, self.deadline - time.monotonic())
+        if self._done.acquire(timeout=remaining):
+            self._done.release()
+        else:
+            self.resolve(DeadlineExceeded("the deadline passed before the model answered"))
         assert self.outcome is not None
         return self.outcome
 
@@ -152,8 +151,7 @@ class Batcher:
     def __init__(self, queue_size: int, load: ModelLoad) -> None:
         self.queue_size = queue_size
         self._load = load
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition()
         self._groups: dict[Hashable, deque[Item]] = {}
         self._idle: list[Seat] = []
         self._lent = 0
@@ -162,7 +160,7 @@ class Batcher:
 
     def put(self, items: Sequence[Item]) -> None:
         """Queues all items or none: Overloaded if they don't fit, the closing error if the queue is closed."""
-        with self._lock:
+        with self._changed:
             if self._closed:
                 raise self._closed
             if self._depth + len(items) > self.queue_size:
@@ -181,7 +179,7 @@ class Batcher:
 
     def borrow(self, item: Item) -> Seat | None:
         """A worker that waits for work, for who runs this item there at once; None if there is none."""
-        with self._lock:
+        with self._changed:
             if self._closed or self._groups or not self._idle or item.slow:
                 return None
             seat = self._idle.pop()
@@ -203,10 +201,10 @@ class Batcher:
         return True
 
     def more(self, seat: Seat) -> list[Item]:
-        """The next batch for who has borrowed a seat; where nothing waits, or only its own thread should take it, none,
-        and the seat is taken back.
+        """The next batch for who has borrowed a seat; none, and the seat is taken back, if only its own thread should
+        take what waits, or nothing does.
         """
-        with self._lock:
+        with self._changed:
             batch = [] if seat.leave() else self._next(seat.most, quick=True)
             if not batch:
                 self._take_back(seat)
@@ -214,18 +212,18 @@ class Batcher:
 
     def take_back(self, seat: Seat) -> None:
         """Ends the lending of a seat."""
-        with self._lock:
+        with self._changed:
             self._take_back(seat)
 
     def abandon(self, seat: Seat) -> None:
         """Leaves a seat that was borrowed while its worker works: its own thread will finish that."""
-        with self._lock:
+        with self._changed:
             seat.late = True
             self._changed.notify_all()
 
     def put_back(self, items: Sequence[Item]) -> None:
         """Queues items of a worker that died again, each to be run alone and before all others."""
-        with self._lock:
+        with self._changed:
             for item in items:
                 item.key = object()  # equal to no other key
                 self._groups[item.key] = deque([item])
@@ -238,7 +236,7 @@ class Batcher:
         None when ``seat.leave()`` becomes true (call ``wake`` then) or the queue is closed and empty. No item at all
         when a borrower has left the seat in the middle: finish that, and call ``take_back``.
         """
-        with self._lock:
+        with self._changed:
             self._stand_up(seat)
             while seat.lent or not seat.leave():
                 if seat.late:
@@ -304,7 +302,7 @@ class Batcher:
 
     def close(self, error: ServerError, *, drain: bool) -> None:
         """Refuses new items with ``error`` from now on; what is queued is still run (``drain``) or gets it too."""
-        with self._lock:
+        with self._changed:
             self._closed = error
             if not drain:
                 for group in self._groups.values():
@@ -316,12 +314,12 @@ class Batcher:
 
     def open(self) -> None:
         """Accepts items (again)."""
-        with self._lock:
+        with self._changed:
             self._closed = None
 
     def wake(self) -> None:
         """Lets every waiting ``take`` look at its ``leave`` again."""
-        with self._lock:
+        with self._changed:
             self._changed.notify_all()
 
     @property
