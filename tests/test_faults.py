@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import grpc
 import numpy as np
 import psutil
@@ -362,6 +363,41 @@ def test_a_second_signal_hurries(start_server: StartServer) -> None:
         assert server.process.wait(10) == 0
         assert time.monotonic() - started < 5
         assert isinstance(call.exception(), model_client.ModelClientError)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("kind", ["array", "file"])
+def test_shapes_share_a_batch_only_where_the_model_mixes_them(
+    start_server: Callable[..., Server], tmp_path: Path, mixes: bool, kind: str
+) -> None:
+    """Arrays are told apart in the queue, image files when the worker has decoded them."""
+    body = f"""
+    max_batch_size = 8
+    mix_shapes = {mixes}
+
+    def run(self, data, args):
+        return self.run_batch([data], args)[0]
+
+    def run_batch(self, items, args):
+        import time
+        time.sleep(0.3)
+        return [[list(item.shape) for item in items]] * len(items)"""
+    server = start_server(write_model(tmp_path / "models", "shapes", body))
+    images: list[Any] = [np.zeros((4 + number % 2, 6), np.uint8) for number in range(8)]
+    own = [list(image.shape) for image in images]
+    if kind == "file":
+        images = [cv2.imencode(".png", image)[1].tobytes() for image in images]
+        own = [[*shape, 3] for shape in own]
+    with server.client("shapes") as client, ThreadPoolExecutor(9) as threads:
+        first = threads.submit(client.run_image, np.zeros((9, 9), np.uint8))
+        begun = 'tms_batch_size_count{model="shapes"}'
+        wait_for(lambda: metrics(server).get(begun) == 1, "the first to be at work")
+        batches = list(threads.map(client.run_image, images))
+        assert first.result() == [[9, 9]]
+        assert metrics(server)[begun] >= (3 if kind == "array" and not mixes else 2)
+    assert all(shape in batch for shape, batch in zip(own, batches, strict=True))
+    assert max(map(len, batches)) > 1
+    assert any(len({tuple(shape) for shape in batch}) > 1 for batch in batches) == mixes
 
 
 # ---- waiting awake
