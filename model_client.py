@@ -22,10 +22,10 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from tiny_model_server import channel, codec, errors, forks, lane, tracing, wire
+from tiny_model_server import channel, codec, errors, forks, lane, pieces, tracing, wire
 from tiny_model_server.codec import Array, Packed
 from tiny_model_server.lane import Lane, Lanes, shared_array
-from tiny_model_server.shm import Segment
+from tiny_model_server.shm import Segment, layout
 from tiny_model_server.stats import NOBODY, Stats
 from tiny_model_server.trust import Trust
 
@@ -51,13 +51,16 @@ Image = Array | str | os.PathLike[str] | bytes
 
 DEFAULT_TIMEOUT_S = 60.0
 _IN_FLIGHT = 16
+_PIECEWISE = 2  # calls at once; of more, each would only wait for others on the cores
 _MOST_LANES = 64  # of one AsyncModelClient; calls beyond them go by gRPC
 _MEMORIES = 4  # of a thread's answers; applications mostly hold the last one while they ask for the next
 _COPIED_FRESH = 1 << 16  # bytes of an answer for which malloc has pages at hand
 _LARGEST_MEMORY = 1 << 25  # bytes to be kept for the next answer
+_FREED_ONCE = 31 << 20  # bytes, of which malloc learns up to 32 MiB
 _POLL_S = 0.05
 _PROBE_S = 1.0
 _SERVICE = "server.Server"
+_IN_PIECES = {(True, True): "InPieces", (True, False): "SendInPieces", (False, True): "GetInPieces"}  # request, answer
 _P = ParamSpec("_P")
 
 
@@ -155,6 +158,11 @@ class _Message:
         return bool(self._message.ByteSize() < lane.AT_ONCE // 2)
 
     @property
+    def size(self) -> int:
+        """How many bytes belong into its parts."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
     def arrays(self) -> list[Array]:
         """Where the bytes are now."""
         return [array for _, array in self._parts]
@@ -178,18 +186,25 @@ class _Message:
             del message.data.arrays[-1]
         return _written_over(wire.Tailed(message, owner, codec.raw(array)))
 
-    def placed(self, lane: Lane) -> bytes:
-        """The message, with the bytes put into shared memory."""
-        if self._parts:
-            for (part, array), offset in zip(self._parts, lane.place(self.arrays), strict=True):
-                part.ClearField("data")
-                part.place.offset, part.place.length = offset, array.nbytes
+    def placed(self, offsets: Sequence[int]) -> bytes:
+        """The message, which tells where the bytes are in what they were put into."""
+        for (part, array), offset in zip(self._parts, offsets, strict=True):
+            part.ClearField("data")
+            part.place.offset, part.place.length = offset, array.nbytes
         data: bytes = self._message.SerializeToString()
         return data
 
+    def pieces(self, name: str, method: wire.Method) -> Any:
+        """The message and then the bytes, for call ``name``, as this method takes them."""
+        _keep_memory()
+        message = self.placed([offset for offset, *_ in layout(self.arrays)[0]])
+        several = method.client_streaming
+        cut = pieces.cut(_message("Piece"), self.arrays, whole=not several, method=name, message=message)
+        return cut if several else next(cut)
 
-_Source = Segment | memoryview | None
-"""Where the bytes are that a message lacks: memory that is shared, or those of its last array or image alone."""
+
+_Source = Segment | Array | memoryview | None
+"""Where the bytes are that a message lacks: memory that is shared or came in pieces; or its last array's or image's."""
 
 
 class _Request(NamedTuple):
@@ -414,6 +429,9 @@ class _Client(_Calls):
         self._channels: dict[bool, Any] = {}
         self._stubs: dict[tuple[str, bool], Any] = {}
         self._connected = False
+        self._pieces = True  # unless the server is too old to know them
+        self._piecewise = threading.Semaphore(_PIECEWISE)
+        self._answer_large: set[str] = set()  # methods, by their last answer
         self._last_deadline = 0.0
         _clients.add(self)
 
@@ -462,10 +480,9 @@ class _Client(_Calls):
             opened = self._channels[retry]
             if (method, retry) not in self._stubs:
                 described = wire.methods("server", _SERVICE)[method]
-                kind = opened.unary_stream if described.server_streaming else opened.unary_unary
-                self._stubs[method, retry] = kind(
+                self._stubs[method, retry] = getattr(opened, described.kind)(
                     described.path,
-                    request_serializer=_Message.inline,
+                    request_serializer=wire.serialized if method in _IN_PIECES.values() else _Message.inline,
                     response_deserializer=partial(wire.parsed, described.response),
                 )
             self._last_deadline = max(self._last_deadline, time.monotonic() + timeout)
@@ -492,6 +509,28 @@ class _Client(_Calls):
         if lanes and ours:
             lanes.close()
         return channels
+
+    def _way(self, request: _Request) -> wire.Method | None:
+        """How to make a call in pieces, as its request is large, or the last answer was; None for others."""
+        sizes = request.message.size > pieces.LARGE, request.method in self._answer_large
+        name = _IN_PIECES.get(sizes)
+        return wire.methods("server", _SERVICE)[name] if name and self._pieces else None
+
+    def _only_without_pieces(self, error: grpc.RpcError) -> None:
+        """Raises the error, unless it says that the server is too old to know pieces."""
+        if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
+            raise error
+        self._pieces = False
+
+    def _note(self, request: _Request, source: _Source) -> None:
+        if source is not None and not isinstance(source, Segment) and source.nbytes > pieces.LARGE:
+            self._answer_large.add(request.method)
+        else:
+            self._answer_large.discard(request.method)
+
+    def _whole(self, request: _Request, answer: pieces.Gathered) -> tuple[Any, _Source]:
+        message = wire.methods("server", _SERVICE)[request.method].response.FromString(answer.end().message)
+        return message, answer.data
 
     def _sent(self, retry: bool) -> tuple[tuple[str, str], ...]:
         return self._metadata if retry else (*self._metadata, ("tms-retry", "no"))
@@ -537,7 +576,7 @@ class _Sent:
     def begin(self) -> bool:
         """Sends the request; False if that cannot be."""
         try:
-            message = self._request.message.placed(self._lane)
+            message = self._request.message.placed(self._lane.place(self._request.message.arrays))
         except (OSError, ValueError) as error:
             self._lanes.give_up(f"memory cannot be shared: {error}")
             self.cancel()
@@ -793,13 +832,39 @@ class ModelClient(_Client):
                     return found[0]
             remaining = max(0.001, begun + timeout - time.monotonic())
             try:
-                response, call = stub.with_call(request.message, timeout=remaining, metadata=self._sent(retry))
+                response, call = self._ask(stub, request, remaining, retry)
             except grpc.RpcError as error:
                 raise self._explained(error, request, begun, timeout, opened) from None
             except ValueError:  # what grpc raises for a call on a channel that another thread has closed
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
             self._ended(request.method, begun, call.trailing_metadata())
+            self._note(request, response[1])
         return request.decode(*response)
+
+    def _ask(self, stub: Any, request: _Request, timeout: float, retry: bool) -> tuple[tuple[Any, _Source], Any]:
+        """gRPC's answer with the source of its bytes, and the call."""
+        options = {"timeout": timeout, "metadata": self._sent(retry)}
+        if not (method := self._way(request)) or not self._piecewise.acquire(blocking=False):
+            return stub.with_call(request.message, **options)  # type: ignore[no-any-return]
+        try:
+            _, in_pieces = self._stub(method.name, retry, timeout)
+            message, answer = request.message.pieces(request.method, method), pieces.Gathered(_answers.room)
+            if method.server_streaming:
+                call = in_pieces(message, **options)
+                try:
+                    for piece in call:
+                        answer.add(*piece)
+                finally:
+                    call.cancel()
+            else:
+                piece, call = in_pieces.with_call(message, **options)
+                answer.add(*piece)
+        except grpc.RpcError as error:
+            self._only_without_pieces(error)
+            return self._ask(stub, request, timeout, retry)
+        finally:
+            self._piecewise.release()
+        return self._whole(request, answer), call
 
     def _send(self, request: _Request, deadline: float, retry: bool) -> "_Sent | None":
         """The call, under way by the short cut; None if gRPC is to make it."""
@@ -1029,17 +1094,37 @@ class AsyncModelClient(_Client):
             if (sent := self._send(request, begun + timeout, retry)) and (found := await sent.received()):
                 return found[0]
             remaining = max(0.001, begun + timeout - time.monotonic())
-            call = stub(request.message, timeout=remaining, metadata=self._sent(retry))
             try:
-                response = await call
+                response, trailing = await self._ask(stub, request, remaining, retry)
             except grpc.RpcError as error:
                 raise await self._explained(error, request, begun, timeout, opened) from None
             except asyncio.CancelledError:
                 if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                     raise
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
-            self._ended(request.method, begun, await call.trailing_metadata())
+            self._ended(request.method, begun, trailing)
+            self._note(request, response[1])
         return request.decode(*response)
+
+    async def _ask(self, stub: Any, request: _Request, timeout: float, retry: bool) -> tuple[tuple[Any, _Source], Any]:
+        """gRPC's answer with the source of its bytes, and the trailing metadata."""
+        options = {"timeout": timeout, "metadata": self._sent(retry)}
+        # Requests go in one message: where a call ends while its pieces are sent, asyncio's gRPC speaks of a fault.
+        if not (method := self._way(request)) or method.client_streaming:
+            call = stub(request.message, **options)
+            return await call, await call.trailing_metadata()
+        _, in_pieces = self._stub(method.name, retry, timeout)
+        answer = pieces.Gathered(_answers.room)
+        call = in_pieces(request.message.pieces(request.method, method), **options)
+        try:
+            async for piece in call:
+                answer.add(*piece)
+        except grpc.RpcError as error:
+            self._only_without_pieces(error)
+            return await self._ask(stub, request, timeout, retry)
+        finally:
+            call.cancel()
+        return self._whole(request, answer), await call.trailing_metadata()
 
     def _send(self, request: _Request, deadline: float, retry: bool) -> _Sent | None:
         """The call, under way by the short cut; None if gRPC is to make it, for nothing here may wait."""
@@ -1177,22 +1262,34 @@ class _Written(threading.local):
 _written = _Written()
 
 
+@cache
+def _keep_memory() -> None:
+    """Lets glibc's malloc keep what is freed, as it does once a block of this size was: pieces would fault anew."""
+    np.empty(_FREED_ONCE, np.uint8)
+
+
 class _Answers(threading.local):
     """What each thread's last large answers lay in, for the next ones, when the application has dropped them."""
 
     def __init__(self) -> None:
         self._memories: deque[Array] = deque(maxlen=_MEMORIES)
 
-    def copy(self, array: Array) -> Array:
-        """A copy that the application may write to."""
-        if not _COPIED_FRESH < array.nbytes <= _LARGEST_MEMORY:
-            return array.copy()
+    def room(self, size: int) -> Array:
+        """So many bytes."""
+        if not _COPIED_FRESH < size <= _LARGEST_MEMORY:
+            return np.empty(size, np.uint8)
         for memory in self._memories:
-            if memory.nbytes == array.nbytes and sys.getrefcount(memory) == 3:  # this name, the argument, the deque
+            if memory.nbytes == size and sys.getrefcount(memory) == 3:  # this name, the argument, the deque
                 break
         else:
-            self._memories.append(memory := np.empty(array.nbytes, np.uint8))
-        copied = memory.view(array.dtype).reshape(array.shape)
+            self._memories.append(memory := np.empty(size, np.uint8))
+        return memory
+
+    def copy(self, array: Array) -> Array:
+        """A copy that the application may write to."""
+        if array.nbytes <= _COPIED_FRESH:
+            return array.copy()
+        copied = self.room(array.nbytes).view(array.dtype).reshape(array.shape)
         copied[...] = array
         return copied
 
@@ -1223,20 +1320,28 @@ def _fill(value: Any, packed: Packed) -> list[tuple[Any, Array]]:
 
 
 def _arrays(messages: Any, source: _Source) -> list[Array]:
-    found = [_bytes(array, source if isinstance(source, Segment) else None) for array in messages]
+    found = [_bytes(array, None if isinstance(source, memoryview) else source) for array in messages]
     if isinstance(source, memoryview):
         found[-1] = source
     named = zip(messages, found, strict=True)
-    return [_answers.copy(codec.array_from(one.dtype, one.shape, data)) for one, data in named]
+    return [_owned(codec.array_from(one.dtype, one.shape, data), source) for one, data in named]
 
 
 def _bytes(message: Any, source: _Source) -> bytes | memoryview:
     if isinstance(source, memoryview):
         return source
-    if source and message.HasField("place"):
-        return source.bytes_at(message.place.offset, message.place.length)
+    if source is not None and message.HasField("place"):
+        begin, length = message.place.offset, message.place.length
+        return source.bytes_at(begin, length) if isinstance(source, Segment) else source.data[begin : begin + length]
     data: bytes = message.data
     return data
+
+
+def _owned(array: Array, source: _Source) -> Array:
+    """The array as the application's own: where it came to if that is not much more, or a copy."""
+    if isinstance(source, np.ndarray) and array.nbytes > source.nbytes // 2:
+        return array
+    return _answers.copy(array)
 
 
 def _answer(response: Any, source: _Source) -> Any:
@@ -1250,7 +1355,7 @@ def _data(response: Any, source: _Source) -> Any:
 def _image_answer(response: Any, source: _Source) -> Array:
     found = response.image
     data = _bytes(found, source)
-    return _answers.copy(codec.image_from(found.height, found.width, found.channels, found.dtype, data))
+    return _owned(codec.image_from(found.height, found.width, found.channels, found.dtype, data), source)
 
 
 def _states(response: Any, source: _Source) -> list[dict[str, str]]:

@@ -60,12 +60,41 @@ asyncio.run(main())
 """
 
 
-def test_one_trace_from_client_to_worker(collector: Collector, start_server: Callable[..., Server]) -> None:
+STREAMS = """
+import numpy as np
+from model_client import ModelClient
+large = np.arange(3_000_000, dtype=np.uint8)
+with ModelClient("echo") as client:
+    for value in (large, large, 1, 2):  # SendInPieces, InPieces, GetInPieces, Run
+        assert np.array_equal(client.run(value), value)
+    assert list(client.run_stream("x")) == ["x"]
+    assert next(iter(client.stats()["replicas"])) != "(none)"
+"""
+
+
+def traced(code: str, collector: Collector, start_server: Callable[..., Server]) -> Server:
+    """Runs an application that is traced, with a server that is, too."""
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
     server = start_server(**env)
     client = os.environ | env | {"TMS_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", CALLS], env=client, capture_output=True, text=True, check=False)
+    ran = subprocess.run([sys.executable, "-c", code], env=client, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+    return server
+
+
+def test_streams_and_pieces(collector: Collector, start_server: Callable[..., Server]) -> None:
+    traced(STREAMS, collector, start_server)
+    ways = [f"/server.Server/{name}" for name in ("SendInPieces", "InPieces", "GetInPieces", "Run", "RunStream")]
+
+    def names() -> list[str]:
+        return [span.name for span in collector.spans if span.name in ways]
+
+    wait_for(lambda: sorted(names()) == sorted(2 * ways), "the spans of client and server", 20)
+    assert len({span.trace_id for span in collector.spans}) == len(ways)
+
+
+def test_one_trace_from_client_to_worker(collector: Collector, start_server: Callable[..., Server]) -> None:
+    server = traced(CALLS, collector, start_server)
 
     def names() -> list[str]:
         return [span.name for span in collector.spans]

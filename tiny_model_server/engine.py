@@ -19,7 +19,7 @@ from urllib.parse import unquote
 
 from tiny_model_server import tracing
 from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
-from tiny_model_server.codec import ARRAY, Packed, dtype_name, signature
+from tiny_model_server.codec import ARRAY, Array, Packed, dtype_name, signature
 from tiny_model_server.errors import (
     Cancelled,
     InvalidInput,
@@ -81,10 +81,17 @@ class Call:
     """The request's, if a worker may answer it by itself, with a Response of server.proto."""
     tail: memoryview | None = None
     """The bytes of the request's image or last array, if the transport has left them out of the message."""
+    pieces: list[Array] | None = None
+    """Takes the answer's arrays, if the transport sends them after the message."""
     loop: "Loop | None" = None
     """Who calls the handler in a thread that must not wait."""
     trailing: dict[str, str | bytes] = field(default_factory=dict)
     """Metadata to send with the answer's status."""
+
+    @property
+    def late(self) -> bool:
+        """True when the deadline has passed."""
+        return self.deadline is not None and self.deadline <= time.monotonic()
 
 
 class Engine:

@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from tiny_model_server import health, tls, tracing, wire
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import Overloaded, ServerError
+from tiny_model_server.errors import Cancelled, Overloaded, ServerError
 from tiny_model_server.protocols import model_mesh, modzy, native, nos, open_inference
 from tiny_model_server.settings import Settings, SettingsError
 
@@ -110,19 +110,14 @@ class GrpcServer:
     def _bind(self, schema: str, service: str, handlers: dict[str, Callable[[Any, Call], Any]]) -> None:
         table: dict[str, Any] = {}
         for name, method in wire.methods(schema, service).items():
-            if not method.server_streaming:
-                table[name] = grpc.unary_unary_rpc_method_handler(self._unary(method, handlers[name]))
-            elif method.client_streaming:
-                table[name] = grpc.stream_stream_rpc_method_handler(self._streaming(method, handlers[name]))
-            else:
-                table[name] = grpc.unary_stream_rpc_method_handler(self._streaming(method, handlers[name]))
+            answer = self._streaming if method.server_streaming else self._unary
+            table[name] = getattr(grpc, f"{method.kind}_rpc_method_handler")(answer(method, handlers[name]))
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, table)])
 
-    def _unary(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[bytes, Any], bytes]:
-        def answer(data: bytes, context: Any) -> bytes:
+    def _unary(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[Any, Any], bytes]:
+        def answer(data: Any, context: Any) -> bytes:
             with self._answering(method, context) as call:
-                # Parsed here, because a request that grpcio cannot parse would be answered as INTERNAL.
-                return wire.serialized(handler(wire.parse(method, data, call), call), self._largest)
+                return wire.serialized(handler(_parsed(method, data, call), call), self._largest)
             raise AssertionError  # _answering lets no error pass
 
         return answer
@@ -130,8 +125,7 @@ class GrpcServer:
     def _streaming(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[..., Iterator[bytes]]:
         def answer(data: Any, context: Any) -> Iterator[bytes]:
             with self._answering(method, context) as call:
-                each = (wire.parse(method, one) for one in data) if method.client_streaming else None
-                for response in handler(each or wire.parse(method, data), call):
+                for response in handler(_parsed(method, data, call), call):
                     yield wire.serialized(response, self._largest)
 
         return answer
@@ -158,6 +152,20 @@ class GrpcServer:
         engine = self._engine
         serving = {model.name: engine.serving(model) for model in engine.models()}
         self._health.set(serving | {"": engine.ready, LIVE_SERVICE: engine.started})
+
+
+def _parsed(method: wire.Method, data: Any, call: Call) -> Any:
+    """The request or, of a stream, the requests; parsed here, for what grpcio cannot parse it answers as INTERNAL."""
+    return _requests(method, data, call) if method.client_streaming else wire.parse(method, data, call)
+
+
+def _requests(method: wire.Method, data: Iterator[bytes], call: Call) -> Iterator[Any]:
+    try:
+        for one in data:
+            yield wire.parse(method, one, call)
+    except grpc.RpcError as error:
+        error.__traceback__ = None  # for grpcio keeps the error, and it would keep the frames and the call's memory
+        raise Cancelled("the caller went away") from None
 
 
 def _abort(context: Any, call: Call, status: str, message: str) -> None:

@@ -48,7 +48,7 @@ class LaneServer:
         self._handlers = {
             method.path.encode(): (method, handlers[key], key in _WITHOUT_WAITING)
             for key, method in wire.methods("server", "server.Server").items()
-            if not method.server_streaming
+            if method.kind == "unary_unary"
         }
         self._largest = engine.settings.max_message_mb << 20
         self._name = name.encode()

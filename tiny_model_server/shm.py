@@ -29,12 +29,25 @@ Place = tuple[int, str, tuple[int, ...]]
 """Where an array lies in a segment: byte offset, dtype name, shape."""
 
 
+def layout(arrays: Sequence[Array]) -> tuple[list[Place], int]:
+    """Where arrays lie one after the other, and where the last ends."""
+    places: list[Place] = []
+    end = 0
+    for array in arrays:
+        begin = -(-end // ALIGN) * ALIGN
+        places.append((begin, dtype_name(array.dtype), array.shape))
+        end = begin + array.nbytes
+    return places, end
+
+
 class Segment:
     """One mapped file; whoever writes grows it, whoever reads maps more when a place lies beyond its mapping."""
 
     def __init__(self, fd: int | None = None) -> None:
         """Makes a new segment, or maps the one whose descriptor came from another process."""
         self.fd = _unnamed_file() if fd is None else fd
+        self.used = math.inf
+        """How many bytes of it ``bytes_at`` may look at."""
         self._map: mmap.mmap | None = None
         self._size = 0
 
@@ -42,11 +55,7 @@ class Segment:
         """Copies portable arrays in, one after the other from the start, over what was there before."""
         if not arrays:
             return []
-        places: list[Place] = []
-        end = 0
-        for array in arrays:
-            places.append((end, dtype_name(array.dtype), array.shape))
-            end += -(-array.nbytes // ALIGN) * ALIGN
+        places, end = layout(arrays)
         mapped = self._mapped(end, grow=True)
         for (offset, *_), array in zip(places, arrays, strict=True):
             mapped[offset : offset + array.nbytes] = raw(array)
@@ -79,7 +88,8 @@ class Segment:
     def bytes_at(self, offset: int, length: int) -> memoryview:
         """A view of these bytes; ValueError if they are not all there or are not aligned to 64."""
         end = offset + length
-        if offset < 0 or length < 0 or offset % ALIGN or (end > self._size and end > os.fstat(self.fd).st_size):
+        there = min(self.used, self._size if end <= self._size else os.fstat(self.fd).st_size)
+        if offset < 0 or length < 0 or offset % ALIGN or end > there:
             raise ValueError(f"{length} bytes at {offset} do not lie in the shared memory, aligned to {ALIGN}")
         try:
             return memoryview(self._mapped(end, grow=False))[offset:end] if length else memoryview(b"")
@@ -148,6 +158,11 @@ class Pair:
         self.kept = False
         """Set when a model keeps what lies in the inbox: it is the model's own then, and not to be written again."""
         self.alive[self.name] = self
+
+    def room(self, size: int) -> Array:
+        """So many bytes of the inbox, which are all that places may lie in."""
+        self.inbox.used = size
+        return self.inbox.array(size)
 
     def __del__(self) -> None:
         self.caller.close()

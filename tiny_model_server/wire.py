@@ -24,6 +24,7 @@ _TAILS = {
     "server.RunArgs": (1, 2, 3),
     "server.Response": (2, 3),
     "server.ImageResponse": (2, 4),
+    "server.Piece": (4,),
 }
 """The fields that lead to the bytes of the last array or image."""
 
@@ -32,13 +33,19 @@ pool = descriptor_pool.DescriptorPool()
 
 
 class Method(NamedTuple):
-    """One RPC: its path ("/server.Server/RunText"), message classes, and which sides stream."""
+    """One RPC: its path ("/server.Server/RunText") and name, message classes, and which sides stream."""
 
     path: str
+    name: str
     request: Any
     response: Any
     client_streaming: bool
     server_streaming: bool
+
+    @property
+    def kind(self) -> str:
+        """As grpc names it: "unary_unary", "unary_stream", "stream_unary" or "stream_stream"."""
+        return "_".join("stream" if streams else "unary" for streams in (self.client_streaming, self.server_streaming))
 
 
 class Tailed(NamedTuple):
@@ -121,10 +128,10 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     raise IndexError("that is no number")
 
 
-def serialized(answer: Any, largest: int) -> bytes:
-    """The bytes of an answer; more than ``largest`` are an error not to be retried."""
+def serialized(answer: Any, largest: int | None = None) -> bytes:
+    """The bytes of a message; more than ``largest`` are an error not to be retried."""
     data: bytes = b"".join((answer.head(), answer.data)) if isinstance(answer, Tailed) else answer.SerializeToString()
-    if len(data) > largest:
+    if largest and len(data) > largest:
         why = f"the answer has {len(data)} bytes, more than TMS_MAX_MESSAGE_MB allows"
         raise Overloaded(why, retry_after_ms=-1)
     return data
@@ -152,6 +159,7 @@ def methods(schema: str, service: str) -> dict[str, Method]:
     return {
         method.name: Method(
             f"/{service}/{method.name}",
+            method.name,
             message_factory.GetMessageClass(method.input_type),
             message_factory.GetMessageClass(method.output_type),
             method.client_streaming,

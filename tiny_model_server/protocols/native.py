@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import socket
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +13,15 @@ from tiny_model_server import codec, wire
 from tiny_model_server.batcher import Outcome
 from tiny_model_server.codec import Array, EncodedImage, Packed
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, ServerError, from_status
+from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError, from_status
+from tiny_model_server.pieces import Gathered, cut
 from tiny_model_server.repository import ServedModel
+from tiny_model_server.shm import Pair, layout
 
 SCHEMA = "server"
 SERVICE = "server.Server"
+_KEPT = 4  # memories of calls in pieces, for the next ones
+_LARGEST_KEPT = 64 << 20  # bytes in one of them
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
@@ -31,6 +37,10 @@ class _Native:
         self._image_response = wire.message(SCHEMA, "server.ImageResponse")
         self._info = wire.message(SCHEMA, "server.ModelInfo")
         self._states = wire.message(SCHEMA, "server.ModelStates")
+        self._piece = wire.message(SCHEMA, "server.Piece")
+        self._methods = {name: one for name, one in wire.methods(SCHEMA, SERVICE).items() if one.kind == "unary_unary"}
+        self._largest = engine.settings.max_message_mb << 20
+        self._pairs: deque[Pair] = deque(maxlen=_KEPT)
 
     def RunText(self, request: Any, call: Call) -> Any:
         return self._run(request, codec.pack(request.text), call)
@@ -110,6 +120,40 @@ class _Native:
         for packed in self._engine.run_stream(request.model, _value(request.data, call), args, call):
             yield self._answer(packed, call)
 
+    def InPieces(self, pieces: Iterable[Any], call: Call) -> Iterator[Any]:
+        return self._in_pieces(pieces, call)
+
+    def SendInPieces(self, pieces: Iterable[Any], call: Call) -> Any:
+        (answer,) = self._in_pieces(pieces, call, whole=True)
+        return answer
+
+    def GetInPieces(self, piece: Any, call: Call) -> Iterator[Any]:
+        return self._in_pieces([piece], call)
+
+    def _in_pieces(self, pieces: Iterable[Any], call: Call, *, whole: bool = False) -> Iterator[Any]:
+        try:
+            pair = self._pairs.pop()
+        except IndexError:
+            pair = _unshared()
+        try:
+            gathered = Gathered(pair.room, self._largest)
+            for piece in pieces:
+                gathered.add(piece, call.tail)
+            first = gathered.end()
+            if not (method := self._methods.get(first.method)):
+                raise InvalidInput(f"no method {first.method!r} in pieces; there are {', '.join(self._methods)}")
+            call.lane, call.pieces, call.tail = pair, [], None
+            answer = getattr(self, first.method)(wire.parse(method, first.message, call), call)
+            told = {"largest": self._largest, "message": answer.SerializeToString()}
+            yield from cut(self._piece, call.pieces, whole=whole, **told)
+        finally:
+            # A model may have kept what it got, and a worker still be at work for who has gone, or had no more time.
+            if not call.lane or (not pair.kept and not call.late and call.on_end(lambda: None)):
+                if pair.inbox.used + sum(array.nbytes for array in call.pieces or ()) > _LARGEST_KEPT:
+                    pair.inbox.discard()
+                    pair.outbox.discard()
+                self._pairs.append(pair)
+
     def GetModelInfo(self, request: Any, call: Call) -> Any:
         return self._describe(self._engine.model(request.model))
 
@@ -179,6 +223,14 @@ class _Native:
         return self._response(data=json.dumps(value))
 
 
+def _unshared() -> Pair:
+    """Memory as callers on this host share it, for one from elsewhere, who is answered by this process alone."""
+    try:
+        return Pair(socket.socket(socket.AF_UNIX))
+    except OSError as error:
+        raise Overloaded(f"the server has no memory for the call: {error}") from None
+
+
 def _image(image: Any, call: Call) -> Packed:
     data = _data(image, call) if call.tail is None else call.tail
     if image.encoded:
@@ -238,7 +290,13 @@ def _fill(message: Any, text_field: str, packed: Packed) -> tuple[list[Any], Pac
 
 
 def _send(filled: Sequence[tuple[list[Any], Packed]], call: Call) -> None:
-    """Puts the bytes of arrays into their messages; or into the memory that the caller shares, and tells where."""
+    """Puts the bytes of arrays into their messages; or where the caller looks for them, and tells where that is."""
+    if call.pieces is not None:
+        every = [pair for parts, packed in filled for pair in zip(parts, packed.arrays, strict=True)]
+        call.pieces += [array for _, array in every]
+        for (part, array), (offset, *_) in zip(every, layout(call.pieces)[0], strict=True):
+            part.place.offset, part.place.length = offset, array.nbytes
+        return
     rest: list[tuple[Any, Array]] = []
     for parts, packed in filled:
         if packed.shared and packed.shared[0] is call.lane:  # a worker has put them there
