@@ -435,18 +435,33 @@ def test_waiting_awake_stops_where_it_does_not_pay(monkeypatch: pytest.MonkeyPat
         polls.clear()
         waiter.wait(5)
         assert polls == [5]
+    monkeypatch.setattr(awake, "calls", lambda: 3)
+    monkeypatch.setattr(awake, "_most", 0.0)
+    polls.clear()
+    waiter.wait(5)
+    assert polls == [5]
+    monkeypatch.setattr(awake, "calls", lambda: 2)
+    for seen in ([5], [0, 5]):  # it takes some waits until the callers seem to have gone
+        polls.clear()
+        waiter.wait(5)
+        assert sorted(set(polls)) == seen
+        for _ in range(10):
+            waiter.wait(0.001)
 
 
-def test_a_slow_model_keeps_nobody_awake(start_server: Callable[..., Server], tmp_path: Path) -> None:
-    body = "    def run(self, data, args):\n        __import__('time').sleep(0.03)\n        return data"
+@pytest.mark.parametrize(("sleeps", "in_flight", "calls", "limit"), [(0.03, 1, 50, 0.25), (0.005, 16, 300, 0.9)])
+def test_waits_that_do_not_pay_take_no_cpu(
+    start_server: StartServer, tmp_path: Path, sleeps: float, in_flight: int, calls: int, limit: float
+) -> None:
+    """Of a model that takes longer than the process stays awake, and of many callers; awake, it took twice as much."""
+    body = f"    def run(self, data, args):\n        __import__('time').sleep({sleeps})\n        return data"
     server = start_server(write_model(tmp_path, "slow", body), TMS_AWAKE_US=10000)
     front = psutil.Process(server.process.pid)
     with server.client("slow") as client:
         client.run_text("x")
         before = sum(front.cpu_times()[:2])
-        for _ in range(50):
-            client.run_text("x")
-        assert sum(front.cpu_times()[:2]) - before < 0.25  # to be awake for each of them would take twice as much
+        assert list(client.map(["x"] * calls, in_flight=in_flight)) == ["x"] * calls
+        assert sum(front.cpu_times()[:2]) - before < limit
 
 
 # ---- devices

@@ -7,8 +7,18 @@ from typing import Any
 
 seconds = 0.0
 """How long to stay awake; 0 is not at all. Set at the start."""
-
+calls: Callable[[], int] = int
+"""How many calls are under way. Set at the start."""
+few = 2
+"""So many calls at once leave a core to stay awake on; of more, callers and workers need it. Set at the start."""
+_most = 0.0  # calls at once, lately
 _one = threading.Lock()  # stays awake at a time: more would only take each other's core
+
+
+def _crowded() -> bool:
+    global _most
+    _most = max(calls(), 0.95 * _most)
+    return _most > few
 
 
 class Waiter:
@@ -22,7 +32,7 @@ class Waiter:
 
     def wait(self, timeout: float | None) -> Any:
         """What ``poll`` finds within ``timeout`` seconds."""
-        if not seconds or (timeout is not None and timeout <= 0):
+        if not seconds or (timeout is not None and timeout <= 0) or _crowded():
             return self._poll(timeout)
         begun = time.monotonic()
         if self.pays and _one.acquire(blocking=False):

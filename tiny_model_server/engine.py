@@ -103,7 +103,8 @@ class Engine:
         self._listeners: list[Callable[[], None]] = []
         self.metrics = Metrics()
         self._repository = Repository(settings, self.metrics, self._changed)
-        self._in_work = 0
+        self.calls = 0
+        """How many are in work."""
         self._counting = threading.Lock()
         self._room = threading.Lock()
         self._stopping = threading.Event()
@@ -433,13 +434,13 @@ class Engine:
         if self.stopping:
             raise Stopping("the server is stopping")
         with self._counting:
-            if self._in_work == self.settings.threads:
-                raise Overloaded(f"the server has {self._in_work} calls in work already")
-            self._in_work += 1
+            if self.calls == self.settings.threads:
+                raise Overloaded(f"the server has {self.calls} calls in work already")
+            self.calls += 1
 
     def _dismiss(self) -> None:
         with self._counting:
-            self._in_work -= 1
+            self.calls -= 1
 
     @contextmanager
     def _admission(self) -> Iterator[None]:

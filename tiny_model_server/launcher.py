@@ -57,6 +57,7 @@ def serve(settings: Settings) -> int:
     if settings.one_core:
         keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
     engine = Engine(settings)
+    awake.calls, awake.few = lambda: engine.calls, max(2, int(cpus()) // 2)  # to each belong a caller and a worker
     grpc_server = GrpcServer(engine, settings)
     web = WebServer(engine, settings) if settings.http_port is not None else None
     lanes = open_lanes(engine, settings, grpc_server)
