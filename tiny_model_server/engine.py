@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_address
@@ -250,14 +249,12 @@ class Engine:
         """One outcome an input, in order: the model's answer, or the error of that input alone."""
         if not items:
             raise InvalidInput("the batch is empty; send at least one input")
-        with self._admission():
+        self._admit()
+        try:
             model = self._open(call.model or name)
-            args_text = _text(args)
+            args_text, report = _text(args), partial(self._report_load, model, call)
             if not model.stages:
-                try:
-                    return self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)
-                finally:
-                    self._report_load(model, call)
+                return self._run(model, items, args_text, call, plain, report, call.lane if len(items) == 1 else None)
             arrived = model.load_of.arrived(len(items))
             outcomes: list[Outcome] = list(items)
             try:
@@ -273,13 +270,16 @@ class Engine:
                 model.load_of.answered(arrived, [error.status] * len(items))
                 raise
             finally:
-                self._report_load(model, call)
+                report()
             model.load_of.answered(arrived, [_status(outcome) for outcome in outcomes])
             return outcomes
+        finally:
+            self._dismiss()
 
     def run_stream(self, name: str, data: Packed, args: Mapping[str, Any], call: Call) -> Iterator[Packed]:
         """What the model yields for one input, as it comes; leaving the iterator ends the model's work on it."""
-        with self._admission():
+        self._admit()
+        try:
             model = self._open(call.model or name)
             if model.stages:
                 raise ModelUnavailable(f"model {name!r} is a pipeline, which does not stream; call it by Run")
@@ -289,7 +289,7 @@ class Engine:
             arrived = model.load_of.arrived(1)
             status = Cancelled.status
             try:
-                self._submit(model, [item], call)
+                self._submit(model, [item], call, lambda: None)
                 while (chunk := item.next_chunk()) is not item.outcome:
                     if isinstance(chunk, ServerError):
                         raise chunk
@@ -304,6 +304,8 @@ class Engine:
                 item.resolve(Cancelled("the caller went away"))
                 model.load_of.answered(arrived, [status])
                 self._report_load(model, call)
+        finally:
+            self._dismiss()
 
     def _run(
         self,
@@ -312,14 +314,16 @@ class Engine:
         args: str,
         call: Call,
         plain: bool,
+        meanwhile: Callable[[], None] = lambda: None,
         lane: Pair | None = None,
     ) -> list[Outcome]:
+        """The outcomes of one model; ``meanwhile`` is called while it works, and after that if nothing came of it."""
         arrived = model.load_of.arrived(len(values))
         statuses = [ServerError.status] * len(values)
         try:
             items = self._items(model, values, args, call, plain)
             items[0].lane = lane
-            self._submit(model, items, call)
+            self._submit(model, items, call, meanwhile)
             outcomes = [item.wait() for item in items]
             now = time.monotonic()
             steps = ((("queue", item.enqueued, item.begun), ("compute", item.begun, now)) for item in items)
@@ -331,6 +335,8 @@ class Engine:
             raise
         finally:
             model.load_of.answered(arrived, statuses)
+            if "OK" not in statuses:
+                meanwhile()
 
     def _run_later(
         self,
@@ -388,15 +394,16 @@ class Engine:
             items.append(Item(data, args, key, deadline=call.deadline, plain=plain, once=once))
         return items
 
-    def _submit(self, model: ServedModel, items: list[Item], call: Call) -> None:
+    def _submit(self, model: ServedModel, items: list[Item], call: Call, meanwhile: Callable[[], None]) -> None:
         def give_up() -> None:
             for item in items:
                 item.resolve(Cancelled("the caller went away"))
 
         if not call.on_end(give_up):
             give_up()
-        if len(items) > 1 or items[0].chunks is not None or not model.batcher.run(items[0]):
+        if len(items) > 1 or items[0].chunks is not None or not model.batcher.run(items[0], meanwhile):
             model.batcher.put(items)
+            meanwhile()
 
     def _report_load(self, model: ServedModel, call: Call) -> None:
         if call.lane:
@@ -441,14 +448,6 @@ class Engine:
     def _dismiss(self) -> None:
         with self._counting:
             self.calls -= 1
-
-    @contextmanager
-    def _admission(self) -> Iterator[None]:
-        self._admit()
-        try:
-            yield
-        finally:
-            self._dismiss()
 
     def _try_load(self, model: ServedModel) -> None:
         started = time.monotonic()

@@ -93,6 +93,7 @@ class _Slot:
         poll = select.poll()
         poll.register(self.pipe, select.POLLIN)
         self._waiter = Waiter(lambda seconds: poll.poll(None if seconds is None else seconds * 1000))
+        self._answered = False  # as far as is known
         with theirs:
             for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
                 reduction.send_handle(control, fd, 0)
@@ -106,7 +107,8 @@ class _Slot:
 
     def ready(self, seconds: float) -> bool:
         """True when the worker has answered, False if it has not within this time."""
-        return bool(self._waiter.wait(max(0.0, seconds)))
+        self._answered = bool(self._waiter.wait(max(0.0, seconds)))
+        return self._answered
 
     def outcomes(self, batch: list[Item], timeout_s: float | None) -> tuple[list[Outcome], float, Tally]:
         """One outcome an item, the worker's seconds, what it counted; _WorkerDied or _WorkerHung if there is none.
@@ -148,15 +150,8 @@ class _Slot:
             reply = item.reply if len(batch) == 1 and not item.attempts else None
             items.append((item.packed.text, where, item.plain, *names, reply))
         gone = [name for name in self._known if name not in Pair.alive] if fresh else []
-        streams = batch[0].chunks is not None
-        message = (
-            batch[0].args,
-            items,
-            streams,
-            self._new_inbox,
-            [(pair.name, pair.lent) for pair in fresh.values()],
-            gone,
-        )
+        streams, met = batch[0].chunks is not None, [(pair.name, pair.lent) for pair in fresh.values()]
+        message = (batch[0].args, items, streams, self._new_inbox, met, gone)
         fds = [self._inbox.fd] if self._new_inbox else []
         for pair in fresh.values():
             fds += pair.inbox.fd, pair.outbox.fd, pair.caller.fileno()
@@ -179,8 +174,9 @@ class _Slot:
                 pair.kept = True
 
     def _receive(self, timeout_s: float | None) -> Any:
-        if timeout_s is not None and not self.ready(timeout_s):
+        if timeout_s is not None and not self._answered and not self.ready(timeout_s):
             raise _WorkerHung
+        self._answered = False
         return self.pipe.receive(wait=timeout_s is not None)[0]
 
     def _outcome(self, answer: tuple[str | None, str, list[Place]], lane: Pair | None) -> Outcome:

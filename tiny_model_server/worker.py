@@ -98,6 +98,11 @@ class Runner:
 
     def run(self, packed: Sequence[codec.Packed], args: dict[str, Any]) -> list[Any]:
         """One outcome an item, in order: the model's value, or a ServerError."""
+        if len(packed) == 1:
+            try:
+                return [self._run_one(codec.unpack(packed[0], self._decode_image), args)]
+            except ServerError as error:
+                return [error]
         outcomes: list[Any] = [None] * len(packed)
         groups: dict[Any, list[int]] = {}
         values: dict[int, Any] = {}
