@@ -158,6 +158,31 @@ def test_threads_share_a_client(server: Server) -> None:
     assert sorted(answers, key=int) == [str(i) for i in range(20)]
 
 
+# Channels that share a connection crash gRPC in one of about 600 rounds.
+CLIENTS_THAT_OPEN_TOGETHER = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from tiny_model_server import channel
+from tiny_model_server.trust import Trust
+
+end = time.monotonic() + 6
+with ThreadPoolExecutor(2) as threads:
+    while time.monotonic() < end:
+        both = [channel.open_channel(channel.grpc, sys.argv[1], Trust()) for _ in range(2)]
+        found = list(threads.map(lambda one: channel.health_check(one)(timeout=10).status, both))
+        assert found == [1, 1]
+        for one in both:
+            one.close()
+"""
+
+
+def test_clients_of_one_process_that_open_together(server: Server) -> None:
+    target = Target([server.address]).current()
+    command = [sys.executable, "-c", CLIENTS_THAT_OPEN_TOGETHER, target]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_images_of_other_libraries(server: Server) -> None:
     from PIL import Image
 

@@ -670,8 +670,6 @@ def test_chaos_fails_none_but_the_guilty(start_server: StartServer) -> None:
     server = start_server(TMS_MODEL_WORKER_WORKERS=2, TMS_MODEL_WORKER_TIMEOUT_S=1.5)
     client, guilty, echo = server.client("worker"), server.client("worker"), server.client("echo")
     image = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
-    # Connected before the load: grpcio was seen to crash where many threads ask new channels for their health at once.
-    assert [one.get_input_shape() for one in (client, guilty, echo)] == [None] * 3
 
     def kill_a_worker() -> None:
         os.kill(client.model_info()[0]["worker_pids"][0], signal.SIGKILL)

@@ -220,4 +220,6 @@ def _options(policy: list[dict[str, Any]], retry: bool) -> list[tuple[str, Any]]
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         ("grpc.enable_http_proxy", 0),  # a proxy for the web is none for these addresses
+        # Where channels share a connection and ask for its health, gRPC may crash as they open together.
+        ("grpc.use_local_subchannel_pool", 1),
     ]
