@@ -187,15 +187,11 @@ class Batcher:
             self._lent += 1
             return seat
 
-    def run(self, item: Item, meanwhile: Callable[[], None]) -> bool:
-        """Runs an item in this thread, on a worker that waits for work; False if none does. Spares two hand-overs.
-
-        ``meanwhile`` is called while the worker works.
-        """
+    def run(self, item: Item) -> bool:
+        """Runs an item in this thread, on a worker that waits for work; False if none does. Spares two hand-overs."""
         if not (seat := self.borrow(item)):
             return False
         seat.begin([item])
-        meanwhile()
         if item.deadline is None or seat.wait(item.deadline):
             resolve(seat.finish())
             self.take_back(seat)

@@ -252,9 +252,12 @@ class Engine:
         self._admit()
         try:
             model = self._open(call.model or name)
-            args_text, report = _text(args), partial(self._report_load, model, call)
+            args_text = _text(args)
             if not model.stages:
-                return self._run(model, items, args_text, call, plain, report, call.lane if len(items) == 1 else None)
+                try:
+                    return self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)
+                finally:
+                    self._report_load(model, call)
             arrived = model.load_of.arrived(len(items))
             outcomes: list[Outcome] = list(items)
             try:
@@ -270,7 +273,7 @@ class Engine:
                 model.load_of.answered(arrived, [error.status] * len(items))
                 raise
             finally:
-                report()
+                self._report_load(model, call)
             model.load_of.answered(arrived, [_status(outcome) for outcome in outcomes])
             return outcomes
         finally:
@@ -289,7 +292,7 @@ class Engine:
             arrived = model.load_of.arrived(1)
             status = Cancelled.status
             try:
-                self._submit(model, [item], call, lambda: None)
+                self._submit(model, [item], call)
                 while (chunk := item.next_chunk()) is not item.outcome:
                     if isinstance(chunk, ServerError):
                         raise chunk
@@ -314,16 +317,14 @@ class Engine:
         args: str,
         call: Call,
         plain: bool,
-        meanwhile: Callable[[], None] = lambda: None,
         lane: Pair | None = None,
     ) -> list[Outcome]:
-        """The outcomes of one model; ``meanwhile`` is called while it works, and after that if nothing came of it."""
         arrived = model.load_of.arrived(len(values))
         statuses = [ServerError.status] * len(values)
         try:
             items = self._items(model, values, args, call, plain)
             items[0].lane = lane
-            self._submit(model, items, call, meanwhile)
+            self._submit(model, items, call)
             outcomes = [item.wait() for item in items]
             now = time.monotonic()
             steps = ((("queue", item.enqueued, item.begun), ("compute", item.begun, now)) for item in items)
@@ -335,8 +336,6 @@ class Engine:
             raise
         finally:
             model.load_of.answered(arrived, statuses)
-            if "OK" not in statuses:
-                meanwhile()
 
     def _run_later(
         self,
@@ -394,16 +393,15 @@ class Engine:
             items.append(Item(data, args, key, deadline=call.deadline, plain=plain, once=once))
         return items
 
-    def _submit(self, model: ServedModel, items: list[Item], call: Call, meanwhile: Callable[[], None]) -> None:
+    def _submit(self, model: ServedModel, items: list[Item], call: Call) -> None:
         def give_up() -> None:
             for item in items:
                 item.resolve(Cancelled("the caller went away"))
 
         if not call.on_end(give_up):
             give_up()
-        if len(items) > 1 or items[0].chunks is not None or not model.batcher.run(items[0], meanwhile):
+        if len(items) > 1 or items[0].chunks is not None or not model.batcher.run(items[0]):
             model.batcher.put(items)
-            meanwhile()
 
     def _report_load(self, model: ServedModel, call: Call) -> None:
         if call.lane:

@@ -93,7 +93,6 @@ class _Slot:
         poll = select.poll()
         poll.register(self.pipe, select.POLLIN)
         self._waiter = Waiter(lambda seconds: poll.poll(None if seconds is None else seconds * 1000))
-        self._answered = False  # as far as is known
         with theirs:
             for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
                 reduction.send_handle(control, fd, 0)
@@ -107,8 +106,7 @@ class _Slot:
 
     def ready(self, seconds: float) -> bool:
         """True when the worker has answered, False if it has not within this time."""
-        self._answered = bool(self._waiter.wait(max(0.0, seconds)))
-        return self._answered
+        return bool(self._waiter.wait(max(0.0, seconds)))
 
     def outcomes(self, batch: list[Item], timeout_s: float | None) -> tuple[list[Outcome], float, Tally]:
         """One outcome an item, the worker's seconds, what it counted; _WorkerDied or _WorkerHung if there is none.
@@ -174,9 +172,8 @@ class _Slot:
                 pair.kept = True
 
     def _receive(self, timeout_s: float | None) -> Any:
-        if timeout_s is not None and not self._answered and not self.ready(timeout_s):
+        if timeout_s is not None and not self.ready(timeout_s):
             raise _WorkerHung
-        self._answered = False
         return self.pipe.receive(wait=timeout_s is not None)[0]
 
     def _outcome(self, answer: tuple[str | None, str, list[Place]], lane: Pair | None) -> Outcome:
