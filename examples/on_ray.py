@@ -34,7 +34,11 @@ from tiny_model_server.errors import ServerError  # noqa: E402
 from tiny_model_server.protocols import native  # noqa: E402
 from tiny_model_server.settings import ModelOptions, Settings  # noqa: E402
 
-METHODS = wire.methods(native.SCHEMA, native.SERVICE)
+METHODS = {
+    name: method
+    for name, method in wire.methods(native.SCHEMA, native.SERVICE).items()
+    if method.request.DESCRIPTOR.name != "Piece"  # of a connection to one replica, which Ray's proxy has not
+}
 LOCAL = {"ListModels", "GetModelStates", "GetPID", "GetNumParallelWorkers"}
 """What the ingress answers itself; what changes a server is Ray's own matter here."""
 REFUSED = {"StopServer", "LoadModel", "UnloadModel", "ReloadModel"}
@@ -59,7 +63,7 @@ class Served:
         try:
             parsed = METHODS[method].request.FromString(request)
             response = await asyncio.to_thread(self.handlers[method], parsed, call)
-            return "OK", self.replica, response.SerializeToString()
+            return "OK", self.replica, wire.serialized(response)
         except ServerError as error:
             return error.status, str(error), b""
 
@@ -68,7 +72,7 @@ class Served:
         call = Call(time.monotonic() + TIMEOUT_S, metadata=metadata)
         try:
             for response in self.handlers[method](METHODS[method].request.FromString(request), call):
-                yield "OK", self.replica, response.SerializeToString()
+                yield "OK", self.replica, wire.serialized(response)
         except ServerError as error:
             yield error.status, str(error), b""
 
