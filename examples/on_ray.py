@@ -63,7 +63,7 @@ class Served:
         try:
             parsed = METHODS[method].request.FromString(request)
             response = await asyncio.to_thread(self.handlers[method], parsed, call)
-            return "OK", self.replica, wire.serialized(response)
+            return "OK", self.replica, response.SerializeToString()
         except ServerError as error:
             return error.status, str(error), b""
 
@@ -72,7 +72,7 @@ class Served:
         call = Call(time.monotonic() + TIMEOUT_S, metadata=metadata)
         try:
             for response in self.handlers[method](METHODS[method].request.FromString(request), call):
-                yield "OK", self.replica, wire.serialized(response)
+                yield "OK", self.replica, response.SerializeToString()
         except ServerError as error:
             yield error.status, str(error), b""
 

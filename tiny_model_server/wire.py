@@ -67,6 +67,10 @@ class Tailed(NamedTuple):
             head = b"".join((_tag(field), varint(len(head) + len(self.data)), head))
         return bytes(self.message.SerializeToString() + head)
 
+    def SerializeToString(self) -> bytes:
+        """All bytes, as of any message."""
+        return b"".join((self.head(), self.data))
+
 
 def parsed(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
     """A message, and the bytes of its last array or image if they are many, at its end, and so left out of it."""
@@ -130,7 +134,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
 
 def serialized(answer: Any, largest: int | None = None) -> bytes:
     """The bytes of a message; more than ``largest`` are an error not to be retried."""
-    data: bytes = b"".join((answer.head(), answer.data)) if isinstance(answer, Tailed) else answer.SerializeToString()
+    data: bytes = answer.SerializeToString()
     if largest and len(data) > largest:
         why = f"the answer has {len(data)} bytes, more than TMS_MAX_MESSAGE_MB allows"
         raise Overloaded(why, retry_after_ms=-1)
