@@ -34,6 +34,15 @@ def cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
     return cores if quota == "max" else min(cores, int(quota) / int(period))
 
 
+def memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """How many bytes of memory the server may use: the machine's, or its container's limit."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return min(physical, int(limit.read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return physical
+
+
 def keep_to_one_core(seed: int) -> None:
     """Keeps this process to one of its cores, chosen by ``seed``, for threads that are started from now on.
 

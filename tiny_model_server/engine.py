@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from tiny_model_server import tracing
+from tiny_model_server import devices, tracing
 from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
+from tiny_model_server.budget import Budget
 from tiny_model_server.codec import ARRAY, Array, Packed, dtype_name, signature
 from tiny_model_server.errors import (
     Cancelled,
@@ -104,6 +105,8 @@ class Engine:
         self._repository = Repository(settings, self.metrics, self._changed)
         self.calls = 0
         """How many are in work."""
+        self.inflight = Budget((settings.max_inflight_mb << 20) or devices.memory() // 4)
+        """Counts the bytes of requests under way; every transport takes from it before it reads or parses one."""
         self._counting = threading.Lock()
         self._room = threading.Lock()
         self._stopping = threading.Event()

@@ -100,6 +100,11 @@ class Settings:
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
     log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
     max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
+    max_inflight_mb: int = _setting(
+        0,
+        _number(int, 0),
+        "most MiB of requests in the server at once; more is refused; 0: a quarter of the memory that it may use",
+    )
     threads: int = _setting(256, _number(int, 1, 4096), "calls in the server at once; one more is refused")
     lane: bool = _setting(True, _flag, "1: clients on this host send by unix socket and shared memory, which is faster")
     one_core: bool = _setting(True, _flag, "1: the gRPC process keeps to one core, which is faster; workers use all")

@@ -3,14 +3,13 @@
 Loads and unloads of one id come one after the other. A load whose caller has gone ends, and leaves nothing behind.
 """
 
-import os
 import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server import __version__, wire
+from tiny_model_server import __version__, devices, wire
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ModelNotFound, ServerError
 from tiny_model_server.repository import ServedModel, State
@@ -46,7 +45,7 @@ class _ModelMesh:
         self._adopted: set[str] = set()
         self._measured: dict[str, int] = {}  # bytes, by path
         self._default = engine.settings.mesh_default_mb * _MIB
-        self._capacity = engine.settings.mesh_capacity_mb * _MIB or _memory() * 3 // 4
+        self._capacity = engine.settings.mesh_capacity_mb * _MIB or devices.memory() * 3 // 4
         least = max(2 * self._default, min(512 * _MIB, 10 * self._default))
         if self._capacity < least:
             raise SettingsError(
@@ -164,12 +163,3 @@ class _Turn:
 
     def __exit__(self, *error: object) -> None:
         self._lock.release()
-
-
-def _memory() -> int:
-    """Bytes that this machine, or the container, has."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(physical, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return physical

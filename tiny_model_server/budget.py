@@ -1,0 +1,44 @@
+"""The bound on the bytes of all requests that are in the server at once (TMS_MAX_INFLIGHT_MB)."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tiny_model_server.errors import Overloaded
+
+_RETRY_AFTER_MS = 100
+
+
+class Budget:
+    """Counts the bytes of requests, whatever the transport; threads may share it."""
+
+    def __init__(self, limit: int) -> None:
+        """``limit`` is in bytes."""
+        self.limit = limit
+        self.used = 0
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Counts ``size`` more bytes; Overloaded if they do not fit beside those under way."""
+        with self._lock:
+            if self.used + size > self.limit:
+                raise Overloaded(
+                    f"requests of {self.used} bytes are under way, and {size} more would exceed the "
+                    f"{self.limit} bytes of TMS_MAX_INFLIGHT_MB",
+                    retry_after_ms=_RETRY_AFTER_MS if size <= self.limit else -1,
+                )
+            self.used += size
+
+    def give(self, size: int) -> None:
+        """Counts ``size`` fewer bytes."""
+        with self._lock:
+            self.used -= size
+
+    @contextmanager
+    def held(self, size: int) -> Iterator[None]:
+        """Counts ``size`` bytes while the request is under way; Overloaded if they do not fit."""
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.give(size)
