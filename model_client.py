@@ -2,10 +2,8 @@
 
 import asyncio
 import atexit
-import io
 import json
 import os
-import sys
 import threading
 import time
 import weakref
@@ -22,10 +20,10 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from tiny_model_server import channel, codec, errors, forks, lane, pieces, tracing, wire
+from tiny_model_server import channel, codec, errors, forks, lane, tracing, wire
 from tiny_model_server.codec import Array, Packed
 from tiny_model_server.lane import Lane, Lanes, shared_array
-from tiny_model_server.shm import Segment, layout
+from tiny_model_server.shm import Segment
 from tiny_model_server.stats import NOBODY, Stats
 from tiny_model_server.trust import Trust
 
@@ -51,16 +49,11 @@ Image = Array | str | os.PathLike[str] | bytes
 
 DEFAULT_TIMEOUT_S = 60.0
 _IN_FLIGHT = 16
-_PIECEWISE = 2  # calls at once; of more, each would only wait for others on the cores
 _MOST_LANES = 64  # of one AsyncModelClient; calls beyond them go by gRPC
-_MEMORIES = 4  # of a thread's answers; applications mostly hold the last one while they ask for the next
-_COPIED_FRESH = 1 << 16  # bytes of an answer for which malloc has pages at hand
-_LARGEST_MEMORY = 1 << 25  # bytes to be kept for the next answer
-_FREED_ONCE = 31 << 20  # bytes, of which malloc learns up to 32 MiB
+_FREED_ONCE = 31 << 20  # bytes; glibc's malloc takes no hint from a block above 32 MiB
 _POLL_S = 0.05
 _PROBE_S = 1.0
 _SERVICE = "server.Server"
-_IN_PIECES = {(True, True): "InPieces", (True, False): "SendInPieces", (False, True): "GetInPieces"}  # request, answer
 _P = ParamSpec("_P")
 
 
@@ -158,11 +151,6 @@ class _Message:
         return bool(self._message.ByteSize() < lane.AT_ONCE // 2)
 
     @property
-    def size(self) -> int:
-        """How many bytes belong into its parts."""
-        return sum(array.nbytes for array in self.arrays)
-
-    @property
     def arrays(self) -> list[Array]:
         """Where the bytes are now."""
         return [array for _, array in self._parts]
@@ -184,7 +172,7 @@ class _Message:
             owner = part.SerializeToString()
             message = type(message).FromString(message.SerializeToString())
             del message.data.arrays[-1]
-        return _written_over(wire.Tailed(message, owner, codec.raw(array)))
+        return wire.Tailed(message, owner, codec.raw(array)).SerializeToString()
 
     def placed(self, offsets: Sequence[int]) -> bytes:
         """The message, which tells where the bytes are in what they were put into."""
@@ -194,17 +182,9 @@ class _Message:
         data: bytes = self._message.SerializeToString()
         return data
 
-    def pieces(self, name: str, method: wire.Method) -> Any:
-        """The message and then the bytes, for call ``name``, as this method takes them."""
-        _keep_memory()
-        message = self.placed([offset for offset, *_ in layout(self.arrays)[0]])
-        several = method.client_streaming
-        cut = pieces.cut(_message("Piece"), self.arrays, whole=not several, method=name, message=message)
-        return cut if several else next(cut)
 
-
-_Source = Segment | Array | memoryview | None
-"""Where the bytes are that a message lacks: memory that is shared or came in pieces; or its last array's or image's."""
+_Source = Segment | memoryview | None
+"""Where the bytes are that a message lacks: shared memory; or the bytes of its last array or image."""
 
 
 class _Request(NamedTuple):
@@ -429,10 +409,8 @@ class _Client(_Calls):
         self._channels: dict[bool, Any] = {}
         self._stubs: dict[tuple[str, bool], Any] = {}
         self._connected = False
-        self._pieces = True  # unless the server is too old to know them
-        self._piecewise = threading.Semaphore(_PIECEWISE)
-        self._answer_large: set[str] = set()  # methods, by their last answer
         self._last_deadline = 0.0
+        _reuse_freed_memory()
         _clients.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -482,7 +460,7 @@ class _Client(_Calls):
                 described = wire.methods("server", _SERVICE)[method]
                 self._stubs[method, retry] = getattr(opened, described.kind)(
                     described.path,
-                    request_serializer=wire.serialized if method in _IN_PIECES.values() else _Message.inline,
+                    request_serializer=_Message.inline,
                     response_deserializer=partial(wire.parsed, described.response),
                 )
             self._last_deadline = max(self._last_deadline, time.monotonic() + timeout)
@@ -496,7 +474,11 @@ class _Client(_Calls):
         else:
             _abandoned.extend(channels)  # of the process or loop that was: to end them there is not for this one
             self._connected = False
+        if self._lanes:
+            self._lanes.close(calls=False)
         self._lanes = Lanes(self._lane_port, dict(self._metadata)) if self._lane_port else None
+        if self._lanes:  # an application may drop a client without closing it, as it may drop an open file
+            weakref.finalize(self, self._lanes.close).atexit = False
         self._place = place
 
     def _let_go(self) -> list[Any]:
@@ -504,33 +486,10 @@ class _Client(_Calls):
         with self._lock:
             channels, self._channels, self._stubs = list(self._channels.values()), {}, {}
             lanes, self._lanes = self._lanes, None
-            ours = self._place[1:2] == (forks.generation,)  # else the connections are the parent's
             self._place, self._connected = (), False
-        if lanes and ours:
+        if lanes:
             lanes.close()
         return channels
-
-    def _way(self, request: _Request) -> wire.Method | None:
-        """How to make a call in pieces, as its request is large, or the last answer was; None for others."""
-        sizes = request.message.size > pieces.LARGE, request.method in self._answer_large
-        name = _IN_PIECES.get(sizes)
-        return wire.methods("server", _SERVICE)[name] if name and self._pieces else None
-
-    def _only_without_pieces(self, error: grpc.RpcError) -> None:
-        """Raises the error, unless it says that the server is too old to know pieces."""
-        if error.code() is not grpc.StatusCode.UNIMPLEMENTED:
-            raise error
-        self._pieces = False
-
-    def _note(self, request: _Request, source: _Source) -> None:
-        if source is not None and not isinstance(source, Segment) and source.nbytes > pieces.LARGE:
-            self._answer_large.add(request.method)
-        else:
-            self._answer_large.discard(request.method)
-
-    def _whole(self, request: _Request, answer: pieces.Gathered) -> tuple[Any, _Source]:
-        message = wire.methods("server", _SERVICE)[request.method].response.FromString(answer.end().message)
-        return message, answer.data
 
     def _sent(self, retry: bool) -> tuple[tuple[str, str], ...]:
         return self._metadata if retry else (*self._metadata, ("tms-retry", "no"))
@@ -832,39 +791,13 @@ class ModelClient(_Client):
                     return found[0]
             remaining = max(0.001, begun + timeout - time.monotonic())
             try:
-                response, call = self._ask(stub, request, remaining, retry)
+                response, call = stub.with_call(request.message, timeout=remaining, metadata=self._sent(retry))
             except grpc.RpcError as error:
                 raise self._explained(error, request, begun, timeout, opened) from None
             except ValueError:  # what grpc raises for a call on a channel that another thread has closed
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
             self._ended(request.method, begun, call.trailing_metadata())
-            self._note(request, response[1])
         return request.decode(*response)
-
-    def _ask(self, stub: Any, request: _Request, timeout: float, retry: bool) -> tuple[tuple[Any, _Source], Any]:
-        """gRPC's answer with the source of its bytes, and the call."""
-        options = {"timeout": timeout, "metadata": self._sent(retry)}
-        if not (method := self._way(request)) or not self._piecewise.acquire(blocking=False):
-            return stub.with_call(request.message, **options)  # type: ignore[no-any-return]
-        try:
-            _, in_pieces = self._stub(method.name, retry, timeout)
-            message, answer = request.message.pieces(request.method, method), pieces.Gathered(_answers.room)
-            if method.server_streaming:
-                call = in_pieces(message, **options)
-                try:
-                    for piece in call:
-                        answer.add(*piece)
-                finally:
-                    call.cancel()
-            else:
-                piece, call = in_pieces.with_call(message, **options)
-                answer.add(*piece)
-        except grpc.RpcError as error:
-            self._only_without_pieces(error)
-            return self._ask(stub, request, timeout, retry)
-        finally:
-            self._piecewise.release()
-        return self._whole(request, answer), call
 
     def _send(self, request: _Request, deadline: float, retry: bool) -> "_Sent | None":
         """The call, under way by the short cut; None if gRPC is to make it."""
@@ -1095,7 +1028,8 @@ class AsyncModelClient(_Client):
                 return found[0]
             remaining = max(0.001, begun + timeout - time.monotonic())
             try:
-                response, trailing = await self._ask(stub, request, remaining, retry)
+                call = stub(request.message, timeout=remaining, metadata=self._sent(retry))
+                response, trailing = await call, await call.trailing_metadata()
             except grpc.RpcError as error:
                 raise await self._explained(error, request, begun, timeout, opened) from None
             except asyncio.CancelledError:
@@ -1103,28 +1037,7 @@ class AsyncModelClient(_Client):
                     raise
                 raise Cancelled(grpc.StatusCode.CANCELLED, "the client was closed", self.model) from None
             self._ended(request.method, begun, trailing)
-            self._note(request, response[1])
         return request.decode(*response)
-
-    async def _ask(self, stub: Any, request: _Request, timeout: float, retry: bool) -> tuple[tuple[Any, _Source], Any]:
-        """gRPC's answer with the source of its bytes, and the trailing metadata."""
-        options = {"timeout": timeout, "metadata": self._sent(retry)}
-        # Requests go in one message: where a call ends while its pieces are sent, asyncio's gRPC speaks of a fault.
-        if not (method := self._way(request)) or method.client_streaming:
-            call = stub(request.message, **options)
-            return await call, await call.trailing_metadata()
-        _, in_pieces = self._stub(method.name, retry, timeout)
-        answer = pieces.Gathered(_answers.room)
-        call = in_pieces(request.message.pieces(request.method, method), **options)
-        try:
-            async for piece in call:
-                answer.add(*piece)
-        except grpc.RpcError as error:
-            self._only_without_pieces(error)
-            return await self._ask(stub, request, timeout, retry)
-        finally:
-            call.cancel()
-        return self._whole(request, answer), await call.trailing_metadata()
 
     def _send(self, request: _Request, deadline: float, retry: bool) -> _Sent | None:
         """The call, under way by the short cut; None if gRPC is to make it, for nothing here may wait."""
@@ -1240,61 +1153,13 @@ def _args(args: Mapping[str, Any] | None) -> str:
     return codec.plain_json(args)
 
 
-def _written_over(tailed: wire.Tailed) -> bytes:
-    """The bytes of a message, those of its array copied once."""
-    if sys.getrefcount(_written.buffer.getvalue()) > 2:  # a call still sends this thread's last message
-        _written.buffer = io.BytesIO()
-    buffer = _written.buffer
-    buffer.seek(0)
-    buffer.write(tailed.head())
-    buffer.write(tailed.data)
-    buffer.truncate()
-    return buffer.getvalue()
-
-
-class _Written(threading.local):
-    """Each thread's last message, over which the next is written: fresh pages would cost more than the copy."""
-
-    def __init__(self) -> None:
-        self.buffer = io.BytesIO()
-
-
-_written = _Written()
-
-
 @cache
-def _keep_memory() -> None:
-    """Lets glibc's malloc keep what is freed, as it does once a block of this size was: pieces would fault anew."""
+def _reuse_freed_memory() -> None:
+    """Lets glibc's malloc keep large blocks that were freed: fresh pages cost more than the copy of an image.
+
+    Freeing one large block raises malloc's dynamic mmap threshold; elsewhere this does nothing.
+    """
     np.empty(_FREED_ONCE, np.uint8)
-
-
-class _Answers(threading.local):
-    """What each thread's last large answers lay in, for the next ones, when the application has dropped them."""
-
-    def __init__(self) -> None:
-        self._memories: deque[Array] = deque(maxlen=_MEMORIES)
-
-    def room(self, size: int) -> Array:
-        """So many bytes."""
-        if not _COPIED_FRESH < size <= _LARGEST_MEMORY:
-            return np.empty(size, np.uint8)
-        for memory in self._memories:
-            if memory.nbytes == size and sys.getrefcount(memory) == 3:  # this name, the argument, the deque
-                break
-        else:
-            self._memories.append(memory := np.empty(size, np.uint8))
-        return memory
-
-    def copy(self, array: Array) -> Array:
-        """A copy that the application may write to."""
-        if array.nbytes <= _COPIED_FRESH:
-            return array.copy()
-        copied = self.room(array.nbytes).view(array.dtype).reshape(array.shape)
-        copied[...] = array
-        return copied
-
-
-_answers = _Answers()
 
 
 def _image_parts(image: Image) -> tuple[Any, Array]:
@@ -1324,24 +1189,16 @@ def _arrays(messages: Any, source: _Source) -> list[Array]:
     if isinstance(source, memoryview):
         found[-1] = source
     named = zip(messages, found, strict=True)
-    return [_owned(codec.array_from(one.dtype, one.shape, data), source) for one, data in named]
+    return [codec.array_from(one.dtype, one.shape, data).copy() for one, data in named]
 
 
 def _bytes(message: Any, source: _Source) -> bytes | memoryview:
     if isinstance(source, memoryview):
         return source
     if source is not None and message.HasField("place"):
-        begin, length = message.place.offset, message.place.length
-        return source.bytes_at(begin, length) if isinstance(source, Segment) else source.data[begin : begin + length]
+        return source.bytes_at(message.place.offset, message.place.length)
     data: bytes = message.data
     return data
-
-
-def _owned(array: Array, source: _Source) -> Array:
-    """The array as the application's own: where it came to if that is not much more, or a copy."""
-    if isinstance(source, np.ndarray) and array.nbytes > source.nbytes // 2:
-        return array
-    return _answers.copy(array)
 
 
 def _answer(response: Any, source: _Source) -> Any:
@@ -1355,7 +1212,7 @@ def _data(response: Any, source: _Source) -> Any:
 def _image_answer(response: Any, source: _Source) -> Array:
     found = response.image
     data = _bytes(found, source)
-    return _owned(codec.image_from(found.height, found.width, found.channels, found.dtype, data), source)
+    return codec.image_from(found.height, found.width, found.channels, found.dtype, data).copy()
 
 
 def _states(response: Any, source: _Source) -> list[dict[str, str]]:

@@ -34,11 +34,7 @@ from tiny_model_server.errors import ServerError  # noqa: E402
 from tiny_model_server.protocols import native  # noqa: E402
 from tiny_model_server.settings import ModelOptions, Settings  # noqa: E402
 
-METHODS = {
-    name: method
-    for name, method in wire.methods(native.SCHEMA, native.SERVICE).items()
-    if method.request.DESCRIPTOR.name != "Piece"  # of a connection to one replica, which Ray's proxy has not
-}
+METHODS = wire.methods(native.SCHEMA, native.SERVICE)
 LOCAL = {"ListModels", "GetModelStates", "GetPID", "GetNumParallelWorkers"}
 """What the ingress answers itself; what changes a server is Ray's own matter here."""
 REFUSED = {"StopServer", "LoadModel", "UnloadModel", "ReloadModel"}

@@ -47,7 +47,7 @@ def test_values_go_and_come(address: str) -> None:
     with ModelClient("echo", addresses=address) as client:
         assert np.array_equal(client.run_image(image), image)
         assert np.array_equal(client.run_image_to_image(image), image)
-        for height in (400, 2000):  # large ones go to the end of a message, or in pieces where there are any
+        for height in (400, 2000):  # large ones go to the end of a message
             large = np.random.default_rng(0).integers(0, 256, (height, 1000, 3), np.uint8)
             assert np.array_equal(client.run_image(large), large)
             assert np.array_equal(client.run_image_to_image(large), large)

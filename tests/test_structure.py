@@ -23,7 +23,6 @@ ORDER = [
     "tiny_model_server.settings",
     "tiny_model_server.logs",
     "tiny_model_server.wire",
-    "tiny_model_server.pieces",
     "tiny_model_server.trust",
     "tiny_model_server.tracing",
     "tiny_model_server.lane",
@@ -49,7 +48,7 @@ ORDER = [
     "tiny_model_server.__main__",
     "server",
 ]
-CLIENT_NEEDS = {"errors", "codec", "shm", "lane", "wire", "pieces", "trust", "tracing", "channel", "forks", "stats"}
+CLIENT_NEEDS = {"errors", "codec", "shm", "lane", "wire", "trust", "tracing", "channel", "forks", "stats"}
 SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]
 SOURCES += sorted((ROOT / "tiny_model_server").rglob("*.py"))
 

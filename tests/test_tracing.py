@@ -65,7 +65,7 @@ import numpy as np
 from model_client import ModelClient
 large = np.arange(3_000_000, dtype=np.uint8)
 with ModelClient("echo") as client:
-    for value in (large, large, 1, 2):  # SendInPieces, InPieces, GetInPieces, Run
+    for value in (large, 1):
         assert np.array_equal(client.run(value), value)
     assert list(client.run_stream("x")) == ["x"]
     assert next(iter(client.stats()["replicas"])) != "(none)"
@@ -82,9 +82,9 @@ def traced(code: str, collector: Collector, start_server: Callable[..., Server])
     return server
 
 
-def test_streams_and_pieces(collector: Collector, start_server: Callable[..., Server]) -> None:
+def test_large_messages_and_streams(collector: Collector, start_server: Callable[..., Server]) -> None:
     traced(STREAMS, collector, start_server)
-    ways = [f"/server.Server/{name}" for name in ("SendInPieces", "InPieces", "GetInPieces", "Run", "RunStream")]
+    ways = [f"/server.Server/{name}" for name in ("Run", "Run", "RunStream")]
 
     def names() -> list[str]:
         return [span.name for span in collector.spans if span.name in ways]

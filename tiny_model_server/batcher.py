@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from tiny_model_server.codec import Packed
 from tiny_model_server.errors import DeadlineExceeded, Overloaded, ServerError
 from tiny_model_server.load import ModelLoad
-from tiny_model_server.shm import Pair
+from tiny_model_server.shm import SharedBuffers
 
 Outcome = Packed | ServerError
 MOST_CHUNKS = 16
@@ -23,8 +23,7 @@ class Item:
     """One input on its way through queue and worker; whoever submitted it waits for its outcome.
 
     ``args`` is JSON, ``deadline`` on the monotonic clock. ``plain`` asks for JSON without arrays beside it; ``once``
-    forbids to run the item again if its worker dies; ``lane`` takes the outcome's arrays. A worker that runs the item
-    alone may answer request ``reply`` there by itself, and then it is ``told``.
+    forbids to run the item again if its worker dies; ``lane`` takes the outcome's arrays.
     """
 
     packed: Packed
@@ -33,11 +32,9 @@ class Item:
     deadline: float | None
     plain: bool = False
     once: bool = False
-    lane: Pair | None = None
-    reply: int | None = None
+    lane: SharedBuffers | None = None
     chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
     attempts: int = 0
-    told: bool = False
     enqueued: float = field(default_factory=time.monotonic)
     begun: float = 0.0
     outcome: Outcome | None = None
@@ -94,6 +91,11 @@ class Item:
             self.resolve(DeadlineExceeded("the deadline passed before the model answered"))
         assert self.outcome is not None
         return self.outcome
+
+    @property
+    def buffers(self) -> SharedBuffers | None:
+        """The caller's buffers that a worker needs to run this, if any."""
+        return self.packed.shared[0] if self.packed.shared else self.lane
 
     @property
     def dead(self) -> bool:

@@ -36,13 +36,30 @@ class EncodedImage(bytes):
     """A whole image file (JPEG, PNG, ...), which the worker decodes before the model sees it."""
 
 
+class Placed(NamedTuple):
+    """What is known of an array whose bytes lie in memory that this process does not map."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def ndim(self) -> int:
+        """How many dimensions it has."""
+        return len(self.shape)
+
+
 class Packed(NamedTuple):
     """A value ready to travel: JSON text, and the arrays it refers to (C order, native little-endian)."""
 
     text: str
-    arrays: list[Array]
+    arrays: list[Any]
     shared: Any = None
-    """(shm.Pair, places) if the arrays lie in memory that workers can map; else they are copied there."""
+    """(shm.SharedBuffers, places) if the arrays are ``Placed`` there, where workers can map them."""
 
 
 def pack(value: Any) -> Packed:
@@ -159,14 +176,7 @@ def varint(number: int) -> bytes:
 
 def array_from(dtype: str, shape: Sequence[int], data: Buffer) -> Array:
     """A read-only view of ``data`` as an array; InvalidInput if dtype, shape and length don't fit together."""
-    kind = dtype_of(dtype)
-    if any(size < 0 for size in shape):
-        raise InvalidInput(f"shape {list(shape)} has a negative dimension")
-    if len(shape) > 32:
-        raise InvalidInput(f"an array has at most 32 dimensions, not {len(shape)}")
-    expected = math.prod(shape) * kind.itemsize
-    if expected != len(data):
-        raise InvalidInput(f"shape {list(shape)} of {dtype} needs {expected} bytes, but there are {len(data)}")
+    kind, expected = _checked(dtype, shape, len(data))
     try:
         if not expected:
             return np.empty(tuple(shape), kind)
@@ -175,11 +185,34 @@ def array_from(dtype: str, shape: Sequence[int], data: Buffer) -> Array:
         raise InvalidInput(f"shape {list(shape)} of {dtype} cannot be made: {error}") from None
 
 
-def image_from(height: int, width: int, channels: int, dtype: str, data: Buffer) -> Array:
-    """An image HxW (one channel) or HxWxC; InvalidInput if the fields don't fit each other."""
+def placed(dtype: str, shape: Sequence[int], length: int) -> Placed:
+    """An array whose ``length`` bytes lie elsewhere; InvalidInput if dtype, shape and length don't fit together."""
+    kind, _ = _checked(dtype, shape, length)
+    return Placed(kind, tuple(shape))
+
+
+def _checked(dtype: str, shape: Sequence[int], length: int) -> tuple[np.dtype[Any], int]:
+    kind = dtype_of(dtype)
+    if any(size < 0 for size in shape):
+        raise InvalidInput(f"shape {list(shape)} has a negative dimension")
+    if len(shape) > 32:
+        raise InvalidInput(f"an array has at most 32 dimensions, not {len(shape)}")
+    expected = math.prod(shape) * kind.itemsize
+    if expected != length:
+        raise InvalidInput(f"shape {list(shape)} of {dtype} needs {expected} bytes, but there are {length}")
+    return kind, expected
+
+
+def image_shape(height: int, width: int, channels: int) -> tuple[int, ...]:
+    """HxW (one channel) or HxWxC; InvalidInput if one of them is not positive."""
     if min(height, width, channels) < 1:
         raise InvalidInput(f"an image needs positive height, width and channels, not {height}x{width}x{channels}")
-    return array_from(dtype or "uint8", (height, width) if channels == 1 else (height, width, channels), data)
+    return (height, width) if channels == 1 else (height, width, channels)
+
+
+def image_from(height: int, width: int, channels: int, dtype: str, data: Buffer) -> Array:
+    """An image HxW (one channel) or HxWxC; InvalidInput if the fields don't fit each other."""
+    return array_from(dtype or "uint8", image_shape(height, width, channels), data)
 
 
 def from_bytes(data: bytes, kind: str = "") -> Any:
@@ -198,11 +231,16 @@ def from_bytes(data: bytes, kind: str = "") -> Any:
 
 def require_image(array: Array) -> Array:
     """The array, portable, as an image of numbers: HxW or HxWxC; InvalidInput for anything else."""
+    check_image(array)
+    return portable(array)
+
+
+def check_image(array: Array | Placed) -> None:
+    """InvalidInput unless the array is an image of numbers: HxW or HxWxC."""
     if array.dtype.kind not in "biuf" or array.ndim not in (2, 3) or 0 in array.shape:
         raise InvalidInput(
             f"an image is an array of numbers of shape HxW or HxWxC, not {array.dtype} of shape {array.shape}"
         )
-    return portable(array)
 
 
 def _encode(value: Any, arrays: list[Array], path: str) -> Any:
@@ -254,7 +292,7 @@ def _decode(value: Any, arrays: Sequence[Array], image: Callable[[bytes], Any]) 
             if type(inner) is not int or not 0 <= inner < len(arrays):
                 raise InvalidInput(f'{{"{name}": {inner!r}}} refers to none of the {len(arrays)} arrays sent')
             array = arrays[inner]
-            if name == "$array":
+            if name == "$array" or isinstance(array, Placed):
                 return array
             return image(bytes(raw(array))) if name == "$image" else bytes(raw(array))
         if name == "$float":

@@ -19,7 +19,7 @@ from urllib.parse import unquote
 from tiny_model_server import devices, tracing
 from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
 from tiny_model_server.budget import Budget
-from tiny_model_server.codec import ARRAY, Array, Packed, dtype_name, signature
+from tiny_model_server.codec import ARRAY, Packed, dtype_name, signature
 from tiny_model_server.errors import (
     Cancelled,
     InvalidInput,
@@ -33,7 +33,7 @@ from tiny_model_server.errors import (
 from tiny_model_server.load import Metrics
 from tiny_model_server.repository import Repository, ServedModel, State
 from tiny_model_server.settings import Settings
-from tiny_model_server.shm import Pair
+from tiny_model_server.shm import SharedBuffers
 
 log = logging.getLogger("tiny_model_server.engine")
 
@@ -42,8 +42,6 @@ _LOADS_AT_ONCE = 4
 
 LATER = object()
 """What a handler returns if the answer comes by ``Loop.later``."""
-TOLD = object()
-"""What comes by ``Loop.later`` if a worker has answered the caller by itself."""
 
 
 class WouldWait(Exception):
@@ -75,23 +73,16 @@ class Call:
     """False forbids to run the inputs again if a worker dies of them or with them."""
     model: str = ""
     """The model that a router in front chose; it goes before the one that the request names."""
-    lane: Pair | None = None
-    """The memory that the caller shares with the server, if it does."""
-    number: int | None = None
-    """The request's, if a worker may answer it by itself, with a Response of server.proto."""
+    lane: SharedBuffers | None = None
+    """The memory that the caller shares with the workers, if it does."""
+    largest: int = 1 << 31
+    """Bytes of arrays that a request may have in the memory shared."""
     tail: memoryview | None = None
     """The bytes of the request's image or last array, if the transport has left them out of the message."""
-    pieces: list[Array] | None = None
-    """Takes the answer's arrays, if the transport sends them after the message."""
     loop: "Loop | None" = None
     """Who calls the handler in a thread that must not wait."""
     trailing: dict[str, str | bytes] = field(default_factory=dict)
     """Metadata to send with the answer's status."""
-
-    @property
-    def late(self) -> bool:
-        """True when the deadline has passed."""
-        return self.deadline is not None and self.deadline <= time.monotonic()
 
 
 class Engine:
@@ -320,7 +311,7 @@ class Engine:
         args: str,
         call: Call,
         plain: bool,
-        lane: Pair | None = None,
+        lane: SharedBuffers | None = None,
     ) -> list[Outcome]:
         arrived = model.load_of.arrived(len(values))
         statuses = [ServerError.status] * len(values)
@@ -368,9 +359,9 @@ class Engine:
             model.load_of.answered(arrived, [_status(outcome)])
             if isinstance(outcome, ServerError):
                 raise outcome
-            return TOLD if item.told else then(outcome)
+            return then(outcome)
 
-        item.reply, item.lane, item.then = call.number, call.lane, partial(call.loop.later, answer)
+        item.lane, item.then = call.lane, partial(call.loop.later, answer)
         try:
             if not call.on_end(lambda: item.resolve(Cancelled("the caller went away"))):
                 raise Cancelled("the caller went away")

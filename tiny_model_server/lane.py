@@ -11,14 +11,13 @@ The rules:
    client's metadata, JSON; the server answers with its name and two descriptors: memory into which the client writes
    what it sends, and in which it finds what it gets. They can grow, never shrink, so that nobody who maps them can be
    made to fail. A client may bring its own memory for what it sends, sealed in this way: that of one ``shared_array``.
-3. A request is a header (bytes of the message, seconds that remain, whether it may be repeated, a number, bytes of the
-   method's path), the path and the message of ``server.proto``, whose ``place`` fields say where arrays lie. A server
-   believes no place: it must lie in this caller's memory and fit shape and dtype.
-4. An answer is a header (bytes, gRPC's number of the status and FINAL, whether new memory comes along, the request's
-   number) and the message, or the error's text. It comes from the server, or past it from the worker that ran the call
-   alone, to which the server gives the connection. Should both answer, as when that worker is killed in between, the
-   client leaves the second one out. New memory for what the client sends comes when a model keeps what lies in the old,
-   in a message of its own that the client asks for; of a client's own the model gets a copy.
+3. A request is a header (bytes of the message, seconds that remain, whether it may be repeated, bytes of the method's
+   path), the path and the message of ``server.proto``, whose ``place`` fields say where arrays lie. A server believes
+   no place: it must lie in this caller's memory and fit shape and dtype. Only workers map that memory.
+4. An answer is a header (bytes, gRPC's number of the status and FINAL, whether new memory comes along) and the message,
+   or the error's text. Only the server sends on a connection; workers never hold it. New memory for what the client
+   sends comes when a model keeps what lies in the old, in a message of its own that the client asks for; of a client's
+   own the model gets a copy.
 5. What a call leaves in the shared memory is valid until the caller's next request; a client copies what it hands on.
 6. A caller that gives up closes the connection, which cancels the call. When a connection ends, so do its memory and
    its place in the server, however it ended.
@@ -36,15 +35,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiny_model_server.codec import Array, dtype_of, varint
-from tiny_model_server.shm import ALIGN, Place, Segment
+from tiny_model_server.codec import Array
+from tiny_model_server.shm import ALIGN, Segment
 
-REQUEST = struct.Struct("<IfBBB")
-ANSWER = struct.Struct("<IBBB")
+REQUEST = struct.Struct("<IfBB")
+ANSWER = struct.Struct("<IBB")
 FINAL = 0x80
 """Beside a status' number: the call is not to be tried again."""
 READY = b"r"
@@ -64,20 +64,6 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 def address(port: int) -> str:
     """The abstract name of the unix socket of the server with this gRPC port."""
     return f"\0tiny-model-server:{port}"
-
-
-def response(text: str, places: Sequence[Place]) -> bytes:
-    """The message Response of one value, whose arrays lie in the memory shared; workers have no protobuf."""
-    parts = [_field(1, text.encode())]
-    for offset, dtype, shape in places:
-        size = math.prod(shape) * dtype_of(dtype).itemsize
-        place = _field(4, b"\x08" + varint(offset) + b"\x10" + varint(size))
-        parts.append(_field(2, _field(1, dtype.encode()) + _field(2, b"".join(map(varint, shape))) + place))
-    return b"".join(parts)
-
-
-def _field(number: int, content: bytes) -> bytes:
-    return bytes((number << 3 | 2,)) + varint(len(content)) + content
 
 
 def same_user(connection: socket.socket) -> bool:
@@ -110,12 +96,13 @@ class Answer(NamedTuple):
 class Lane:
     """A client's end of one connection, for one call at a time."""
 
-    def __init__(self, port: int, metadata: dict[str, str], lent: Segment | None = None) -> None:
+    def __init__(self, port: int, metadata: dict[str, str], lent: "_OwnMemory | None" = None) -> None:
         """Connects; OSError if there is no such server, or it is another user's.
 
         With ``lent``, the calls are those of one ``shared_array``, which lies there.
         """
         self._socket = socket.socket(socket.AF_UNIX)
+        undo = [self._socket.close]
         try:
             self._socket.settimeout(_HANDSHAKE_S)
             self._socket.connect(address(port))
@@ -125,19 +112,22 @@ class Lane:
             socket.send_fds(self._socket, [HELLO.pack(len(told))], [lent.fd] if lent else [])
             self._socket.sendall(told)
             header, fds, *_ = socket.recv_fds(self._socket, HELLO.size, 2)
+            segments = [Segment(fd) for fd in fds]
+            undo += [segment.close for segment in segments]
             if len(header) < HELLO.size or len(fds) != 2:
                 raise ConnectionError("the server takes no more callers")
-            self.inbox, self.outbox = (Segment(fd) for fd in fds)
+            self.inbox, self.outbox = segments
             self.server = receive(self._socket, *HELLO.unpack(header)).decode()
             self._poll = select.poll()
             self._poll.register(self._socket, select.POLLIN)
             self._socket.settimeout(None)  # with one, Python would poll before everything it does
         except BaseException:
-            self._socket.close()
+            for close in undo:
+                close()
             raise
-        self.lent = weakref.ref(lent) if lent else None
-        self._number = 0
-        self._rest = b""
+        self.lent = lent
+        if lent:
+            lent.connections.append(self)
 
     def place(self, arrays: Sequence[Array]) -> list[int]:
         """Where the arrays of the next call lie in the shared memory, after they were put there if need be."""
@@ -147,8 +137,7 @@ class Lane:
 
     def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> None:
         """Sends a request; TimeoutError, or OSError if the server has gone."""
-        self._number = (self._number + 1) & 0xFF
-        data = REQUEST.pack(len(message), timeout, repeatable, self._number, len(path)) + path + message
+        data = REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message
         if len(data) <= AT_ONCE:
             return self._socket.sendall(data)
         self._socket.settimeout(timeout)
@@ -167,8 +156,8 @@ class Lane:
             return True
         if len(data) < ANSWER.size:
             return True
-        size, _, renewed, number = ANSWER.unpack_from(data)
-        return len(data) >= ANSWER.size + size and not renewed and number == self._number
+        size, _, renewed = ANSWER.unpack_from(data)
+        return len(data) >= ANSWER.size + size and not renewed
 
     def answered(self) -> bool:
         """True if there is an answer, or an end, to be received without waiting."""
@@ -176,40 +165,36 @@ class Lane:
 
     def receive(self, timeout: float) -> Answer:
         """The answer to the request that was sent; TimeoutError, or OSError if the server goes away."""
-        number = -1
-        while number != self._number:
-            if not self._rest and not self._poll.poll(timeout * 1000):
-                raise TimeoutError
-            data = self._rest or self._socket.recv(_BUFFER)
-            if len(data) < ANSWER.size:
-                raise ConnectionError("the server has gone")
-            size, code, renewed, number = ANSWER.unpack_from(data)
-            end = ANSWER.size + size
-            body, self._rest = data[ANSWER.size : end], data[end:]
-            if len(data) < end:
-                self._socket.settimeout(timeout)
-                body += receive(self._socket, end - len(data))
-                self._socket.settimeout(None)
+        if not self._poll.poll(timeout * 1000):
+            raise TimeoutError
+        data = self._socket.recv(_BUFFER)
+        if len(data) < ANSWER.size:
+            raise ConnectionError("the server has gone")
+        size, code, renewed = ANSWER.unpack_from(data)
+        body, missing = data[ANSWER.size :], ANSWER.size + size - len(data)
+        if missing > 0:
+            self._socket.settimeout(timeout)
+            body += receive(self._socket, missing)
+            self._socket.settimeout(None)
         if renewed:
             self._socket.sendall(READY)
             _, fds, *_ = socket.recv_fds(self._socket, 1, 1)
-            self.inbox = Segment(fds[0])
+            if not fds:
+                raise ConnectionError("the server sent no memory")
+            old, self.inbox = self.inbox, Segment(fds[0])
+            old.close()
         return Answer(code, body, self.outbox)
 
     def hang_up(self) -> None:
         """Ends the connection, from any thread; a call that waits fails."""
-        try:
+        with suppress(OSError):  # the other end closed first
             self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the other end was faster
 
     def close(self) -> None:
-        """Ends the connection, and lets go of it."""
-        self.hang_up()
+        """Closes the connection and its memory; for the thread that uses it."""
         self._socket.close()
-
-    def __del__(self) -> None:
-        self._socket.close()  # alone: after a fork, the connection is the parent's
+        self.inbox.close()
+        self.outbox.close()
 
 
 class Lanes:
@@ -220,11 +205,12 @@ class Lanes:
         self._metadata = metadata
         self._lock = threading.Lock()
         self._free: list[Lane] = []
-        self._lent: weakref.WeakKeyDictionary[Segment, Lane] = weakref.WeakKeyDictionary()
+        self._lent: dict[_OwnMemory, Lane] = {}
         self._taken: set[Lane] = set()
         self._not_before = 0.0
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = self._jobs_begun = 0
+        self._process = os.getpid()
 
     def begin(self, job: Callable[[], None]) -> bool:
         """Does a job in a thread of ours, False if all are busy. They are daemons: no exit waits for them."""
@@ -256,6 +242,7 @@ class Lanes:
         """
         memories = {_memory(array) for array in arrays}
         lent = memories.pop() if len(memories) == 1 else None
+        self._forget_arrays()
         with self._lock:
             lane = self._lent.pop(lent, None) if lent else self._free.pop() if self._free else None
             if lane and self._not_before < math.inf:
@@ -295,19 +282,32 @@ class Lanes:
             if usable and known and not lane.lent:
                 self._free.append(lane)
                 return
-            if usable and known and lane.lent and (memory := lane.lent()) and memory not in self._lent:
-                self._lent[memory] = lane
+            if usable and known and lane.lent and lane.lent.fd >= 0 and lane.lent not in self._lent:
+                self._lent[lane.lent] = lane
                 return
+        lane.hang_up()
         lane.close()
 
-    def close(self) -> None:
-        """Ends all connections; calls in them fail."""
+    def _forget_arrays(self) -> None:
+        """Drops the closed connections of arrays that the application has dropped."""
+        if self._lent:
+            with self._lock:
+                self._lent = {memory: lane for memory, lane in self._lent.items() if memory.fd >= 0}
+
+    def close(self, *, calls: bool = True) -> None:
+        """Closes all connections; calls in them fail or, without ``calls``, may end before.
+
+        In a forked child, connections go on for the parent.
+        """
+        ours = self._process == os.getpid()
         with self._lock:
             idle, taken = [*self._free, *self._lent.values()], self._taken
-            self._free, self._taken, self._lent = [], set(), weakref.WeakKeyDictionary()
-        for lane in taken:  # to be closed by who waits for the answer
+            self._free, self._taken, self._lent = [], set(), {}
+        for lane in taken if ours and calls else ():  # to be closed by who waits for the answer
             lane.hang_up()
         for lane in idle:
+            if ours:
+                lane.hang_up()
             lane.close()
 
 
@@ -320,19 +320,42 @@ def shared_array(shape: int | Sequence[int], dtype: Any = np.uint8) -> Array:
     made = np.empty(shape, dtype)  # checks both; the system gives no memory to what is not written
     if not available() or not made.nbytes:
         return np.zeros(shape, dtype)
-    memory = Segment()
+    memory = _OwnMemory()
     whole = memory.array(made.nbytes)
     _shared[id(whole)] = memory
-    # Workers may map it still, for which nobody has a use now.
-    weakref.finalize(whole, lambda name: _shared.pop(name).discard(), id(whole)).atexit = False
+    # The array is the application's, and its memory lives as long as any array's does.
+    weakref.finalize(whole, lambda name: _shared.pop(name).forget(), id(whole)).atexit = False
     return whole.view(made.dtype).reshape(made.shape)
 
 
-_shared: dict[int, Segment] = {}
+class _OwnMemory(Segment):
+    """The memory of one ``shared_array``, and the connections that were made for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.connections: list[Lane] = []
+        self._process = os.getpid()
+
+    def forget(self) -> None:
+        """Gives the memory back, also where a worker maps it still, and ends the connections.
+
+        In a forked child, both go on for the parent.
+        """
+        ours = self._process == os.getpid()
+        if ours:
+            self.discard()
+        self.close()
+        for connection in self.connections:
+            if ours:
+                connection.hang_up()
+            connection.close()
+
+
+_shared: dict[int, _OwnMemory] = {}
 """The memory of each ``shared_array`` that is still used, by the id of the array of bytes that is the base of all."""
 
 
-def _memory(array: Array) -> Segment | None:
+def _memory(array: Array) -> _OwnMemory | None:
     """The shared memory in which an array lies, aligned; None if it lies elsewhere."""
     memory = _shared.get(id(array.base))
     return None if memory is None or _offset(array) % ALIGN else memory

@@ -9,7 +9,6 @@ import socket
 import struct
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +19,10 @@ from typing import Any
 from tiny_model_server import lane, wire
 from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Seat, resolve
-from tiny_model_server.engine import LATER, TOLD, Call, Engine, WouldWait
+from tiny_model_server.engine import LATER, Call, Engine, WouldWait
 from tiny_model_server.errors import CODES, ServerError, Stopping, Unimplemented
 from tiny_model_server.pipe import Incomplete
-from tiny_model_server.shm import Pair, Segment
+from tiny_model_server.shm import SharedBuffers, sealed
 
 log = logging.getLogger("tiny_model_server.lane")
 
@@ -63,8 +62,7 @@ class LaneServer:
         self._connections: set[_Connection] = set()
         self._callers: dict[int, _Connection] = {}  # by descriptor, after the greeting
         self._driven: dict[int, tuple[Seat, Batcher]] = {}
-        # Some of these are driven by others now.
-        self._watched: weakref.WeakValueDictionary[int, Seat] = weakref.WeakValueDictionary()
+        self._watched: dict[int, Seat] = {}  # by descriptor, until its worker ends; some are driven by others now
         self._todo: deque[Callable[[], None]] = deque()
         self._thread = threading.Thread(target=self._loop, name="lane", daemon=True)
         self._threads = ThreadPoolExecutor(engine.settings.threads, thread_name_prefix="lane")
@@ -235,13 +233,13 @@ class LaneServer:
 
         self._threads.submit(make_and_send)
 
-    def _made(self, make: Callable[[], Any]) -> tuple[int, bytes | None] | None:
-        """(status, message or error) that comes of a handler, no message if that was sent; None if it comes later."""
+    def _made(self, make: Callable[[], Any]) -> tuple[int, bytes] | None:
+        """(status, message or error) that comes of a handler; None if it comes later."""
         try:
             answer = make()
             if answer is LATER:
                 return None
-            return 0, None if answer is TOLD else wire.serialized(answer, self._largest)
+            return 0, wire.serialized(answer, self._largest)
         except WouldWait:
             raise
         except ServerError as error:
@@ -251,7 +249,7 @@ class LaneServer:
             log.exception("a call failed")
             return CODES["INTERNAL"], f"a fault in the server: {type(error).__name__}: {error}".encode()
 
-    def _send(self, connection: "_Connection", code: int, body: bytes | None) -> None:
+    def _send(self, connection: "_Connection", code: int, body: bytes) -> None:
         if connection.gone:
             return
         try:
@@ -270,17 +268,6 @@ class LaneServer:
             connection.close()
 
 
-class _Shared(Pair):
-    """The memory of one connection, given back when nobody needs it any more: caller, queue or worker."""
-
-    def __del__(self) -> None:
-        super().__del__()
-        if not self.kept:
-            self.outbox.discard()
-            if not self.lent:
-                self.inbox.discard()
-
-
 class _Connection:
     """A caller: what it sends and gets, and the memory that it shares. But for the greeting, for the loop's thread."""
 
@@ -295,9 +282,8 @@ class _Connection:
         self.gone = False
         """True after its end."""
         self._metadata: dict[str, str] = {}
-        self._pair: Pair
+        self._buffers: SharedBuffers | None = None
         self._renewing = False
-        self._number = 0
         self._data: bytes | bytearray = b""
         self._unsent: bytes | memoryview = b""
         self._cancel: Callable[[], None] | None = None
@@ -306,9 +292,8 @@ class _Connection:
         """Hears the caller's metadata and hands the memory over; ValueError if that is no greeting."""
         self._socket.settimeout(_HANDSHAKE_S)
         header, lent, *_ = socket.recv_fds(self._socket, lane.HELLO.size, 1)
-        caller = self._socket.dup()
-        self._pair = _Shared(caller, Segment(lent[0]), lent=True) if lent else _Shared(caller)
-        if lent and not self._pair.inbox.sealed():
+        self._buffers = SharedBuffers(lent[0], caller_owned=True) if lent else SharedBuffers()
+        if lent and not sealed(self._buffers.request):
             raise ValueError("that memory may shrink")
         size = lane.HELLO.unpack(header)[0]
         if size > _LONGEST_HELLO:
@@ -317,7 +302,7 @@ class _Connection:
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("that is no metadata")
         self._metadata = metadata
-        fds = [self._pair.inbox.fd, self._pair.outbox.fd]
+        fds = [self._buffers.request, self._buffers.response]
         socket.send_fds(self._socket, [lane.HELLO.pack(len(name))], fds)
         self._socket.sendall(name)
         self._socket.setblocking(False)
@@ -329,7 +314,8 @@ class _Connection:
         """
         if self._renewing:
             self._receive(len(lane.READY))
-            socket.send_fds(self._socket, [lane.READY], [self._pair.inbox.fd])
+            assert self._buffers
+            socket.send_fds(self._socket, [lane.READY], [self._buffers.request])
             self._renewing = False
         self._data = self._data or self._receive(1 << 16)
         while (missing := self._missing(largest)) > 0:
@@ -339,10 +325,10 @@ class _Connection:
         if missing:
             raise ValueError("one call at a time")
         data, self._data = bytes(self._data), b""
-        _, seconds, repeatable, self._number, path_size = lane.REQUEST.unpack_from(data)
+        _, seconds, repeatable, path_size = lane.REQUEST.unpack_from(data)
         deadline = time.monotonic() + seconds if seconds < _NO_DEADLINE_S else None
-        shared: dict[str, Any] = {"lane": self._pair, "number": self._number}
-        call = Call(deadline, "unix:", self._metadata, self._on_end, bool(repeatable), **shared)
+        memory: dict[str, Any] = {"lane": self._buffers, "largest": largest}
+        call = Call(deadline, "unix:", self._metadata, self._on_end, bool(repeatable), **memory)
         begin = lane.REQUEST.size + path_size
         return data[lane.REQUEST.size : begin], data[begin:], call
 
@@ -363,20 +349,15 @@ class _Connection:
             raise ConnectionError("the caller has left")
         return data
 
-    def answer(self, code: int, body: bytes | None) -> bool:
-        """Sends an answer, with new memory if a model keeps the old; False if not all could be sent yet.
-
-        No ``body`` is one that the caller has already.
-        """
+    def answer(self, code: int, body: bytes) -> bool:
+        """Sends an answer, with new memory if a model keeps the old; False if not all could be sent yet."""
         self._cancel = None  # which knows the call's item, and that this connection
-        if body is None:
-            self.busy = False
-            return True
-        renewed = self._pair.kept and not self._pair.lent
-        self._unsent = lane.ANSWER.pack(len(body), code, renewed, self._number) + body
-        if renewed:
-            self._pair = _Shared(self._socket.dup(), Segment(), self._pair.outbox)
-            self._renewing = True
+        old = self._buffers
+        renewed = old is not None and old.retained and not old.caller_owned
+        self._unsent = lane.ANSWER.pack(len(body), code, renewed) + body
+        if old and renewed:
+            self._buffers, self._renewing = old.renewed(), True
+            old.close()
         return self.flush()
 
     def flush(self) -> bool:
@@ -401,11 +382,12 @@ class _Connection:
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Ends the connection and cancels its call; its memory goes with the last who needs it."""
+        """Ends the connection and cancels its call; its memory goes when no worker uses it."""
         self.gone = True
         cancel, self._cancel = self._cancel, None
-        self.hang_up()  # workers know the socket, too
         self._socket.close()
+        if self._buffers:
+            self._buffers.close()
         if cancel:
             cancel()
 

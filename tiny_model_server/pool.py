@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -21,12 +21,12 @@ from typing import Any
 from tiny_model_server import devices
 from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Item, Outcome, Seat, resolve
-from tiny_model_server.codec import Packed
-from tiny_model_server.errors import DeadlineExceeded, ModelError, ModelUnavailable, ServerError, from_status
+from tiny_model_server.codec import Packed, Placed, dtype_of
+from tiny_model_server.errors import Cancelled, DeadlineExceeded, ModelError, ModelUnavailable, ServerError, from_status
 from tiny_model_server.load import ModelLoad
 from tiny_model_server.pipe import Incomplete, Pipe
 from tiny_model_server.settings import ModelOptions, Settings
-from tiny_model_server.shm import Pair, Place, Segment
+from tiny_model_server.shm import Place, Segment, SharedBuffers
 from tiny_model_server.tally import Tally
 
 log = logging.getLogger("tiny_model_server.pool")
@@ -83,19 +83,25 @@ class _Slot:
     """The front's end of a slot: sends a batch to the worker and waits for the outcomes."""
 
     def __init__(self, control: Connection) -> None:
-        ours, theirs = socket.socketpair()
-        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of one piece, not of a whole answer
-            ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _STUCK_S, 0))
-        self.pipe = Pipe(ours)
-        self._inbox, self._outbox = Segment(), Segment()
+        with ExitStack() as undo:
+            ours, theirs = socket.socketpair()
+            undo.callback(ours.close)
+            with theirs:
+                for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of one piece, not of a whole answer
+                    ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _STUCK_S, 0))
+                self.pipe = Pipe(ours)
+                self._inbox = Segment()
+                undo.callback(self._inbox.close)
+                self._outbox = Segment()
+                undo.callback(self._outbox.close)
+                for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
+                    reduction.send_handle(control, fd, 0)
+            undo.pop_all()  # from here on, ``close`` does it
         self._new_inbox = False
-        self._known: set[int] = set()  # the callers' memory that the worker maps, by name
+        self._known: set[int] = set()  # the callers' buffers that the worker maps, by name
         poll = select.poll()
         poll.register(self.pipe, select.POLLIN)
         self._waiter = Waiter(lambda seconds: poll.poll(None if seconds is None else seconds * 1000))
-        with theirs:
-            for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
-                reduction.send_handle(control, fd, 0)
 
     def send(self, batch: list[Item]) -> None:
         """Hands a batch, or one item that streams, to the worker; _WorkerDied if it is not there."""
@@ -114,13 +120,10 @@ class _Slot:
         Without ``timeout_s`` the worker must be ``ready``; Incomplete if it has only begun to answer.
         """
         try:
-            answers, seconds, kept, told, tally = self._receive(timeout_s)
+            answers, seconds, kept, tally = self._receive(timeout_s)
         except (EOFError, OSError) as error:
             raise _WorkerDied from error
-        self._note_kept(kept)
-        if told:
-            batch[0].told = True
-            return [Packed("null", [])], seconds, tally
+        self._note_kept(kept, batch)
         return [self._outcome(answer, item.lane) for answer, item in zip(answers, batch, strict=True)], seconds, tally
 
     def stream(self, item: Item, timeout_s: float) -> tuple[float, Tally]:
@@ -128,64 +131,63 @@ class _Slot:
         try:
             while len(answer := self._receive(timeout_s)) == 3:
                 self.pipe.send(item.put_chunk(self._outcome(answer, None)))
-            _, seconds, kept, _, tally = answer
-            self._note_kept(kept)
+            _, seconds, kept, tally = answer
+            self._note_kept(kept, [item])
         except (EOFError, OSError) as error:
             raise _WorkerDied from error
         return seconds, tally
 
     def _send(self, batch: list[Item]) -> None:
         if self._new_inbox:
-            self._inbox.close()
-            self._inbox = Segment()
+            old, self._inbox = self._inbox, Segment()
+            old.close()
         copied = [array for item in batch if not item.packed.shared for array in item.packed.arrays]
         places = iter(self._inbox.write(copied))
-        fresh: dict[int, Pair] = {}
+        fresh: dict[int, SharedBuffers] = {}
         items = []
         for item in batch:
-            pair, where = item.packed.shared or (None, [next(places) for _ in item.packed.arrays])
-            names = [self._name(one, fresh) for one in (pair, item.lane)]
-            reply = item.reply if len(batch) == 1 and not item.attempts else None
-            items.append((item.packed.text, where, item.plain, *names, reply))
-        gone = [name for name in self._known if name not in Pair.alive] if fresh else []
-        streams, met = batch[0].chunks is not None, [(pair.name, pair.lent) for pair in fresh.values()]
+            buffers, where = item.packed.shared or (None, [next(places) for _ in item.packed.arrays])
+            names = [self._name(one, fresh) for one in (buffers, item.lane)]
+            items.append((item.packed.text, where, item.plain, *names))
+        gone = [name for name in self._known if name not in SharedBuffers.open_names] if fresh else []
+        streams, met = batch[0].chunks is not None, [(one.name, one.caller_owned) for one in fresh.values()]
         message = (batch[0].args, items, streams, self._new_inbox, met, gone)
         fds = [self._inbox.fd] if self._new_inbox else []
-        for pair in fresh.values():
-            fds += pair.inbox.fd, pair.outbox.fd, pair.caller.fileno()
+        for one in fresh.values():
+            fds += one.request, one.response
         self.pipe.send(message, fds)
         if fresh:
             self._known = self._known.difference(gone).union(fresh)
 
-    def _name(self, pair: Pair | None, fresh: dict[int, Pair]) -> int | None:
-        """What the worker calls a caller's memory; it is sent along if the worker does not have it yet."""
-        if pair is None:
+    def _name(self, buffers: SharedBuffers | None, fresh: dict[int, SharedBuffers]) -> int | None:
+        """What the worker calls a caller's buffers; they are sent along if the worker does not have them yet."""
+        if buffers is None:
             return None
-        if pair.name not in self._known:
-            fresh[pair.name] = pair
-        return pair.name
+        if buffers.name not in self._known:
+            fresh[buffers.name] = buffers
+        return buffers.name
 
-    def _note_kept(self, names: set[int | None]) -> None:
+    def _note_kept(self, names: set[int | None], batch: list[Item]) -> None:
         self._new_inbox = None in names
-        for name in names:
-            if name is not None and (pair := Pair.alive.get(name)):
-                pair.kept = True
+        for item in batch:
+            if (buffers := item.buffers) and buffers.name in names:
+                buffers.retained = True
 
     def _receive(self, timeout_s: float | None) -> Any:
         if timeout_s is not None and not self.ready(timeout_s):
             raise _WorkerHung
         return self.pipe.receive(wait=timeout_s is not None)[0]
 
-    def _outcome(self, answer: tuple[str | None, str, list[Place]], lane: Pair | None) -> Outcome:
+    def _outcome(self, answer: tuple[str | None, str, list[Place]], lane: SharedBuffers | None) -> Outcome:
         status, text, places = answer
         if status:
             return from_status(status, text)
         if lane:
-            return Packed(text, lane.outbox.read(places), (lane, places))
+            return Packed(text, [Placed(dtype_of(name), shape) for _, name, shape in places], (lane, places))
         return Packed(text, [array.copy() for array in self._outbox.read(places)])
 
     def close(self) -> None:
-        """Lets socket and segments go; for the thread that calls ``run``."""
+        """Closes socket and segments; after nobody uses them any more."""
         self.pipe.close()
         self._inbox.close()
         self._outbox.close()
@@ -235,7 +237,8 @@ class _Process:
                 raise _Misplaced(options)
             self._control.send((options, devices.threads_for(options.workers)))
             input_shape = self._hear("ready", options.load_timeout_s)
-            self.slots = [_Slot(self._control) for _ in range(options.concurrency)]
+            for _ in range(options.concurrency):
+                self.slots.append(_Slot(self._control))
         except ValueError as error:
             raise ModelUnavailable(str(error)) from None
         except (EOFError, OSError):
@@ -266,11 +269,17 @@ class _Process:
         except ProcessLookupError:
             pass
 
-    def close(self) -> None:
+    def hang_up(self) -> None:
         """After death: ends what its slots wait for, and what the model may have left running."""
         self.kill()
         for slot in self.slots:
             slot.pipe.shutdown()
+
+    def close(self) -> None:
+        """After death, when nobody uses its slots any more: closes all descriptors."""
+        self.kill()
+        for slot in self.slots:
+            slot.close()
         self._control.close()
 
 
@@ -447,7 +456,7 @@ class Pool:
         for thread in threads:
             thread.start()
         process.popen.wait()
-        process.close()
+        process.hang_up()
         self._batcher.wake()
         for thread in threads:
             thread.join()
@@ -464,7 +473,6 @@ class Pool:
             else:
                 resolve(shift.finish())
                 self._batcher.take_back(shift)
-        slot.close()
 
     def after_death(self, process: _Process, batch: list[Item]) -> None:
         """Queues the items that the worker held once more, each alone; one that has been alone twice fails."""
@@ -502,7 +510,10 @@ class _Shift(Seat):
         now = time.monotonic()
         for item in batch:
             item.begun = now
-        self._batch, self._started, self.limit = batch, now, now + self._options.timeout_s
+        self._batch = batch = self._hold(batch)
+        self._started, self.limit = now, now + self._options.timeout_s
+        if not batch:
+            return
         try:
             self._slot.send(batch)
         except Exception as error:
@@ -511,7 +522,9 @@ class _Shift(Seat):
 
     def wait(self, deadline: float) -> bool:
         """Waits until ``finish`` will not, or not for long; False if ``deadline`` comes first."""
-        return self._broken or deadline >= self.limit or self._slot.ready(deadline - time.monotonic())
+        return (
+            self._broken or not self._batch or deadline >= self.limit or self._slot.ready(deadline - time.monotonic())
+        )
 
     def finish(self, *, ready: bool = False) -> Iterable[tuple[Item, Outcome]]:
         """The items to be resolved and their outcomes; waits for the worker.
@@ -519,7 +532,7 @@ class _Shift(Seat):
         If it is known to be ``ready``, nothing is waited for: Incomplete if it has only begun to answer.
         """
         batch, slot, options = self._batch, self._slot, self._options
-        if self._broken:
+        if self._broken or not batch:
             return ()
         try:
             if batch[0].chunks is not None:
@@ -533,14 +546,31 @@ class _Shift(Seat):
             self._fail(error)
             return ()
         self._pool.load.finished(self._started, seconds, tally)
-        self._batch = []  # a caller's memory goes with its last user, which shall not be an idle worker
+        self._batch = []
+        self._release(batch)
         return zip(batch, outcomes, strict=True)
+
+    def _hold(self, batch: list[Item]) -> list[Item]:
+        """The items of the batch whose callers are there; their buffers stay open until ``_release``."""
+        held = []
+        for item in batch:
+            if item.buffers is None or item.buffers.hold():
+                held.append(item)
+            else:
+                item.resolve(Cancelled("the caller went away"))
+        return held
+
+    def _release(self, batch: list[Item]) -> None:
+        for item in batch:
+            if item.buffers is not None:
+                item.buffers.release()
 
     def _fail(self, error: Exception) -> None:
         """Gives the items of a batch that came to nothing their outcomes, or another chance."""
         self._broken = True
         batch, self._batch, name = self._batch, [], self._pool.name
         self._process.kill()
+        self._release(batch)
         if isinstance(error, _WorkerDied):
             return self._pool.after_death(self._process, batch)
         outcome: ServerError

@@ -1,4 +1,4 @@
-"""Shared memory between the front and a worker: an unnamed, growing file that both map, gone with its last user.
+"""Shared memory between processes of one host: unnamed files, which go with their last user.
 
 Unnamed (memfd) on purpose: a process that is killed leaves nothing behind, and no other process can find it.
 """
@@ -9,10 +9,11 @@ import itertools
 import math
 import mmap
 import os
-import socket
 import tempfile
-import weakref
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import ClassVar
 
 import numpy as np
 
@@ -23,6 +24,8 @@ _MAP_FIXED = 0x10
 _SMALLEST = 1 << 16
 _SEALS = getattr(fcntl, "F_SEAL_SHRINK", 0) | getattr(fcntl, "F_SEAL_SEAL", 0)
 """No end may shrink what the other maps, or change that."""
+_PUNCH_HOLE = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+_MOST_AT_ONCE = 1 << 30  # bytes; Linux writes no more than 2 GiB in one call
 
 
 Place = tuple[int, str, tuple[int, ...]]
@@ -41,13 +44,14 @@ def layout(arrays: Sequence[Array]) -> tuple[list[Place], int]:
 
 
 class Segment:
-    """One mapped file; whoever writes grows it, whoever reads maps more when a place lies beyond its mapping."""
+    """One mapped file; whoever writes grows it, whoever reads maps more when a place lies beyond its mapping.
+
+    Whoever makes one closes it.
+    """
 
     def __init__(self, fd: int | None = None) -> None:
-        """Makes a new segment, or maps the one whose descriptor came from another process."""
-        self.fd = _unnamed_file() if fd is None else fd
-        self.used = math.inf
-        """How many bytes of it ``bytes_at`` may look at."""
+        """Makes a new segment, or takes over the descriptor of one that came from another process."""
+        self.fd = unnamed_file() if fd is None else fd
         self._map: mmap.mmap | None = None
         self._size = 0
 
@@ -76,29 +80,30 @@ class Segment:
     def _mapped(self, needed: int, *, grow: bool) -> mmap.mmap:
         if self._map is None or needed > self._size:
             if grow:
-                self._size = max(_SMALLEST, needed + needed // 2)
-                if os.fstat(self.fd).st_size < self._size:  # others may have made it larger
-                    os.ftruncate(self.fd, self._size)
+                size = max(_SMALLEST, needed + needed // 2)
+                if os.fstat(self.fd).st_size < size:  # others may have made it larger
+                    os.ftruncate(self.fd, size)
             else:
-                self._size = min(os.fstat(self.fd).st_size, max(_SMALLEST, 2 * needed))
-            # The old mapping, if any, lives on as long as views of it do.
-            self._map = mmap.mmap(self.fd, self._size)
+                size = min(os.fstat(self.fd).st_size, max(_SMALLEST, 2 * needed))
+            self._unmap()
+            self._map, self._size = mmap.mmap(self.fd, size), size
         return self._map
+
+    def _unmap(self) -> None:
+        found, self._map, self._size = self._map, None, 0
+        if found is not None:
+            with suppress(BufferError):  # somebody has a view of it: then the mapping ends with the view
+                found.close()
 
     def bytes_at(self, offset: int, length: int) -> memoryview:
         """A view of these bytes; ValueError if they are not all there or are not aligned to 64."""
-        end = offset + length
-        there = min(self.used, self._size if end <= self._size else os.fstat(self.fd).st_size)
-        if offset < 0 or length < 0 or offset % ALIGN or end > there:
-            raise ValueError(f"{length} bytes at {offset} do not lie in the shared memory, aligned to {ALIGN}")
+        check_place(self.fd, offset, length)
         try:
-            return memoryview(self._mapped(end, grow=False))[offset:end] if length else memoryview(b"")
+            return (
+                memoryview(self._mapped(offset + length, grow=False))[offset:][:length] if length else memoryview(b"")
+            )
         except (OSError, OverflowError) as error:
             raise ValueError(f"{length} bytes cannot be mapped: {error}") from None
-
-    def sealed(self) -> bool:
-        """True if nobody can shrink it; OSError if it is no memory at all."""
-        return bool(fcntl.fcntl(self.fd, fcntl.F_GET_SEALS) == _SEALS)
 
     def array(self, size: int) -> Array:
         """The first so many bytes, zero in a new segment."""
@@ -120,55 +125,139 @@ class Segment:
 
     def discard(self) -> None:
         """Gives all memory back at once, whoever maps it still."""
-        if hasattr(mmap, "MADV_REMOVE") and (size := os.fstat(self.fd).st_size):
-            mmap.mmap(self.fd, size).madvise(mmap.MADV_REMOVE)
+        discard(self.fd)
 
     def close(self) -> None:
-        """Lets the segment go; views of it stay valid."""
-        self._map = None
+        """Closes the descriptor and ends the mapping; views that somebody still has stay valid."""
+        self._unmap()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
-    def __del__(self) -> None:
-        self.close()
 
+class SharedBuffers:
+    """The memory that a caller on this host shares with the workers: one buffer for requests, one for responses.
 
-class Pair:
-    """Memory that a caller on this host shares with server and workers: what it sends, and what it gets."""
+    The server itself never maps it: it knows the two descriptors, and hands them to workers. The caller's connection
+    owns them; they are closed when the connection has ended and no worker uses them any more.
+    """
 
     _numbers = itertools.count()
-    alive: "weakref.WeakValueDictionary[int, Pair]" = weakref.WeakValueDictionary()
+    open_names: ClassVar[set[int]] = set()
+    """Names of those that are not closed."""
 
-    def __init__(
-        self,
-        caller: socket.socket,
-        inbox: Segment | None = None,
-        outbox: Segment | None = None,
-        *,
-        lent: bool = False,
-    ) -> None:
-        """New segments, where none are given; ``lent`` says that the inbox is the caller's own."""
-        self.caller = caller
-        """A duplicate of the socket to the caller, closed with this."""
-        self.kept = True  # as long as not all is here
-        self.inbox, self.outbox = inbox or Segment(), outbox or Segment()
-        self.lent = lent
+    def __init__(self, request: int | None = None, response: int | None = None, *, caller_owned: bool = False) -> None:
+        """Takes over the descriptors given, and makes new files for the others.
+
+        ``caller_owned`` says that the request buffer is memory of the caller's own.
+        """
+        self.request = unnamed_file() if request is None else request
+        try:
+            self.response = unnamed_file() if response is None else response
+        except OSError:
+            os.close(self.request)
+            raise
+        self.caller_owned = caller_owned
         self.name = next(self._numbers)
-        self.kept = False
-        """Set when a model keeps what lies in the inbox: it is the model's own then, and not to be written again."""
-        self.alive[self.name] = self
+        self.retained = False
+        """Set when a model keeps what lies in the request buffer: it is the model's then, and not written again."""
+        self._lock = threading.Lock()
+        self._holders = 1  # the connection
+        self._closed = False
+        self.open_names.add(self.name)
 
-    def room(self, size: int) -> Array:
-        """So many bytes of the inbox, which are all that places may lie in."""
-        self.inbox.used = size
-        return self.inbox.array(size)
+    def hold(self) -> bool:
+        """Keeps the descriptors open until ``release``; False if the connection has ended."""
+        with self._lock:
+            self._holders += not self._closed
+            return not self._closed
 
-    def __del__(self) -> None:
-        self.caller.close()
+    def release(self) -> None:
+        """Ends a ``hold``."""
+        with self._lock:
+            self._holders -= 1
+            last = self._holders == 0
+        if last:
+            self._dispose()
+
+    def close(self) -> None:
+        """Ends the connection's own hold; the memory goes when no worker uses it any more."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self.release()
+
+    def renewed(self) -> "SharedBuffers":
+        """Buffers with a new file for requests, in the place of one that a model has retained."""
+        return SharedBuffers(response=os.dup(self.response))
+
+    def check(self, offset: int, length: int) -> None:
+        """ValueError if so many bytes at ``offset`` of the request buffer are not there, or are not aligned to 64."""
+        check_place(self.request, offset, length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """A copy of bytes of the request buffer; ValueError if they are not all there."""
+        self.check(offset, length)
+        return _read(self.request, offset, length)
+
+    def response_arrays(self, places: Sequence[Place]) -> list[Array]:
+        """Copies of the arrays at these places of the response buffer, where a worker has put them."""
+        found = []
+        for offset, name, shape in places:
+            dtype = dtype_of(name)
+            data = _read(self.response, offset, math.prod(shape) * dtype.itemsize)
+            found.append(np.frombuffer(data, dtype).reshape(shape) if data else np.empty(shape, dtype))
+        return found
+
+    def write(self, arrays: Sequence[Array]) -> list[Place]:
+        """Copies portable arrays into the response buffer, from its start."""
+        places, end = layout(arrays)
+        if os.fstat(self.response).st_size < end:
+            os.ftruncate(self.response, end)
+        for (offset, *_), array in zip(places, arrays, strict=True):
+            data, at = raw(array), 0
+            while at < len(data):
+                at += os.pwrite(self.response, data[at : at + _MOST_AT_ONCE], offset + at)
+        return places
+
+    def _dispose(self) -> None:
+        self.open_names.discard(self.name)
+        if not self.retained:  # workers may map it until they hear that it is closed
+            discard(self.response)
+            if not self.caller_owned:
+                discard(self.request)
+        os.close(self.request)
+        os.close(self.response)
 
 
-def _unnamed_file() -> int:
+def _read(fd: int, offset: int, length: int) -> bytes:
+    parts, end = [], offset + length
+    while offset < end and (part := os.pread(fd, min(end - offset, _MOST_AT_ONCE), offset)):
+        parts.append(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def check_place(fd: int, offset: int, length: int) -> None:
+    """ValueError if so many bytes at ``offset`` of this file are not there, or are not aligned to 64."""
+    if offset < 0 or length < 0 or offset % ALIGN or offset + length > os.fstat(fd).st_size:
+        raise ValueError(f"{length} bytes at {offset} do not lie in the shared memory, aligned to {ALIGN}")
+
+
+def sealed(fd: int) -> bool:
+    """True if nobody can shrink this memory; OSError if it is no memory at all."""
+    return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) == _SEALS)
+
+
+def discard(fd: int) -> None:
+    """Gives the memory of a file back at once, whoever maps it still; where the system cannot, it goes later."""
+    if punch := getattr(ctypes.CDLL(None), "fallocate", None):
+        punch.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+        punch(fd, _PUNCH_HOLE, 0, os.fstat(fd).st_size)
+
+
+def unnamed_file() -> int:
+    """The descriptor of a new file without a name, in memory where the system can; it cannot be made to shrink."""
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("tiny_model_server", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)

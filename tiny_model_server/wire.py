@@ -24,7 +24,6 @@ _TAILS = {
     "server.RunArgs": (1, 2, 3),
     "server.Response": (2, 3),
     "server.ImageResponse": (2, 4),
-    "server.Piece": (4,),
 }
 """The fields that lead to the bytes of the last array or image."""
 

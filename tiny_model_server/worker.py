@@ -21,20 +21,19 @@ from collections.abc import Generator, Sequence
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from model_interface import ModelInterface, Pipeline
-from tiny_model_server import codec, lane, logs, tally
+from tiny_model_server import codec, logs, tally
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
 from tiny_model_server.pipe import Pipe
 from tiny_model_server.settings import ModelOptions
-from tiny_model_server.shm import Pair, Place, Segment
+from tiny_model_server.shm import Place, Segment
 
 log = logging.getLogger("tiny_model_server.worker")
 
-_AT_ONCE = int(socket.MSG_DONTWAIT | getattr(socket, "MSG_NOSIGNAL", 0))
 DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
 
@@ -200,6 +199,19 @@ class Runner:
         return image
 
 
+class _Caller(NamedTuple):
+    """The buffers of a caller on this host; ``owned`` says that the request buffer is the caller's own memory."""
+
+    request: Segment
+    response: Segment
+    owned: bool
+
+    def close(self) -> None:
+        """Lets both go; what the model keeps of them stays."""
+        self.request.close()
+        self.response.close()
+
+
 class Slot:
     """One batch at a time: a socket for control, a segment for what comes in, one for what goes out."""
 
@@ -207,7 +219,7 @@ class Slot:
         self._pipe = Pipe(socket.socket(fileno=fds[0]))
         self._inbox = Segment(fds[1])
         self._outbox = Segment(fds[2])
-        self._pairs: dict[int, Pair] = {}  # of callers that share memory with us
+        self._callers: dict[int, _Caller] = {}  # those that share memory with us
         self._runner = runner
 
     def serve(self) -> None:
@@ -218,11 +230,10 @@ class Slot:
                 if new_inbox:
                     self._inbox.close()
                     self._inbox = Segment(fds.pop(0))
-                for (name, lent), inbox, outbox, caller in zip(fresh, fds[::3], fds[1::3], fds[2::3], strict=True):
-                    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=caller)
-                    self._pairs[name] = Pair(end, Segment(inbox), Segment(outbox), lent=lent)
+                for (name, owned), request, response in zip(fresh, fds[::2], fds[1::2], strict=True):
+                    self._callers[name] = _Caller(Segment(request), Segment(response), owned)
                 for name in gone:
-                    self._pairs.pop(name)
+                    self._callers.pop(name).close()
                 alive: list[tuple[int | None, weakref.ref[Any]]] = []
                 started = time.monotonic()
                 outcomes: list[Any] = []
@@ -231,51 +242,51 @@ class Slot:
                 else:
                     outcomes = self._run(args, items, alive)
                 # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment,
-                # but for memory that an application fills.
+                # but for memory that an application fills. What is kept is alive, whenever the rest is collected.
                 kept = {name for name, reference in alive if reference() is not None}
-                for name in [name for name in kept if name is not None and self._pairs[name].lent]:
-                    self._pairs[name].inbox.detach()
+                for name in [name for name in kept if name is not None and self._callers[name].owned]:
+                    self._callers[name].request.detach()
                     kept.remove(name)
                 seconds = time.monotonic() - started
-                told = not streams and not kept and self._tell(items[0], outcomes[0])
-                self._pipe.send(([] if told else outcomes, seconds, kept, told, tally.drain()))
+                self._pipe.send((outcomes, seconds, kept, tally.drain()))
             except (EOFError, OSError):
                 return
 
     def _run(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
-        results = self._runner.run(self._receive(items, alive), codec.parse_args(args))
+        received = self._receive(items, alive)
+        readable = [one for one in received if isinstance(one, codec.Packed)]
+        answers = iter(self._runner.run(readable, codec.parse_args(args)))
+        results = [one if isinstance(one, ServerError) else next(answers) for one in received]
+        del received, readable
+        encoded = [self._pack(result, item[2]) for result, item in zip(results, items, strict=True)]
+        try:
+            return self._write(encoded, [item[4] for item in items])
+        except OSError as error:
+            log.error("no memory for the answers: %s", error)
+            return [(ModelError.status, f"there is no memory for the model's answer: {error}", [])] * len(items)
+
+    def _write(
+        self, encoded: Sequence[tuple[str | None, str, list[codec.Array]]], callers: Sequence[int | None]
+    ) -> list[tuple[str | None, str, list[Place]]]:
+        """Puts the arrays of the answers where their callers look for them, or into the slot's own segment."""
         outcomes: list[tuple[str | None, str, list[Place]]] = []
         ours: list[tuple[list[Place], codec.Array]] = []
-        for result, (_, _, plain, _, back, _) in zip(results, items, strict=True):
-            status, text, arrays = self._pack(result, plain)
-            places = [] if back is None or not arrays else self._pairs[back].outbox.write(arrays)
-            if back is None:
+        for (status, text, arrays), caller in zip(encoded, callers, strict=True):
+            places = [] if caller is None or not arrays else self._callers[caller].response.write(arrays)
+            if caller is None:
                 ours += [(places, array) for array in arrays]
             outcomes.append((status, text, places))
         for (places, _), place in zip(ours, self._outbox.write([array for _, array in ours]), strict=True):
             places.append(place)
         return outcomes
 
-    def _tell(self, item: Sequence[Any], outcome: tuple[str | None, str, list[Place]]) -> bool:
-        """Answers the caller past the front; False if that is for the front to do."""
-        *_, back, reply = item
-        status, text, places = outcome
-        if reply is None or status or len(text) > lane.AT_ONCE // 8:
-            return False
-        message = lane.response(text, places)
-        answer = lane.ANSWER.pack(len(message), 0, False, reply) + message
-        caller = self._pairs[back].caller
-        try:
-            sent = caller.send(answer, _AT_ONCE)
-        except OSError:  # it has gone, or does not read
-            return False
-        if sent < len(answer):  # which so few bytes to one who waits for them do not come to
-            caller.shutdown(socket.SHUT_RDWR)
-        return True
-
     def _stream(self, args: str, items: Sequence[Any], alive: list[Any]) -> None:
         """Sends each value as (status, text, places), and goes on when the front says so."""
         (packed,) = self._receive(items, alive)
+        if isinstance(packed, ServerError):
+            self._pipe.send((packed.status, str(packed), []))
+            self._pipe.receive()
+            return
         values = self._runner.stream(packed, codec.parse_args(args))
         del packed
         for value in values:
@@ -285,10 +296,15 @@ class Slot:
                 break
         values.close()
 
-    def _receive(self, items: Sequence[Any], alive: list[Any]) -> list[codec.Packed]:
-        packed = []
+    def _receive(self, items: Sequence[Any], alive: list[Any]) -> list[codec.Packed | ServerError]:
+        """The inputs, and an error in the place of one whose memory cannot be mapped."""
+        packed: list[codec.Packed | ServerError] = []
         for text, places, _, source, *_ in items:
-            arrays = (self._inbox if source is None else self._pairs[source].inbox).read(places)
+            try:
+                arrays = (self._inbox if source is None else self._callers[source].request).read(places)
+            except (OSError, OverflowError) as error:
+                packed.append(InvalidInput(f"the memory in which the request lies cannot be mapped: {error}"))
+                continue
             alive += [(source, weakref.ref(_owner(array))) for array in arrays]
             packed.append(codec.Packed(text, arrays))
         return packed

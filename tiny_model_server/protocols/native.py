@@ -2,26 +2,21 @@
 
 import json
 import os
-import socket
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from tiny_model_server import codec, wire
 from tiny_model_server.batcher import Outcome
-from tiny_model_server.codec import Array, EncodedImage, Packed
+from tiny_model_server.codec import Array, EncodedImage, Packed, Placed
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError, from_status
-from tiny_model_server.pieces import Gathered, cut
 from tiny_model_server.repository import ServedModel
-from tiny_model_server.shm import Pair, layout
+from tiny_model_server.shm import Place, SharedBuffers
 
 SCHEMA = "server"
 SERVICE = "server.Server"
-_KEPT = 4  # memories of calls in pieces, for the next ones
-_LARGEST_KEPT = 64 << 20  # bytes in one of them
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
@@ -37,10 +32,6 @@ class _Native:
         self._image_response = wire.message(SCHEMA, "server.ImageResponse")
         self._info = wire.message(SCHEMA, "server.ModelInfo")
         self._states = wire.message(SCHEMA, "server.ModelStates")
-        self._piece = wire.message(SCHEMA, "server.Piece")
-        self._methods = {name: one for name, one in wire.methods(SCHEMA, SERVICE).items() if one.kind == "unary_unary"}
-        self._largest = engine.settings.max_message_mb << 20
-        self._pairs: deque[Pair] = deque(maxlen=_KEPT)
 
     def RunText(self, request: Any, call: Call) -> Any:
         return self._run(request, codec.pack(request.text), call)
@@ -58,23 +49,22 @@ class _Native:
 
     def RunImageToImage(self, request: Any, call: Call) -> Any:
         args, image = codec.parse_args(request.args), _image(request.image, call)
-        call.number = None  # the answer is no Response
         return self._engine.run(
             request.model, image, args, call, then=lambda packed: self._image_answer(packed, request.model, call)
         )
 
     def _image_answer(self, packed: Packed, model: str, call: Call) -> Any:
+        if packed.shared and len(packed.arrays) > 1:  # those beside the image become JSON
+            packed = Packed(packed.text, packed.shared[0].response_arrays(packed.shared[1]))
         value = codec.unpack(packed)
         image, rest = value, None
-        if isinstance(value, dict) and isinstance(value.get("image"), np.ndarray):
+        if isinstance(value, dict) and isinstance(value.get("image"), (np.ndarray, Placed)):
             image = value["image"]
             rest = {key: item for key, item in value.items() if key != "image"} or None
         try:
-            image = codec.require_image(image)
+            codec.check_image(image)
         except (InvalidInput, AttributeError):
-            kind = (
-                f"{image.dtype} array of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            )
+            kind = f"{image.dtype} array of shape {image.shape}" if hasattr(image, "dtype") else type(image).__name__
             raise ModelUnavailable(
                 f"model {model!r} answered with a {kind}, no image (HxW or HxWxC); call it by RunImage"
             ) from None
@@ -119,40 +109,6 @@ class _Native:
         args = codec.parse_args(request.args)
         for packed in self._engine.run_stream(request.model, _value(request.data, call), args, call):
             yield self._answer(packed, call)
-
-    def InPieces(self, pieces: Iterable[Any], call: Call) -> Iterator[Any]:
-        return self._in_pieces(pieces, call)
-
-    def SendInPieces(self, pieces: Iterable[Any], call: Call) -> Any:
-        (answer,) = self._in_pieces(pieces, call, whole=True)
-        return answer
-
-    def GetInPieces(self, piece: Any, call: Call) -> Iterator[Any]:
-        return self._in_pieces([piece], call)
-
-    def _in_pieces(self, pieces: Iterable[Any], call: Call, *, whole: bool = False) -> Iterator[Any]:
-        try:
-            pair = self._pairs.pop()
-        except IndexError:
-            pair = _unshared()
-        try:
-            gathered = Gathered(pair.room, self._largest)
-            for piece in pieces:
-                gathered.add(piece, call.tail)
-            first = gathered.end()
-            if not (method := self._methods.get(first.method)):
-                raise InvalidInput(f"no method {first.method!r} in pieces; there are {', '.join(self._methods)}")
-            call.lane, call.pieces, call.tail = pair, [], None
-            answer = getattr(self, first.method)(wire.parse(method, first.message, call), call)
-            told = {"largest": self._largest, "message": answer.SerializeToString()}
-            yield from cut(self._piece, call.pieces, whole=whole, **told)
-        finally:
-            # A model may have kept what it got, and a worker still be at work for who has gone, or had no more time.
-            if not call.lane or (not pair.kept and not call.late and call.on_end(lambda: None)):
-                if pair.inbox.used + sum(array.nbytes for array in call.pieces or ()) > _LARGEST_KEPT:
-                    pair.inbox.discard()
-                    pair.outbox.discard()
-                self._pairs.append(pair)
 
     def GetModelInfo(self, request: Any, call: Call) -> Any:
         return self._describe(self._engine.model(request.model))
@@ -223,52 +179,66 @@ class _Native:
         return self._response(data=json.dumps(value))
 
 
-def _unshared() -> Pair:
-    """Memory as callers on this host share it, for one from elsewhere, who is answered by this process alone."""
-    try:
-        return Pair(socket.socket(socket.AF_UNIX))
-    except OSError as error:
-        raise Overloaded(f"the server has no memory for the call: {error}") from None
-
-
 def _image(image: Any, call: Call) -> Packed:
-    data = _data(image, call) if call.tail is None else call.tail
+    shape = () if image.encoded else codec.image_shape(image.height, image.width, image.channels)
+    if call.tail is None and image.HasField("place"):
+        if image.encoded:
+            return codec.pack(EncodedImage(_read(image.place, call)))
+        return _placed(codec.ARRAY, [(image.dtype or "uint8", shape, image.place)], call)
+    data = image.data if call.tail is None else call.tail
     if image.encoded:
         return codec.pack(EncodedImage(data))
-    array = codec.image_from(image.height, image.width, image.channels, image.dtype, data)
-    return _packed(codec.ARRAY, [image], [array], call)
+    return Packed(codec.ARRAY, [codec.array_from(image.dtype or "uint8", shape, data)])
 
 
 def _value(value: Any, call: Call) -> Packed:
-    found = [_data(array, call) for array in value.arrays]
-    if call.tail is not None:
-        found[-1] = call.tail
-    arrays = [codec.array_from(one.dtype, one.shape, data) for one, data in zip(value.arrays, found, strict=True)]
-    packed = _packed(value.json, value.arrays, arrays, call)
+    if value.arrays and call.tail is None and all(one.HasField("place") for one in value.arrays):
+        packed = _placed(value.json, [(one.dtype, one.shape, one.place) for one in value.arrays], call)
+    else:
+        found = [_read(one.place, call) if one.HasField("place") else one.data for one in value.arrays]
+        if call.tail is not None:
+            found[-1] = call.tail
+        named = zip(value.arrays, found, strict=True)
+        packed = Packed(value.json, [codec.array_from(one.dtype, one.shape, data) for one, data in named])
     codec.unpack(packed)  # malformed JSON and references to no array are refused before they queue
     return packed
 
 
-def _data(message: Any, call: Call) -> bytes | memoryview:
-    """The bytes of an image or array: in the message, or in the memory that the caller shares."""
-    if not message.HasField("place"):
-        data: bytes = message.data
-        return data
+def _placed(text: str, described: Sequence[tuple[str, Sequence[int], Any]], call: Call) -> Packed:
+    """A packed value whose arrays, each (dtype, shape, place), stay in the memory that the caller shares."""
+    buffers, total = _buffers(call), 0
+    arrays: list[Placed] = []
+    places: list[Place] = []
+    for dtype, shape, place in described:
+        _check(place, buffers)
+        total += place.length
+        arrays.append(codec.placed(dtype, shape, place.length))
+        places.append((place.offset, codec.dtype_name(arrays[-1].dtype), arrays[-1].shape))
+    if total > call.largest:
+        raise Overloaded(f"{total} bytes of arrays, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
+    return Packed(text, arrays, (buffers, places))
+
+
+def _read(place: Any, call: Call) -> bytes:
+    """A copy of bytes in the memory that the caller shares."""
+    buffers = _buffers(call)
+    _check(place, buffers)
+    if place.length > call.largest:
+        raise Overloaded(f"{place.length} bytes, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
+    return buffers.read(place.offset, place.length)
+
+
+def _buffers(call: Call) -> SharedBuffers:
     if call.lane is None:
         raise InvalidInput("place is for callers that share memory with the server; send the bytes as data")
+    return call.lane
+
+
+def _check(place: Any, buffers: SharedBuffers) -> None:
     try:
-        return call.lane.inbox.bytes_at(message.place.offset, message.place.length)
+        buffers.check(place.offset, place.length)
     except ValueError as error:
         raise InvalidInput(str(error)) from None
-
-
-def _packed(text: str, messages: Sequence[Any], arrays: list[Array], call: Call) -> Packed:
-    """A packed value whose arrays, if all lie in the caller's memory, stay there."""
-    if not (call.lane and arrays and all(message.HasField("place") for message in messages)):
-        return Packed(text, arrays)
-    named = zip(messages, arrays, strict=True)
-    places = [(message.place.offset, codec.dtype_name(array.dtype), array.shape) for message, array in named]
-    return Packed(text, arrays, (call.lane, places))
 
 
 def _named(convert: Callable[[Any, Call], Packed], index: int, message: Any, call: Call) -> Packed:
@@ -291,12 +261,6 @@ def _fill(message: Any, text_field: str, packed: Packed) -> tuple[list[Any], Pac
 
 def _send(filled: Sequence[tuple[list[Any], Packed]], call: Call) -> None:
     """Puts the bytes of arrays into their messages; or where the caller looks for them, and tells where that is."""
-    if call.pieces is not None:
-        every = [pair for parts, packed in filled for pair in zip(parts, packed.arrays, strict=True)]
-        call.pieces += [array for _, array in every]
-        for (part, array), (offset, *_) in zip(every, layout(call.pieces)[0], strict=True):
-            part.place.offset, part.place.length = offset, array.nbytes
-        return
     rest: list[tuple[Any, Array]] = []
     for parts, packed in filled:
         if packed.shared and packed.shared[0] is call.lane:  # a worker has put them there
@@ -305,7 +269,7 @@ def _send(filled: Sequence[tuple[list[Any], Packed]], call: Call) -> None:
         else:
             rest += zip(parts, packed.arrays, strict=True)
     if call.lane and rest:
-        for (part, array), (offset, *_) in zip(rest, call.lane.outbox.write([one for _, one in rest]), strict=True):
+        for (part, array), (offset, *_) in zip(rest, call.lane.write([one for _, one in rest]), strict=True):
             part.place.offset, part.place.length = offset, array.nbytes
     else:
         for part, array in rest:
