@@ -473,6 +473,7 @@ class Pool:
             else:
                 resolve(shift.finish())
                 self._batcher.take_back(shift)
+        slot.pipe.shutdown()  # at which the worker ends
 
     def after_death(self, process: _Process, batch: list[Item]) -> None:
         """Queues the items that the worker held once more, each alone; one that has been alone twice fails."""
