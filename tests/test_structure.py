@@ -156,3 +156,12 @@ def test_no_door_imports_another() -> None:
     for name in doors:
         found = imports(ROOT / "tiny_model_server" / "protocols" / f"{name}.py")
         assert not {"tiny_model_server.protocols", *(f"tiny_model_server.protocols.{other}" for other in doors)} & found
+
+
+def test_nothing_depends_on_reference_counts_or_the_collector() -> None:
+    """Weak references know what the application has dropped: a client, an array, a model's input. Nothing else does."""
+    for path in SOURCES:
+        text = path.read_text()
+        for word in ("getrefcount", "__del__", "import gc", "gc.collect", "WeakValueDictionary", "WeakKeyDictionary"):
+            assert word not in text, f"{path.name} has {word}"
+        assert "weakref" not in text or path.name in {"model_client.py", "lane.py", "worker.py"}, path

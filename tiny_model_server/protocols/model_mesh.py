@@ -4,8 +4,8 @@ Loads and unloads of one id come one after the other. A load whose caller has go
 """
 
 import threading
-import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class _ModelMesh:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._methods = wire.methods(SCHEMA, SERVICE)
-        self._turns: weakref.WeakValueDictionary[str, _Turn] = weakref.WeakValueDictionary()
+        self._turns: dict[str, _Turn] = {}
         self._lock = threading.Lock()
         self._adopted: set[str] = set()
         self._measured: dict[str, int] = {}  # bytes, by path
@@ -146,20 +146,25 @@ class _ModelMesh:
         self._engine.forget(name, grace_s)
         self._adopted.discard(name)
 
-    def _turn(self, name: str) -> "_Turn":
+    @contextmanager
+    def _turn(self, name: str) -> Iterator[None]:
+        """Waits until no other load or unload of this id is under way."""
         with self._lock:
-            turn = self._turns[name] = self._turns.get(name) or _Turn()
-        return turn
+            turn = self._turns.setdefault(name, _Turn())
+            turn.users += 1
+        try:
+            with turn.lock:
+                yield
+        finally:
+            with self._lock:
+                turn.users -= 1
+                if not turn.users:
+                    del self._turns[name]
 
 
 class _Turn:
-    """A lock that is forgotten when nobody holds it or waits for it."""
+    """The lock of one model id, and how many hold it or wait for it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *error: object) -> None:
-        self._lock.release()
+        self.lock = threading.Lock()
+        self.users = 0
