@@ -684,6 +684,24 @@ def test_more_callers_than_the_server_takes(start_server: Callable[..., Server],
         one.close()
 
 
+def test_large_messages_count_as_bytes_under_way(start_server: Callable[..., Server]) -> None:
+    """One that does not fit is refused without being held; the connection goes on, and nothing stays counted."""
+    server = start_server(TMS_MAX_INFLIGHT_MB=3)
+    with contextlib.closing(lane.Lane(server.port, {})) as one, contextlib.closing(lane.Lane(server.port, {})) as two:
+        half = lane.REQUEST.pack(2 << 20, 20.0, 1, 4)
+        two._socket.sendall(half)
+        wait_for(lambda: send(one, "RunText", text="x" * (2 << 20), model="echo")[0], "the refusal")
+        assert send(one, "RunText", text="y", model="echo")[1].data == '"y"'
+        two._socket.close()
+        wait_for(lambda: not send(one, "RunText", text="x" * (2 << 20), model="echo")[0], "room again")
+        for _ in range(5):
+            assert send(one, "RunText", text="x" * (2 << 20), model="echo")[0] == 0
+        code, text = send(one, "RunText", text="x" * (4 << 20), model="echo")
+        assert code == CODES["RESOURCE_EXHAUSTED"] | lane.FINAL
+        assert "TMS_MAX_INFLIGHT_MB" in text
+        assert send(one, "RunText", text="y", model="echo")[1].data == '"y"'
+
+
 def test_headers_are_what_the_rules_say() -> None:
     assert lane.REQUEST.size == struct.calcsize("<IfBB") == 10
     assert lane.ANSWER.size == 6

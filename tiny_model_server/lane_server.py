@@ -19,6 +19,7 @@ from typing import Any
 from tiny_model_server import lane, wire
 from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Seat, resolve
+from tiny_model_server.budget import Budget
 from tiny_model_server.engine import LATER, Call, Engine, WouldWait
 from tiny_model_server.errors import CODES, ServerError, Stopping, Unimplemented
 from tiny_model_server.pipe import Incomplete
@@ -202,19 +203,23 @@ class LaneServer:
                 self._epoll.modify(connection.fd, _COMING)
             connection.unread |= bool(event & select.EPOLLIN)
             while connection.unread and not connection.busy and not connection.gone:
-                self._begin(connection, *connection.next_call(self._largest))
+                self._begin(connection, *connection.next_call(self._largest, self._engine.inflight))
         except BlockingIOError:
             pass  # the rest comes with another event
         except (OSError, ValueError, struct.error):
             self._end(connection)
 
-    def _begin(self, connection: "_Connection", path: bytes, message: bytes, call: Call) -> None:
+    def _begin(
+        self, connection: "_Connection", path: bytes, message: bytes, call: Call, refusal: ServerError | None
+    ) -> None:
         connection.busy = True
         method, handler, at_once = self._handlers.get(path, (None, None, True))
 
         def make() -> Any:
             if self._stopping:
                 raise Stopping("the server is stopping")
+            if refusal:
+                raise refusal
             self._engine.authenticate(call.metadata)
             if not method or not handler:
                 raise Unimplemented("there is no such method")
@@ -285,6 +290,12 @@ class _Connection:
         self._buffers: SharedBuffers | None = None
         self._renewing = False
         self._data: bytes | bytearray = b""
+        self._skipped = 0
+        """Bytes of a refused request that were read and dropped."""
+        self._budget: Budget | None = None
+        self._counted = 0
+        """Bytes of the request that count as under way."""
+        self._refusal: ServerError | None = None
         self._unsent: bytes | memoryview = b""
         self._cancel: Callable[[], None] | None = None
 
@@ -307,8 +318,8 @@ class _Connection:
         self._socket.sendall(name)
         self._socket.setblocking(False)
 
-    def next_call(self, largest: int) -> tuple[bytes, bytes, Call]:
-        """(path, message, call) of the next request; BlockingIOError if it is not all there yet.
+    def next_call(self, largest: int, budget: Budget) -> tuple[bytes, bytes, Call, ServerError | None]:
+        """(path, message, call, why it is refused) of the next request; BlockingIOError if it is not all there yet.
 
         ConnectionError when the caller has left, ValueError if the request is too large.
         """
@@ -319,18 +330,39 @@ class _Connection:
             self._renewing = False
         self._data = self._data or self._receive(1 << 16)
         while (missing := self._missing(largest)) > 0:
+            if missing > lane.AT_ONCE and not self._counted and not self._refusal:
+                self._count(missing, budget)
+            received = self._receive(min(missing, 1 << 20))
+            if self._refusal:
+                self._skipped += len(received)
+                continue
             if isinstance(self._data, bytes):
                 self._data = bytearray(self._data)  # to which is added without copying it again
-            self._data += self._receive(min(missing, 1 << 20))
+            self._data += received
         if missing:
             raise ValueError("one call at a time")
         data, self._data = bytes(self._data), b""
+        refusal, self._refusal, self._skipped = self._refusal, None, 0
         _, seconds, repeatable, path_size = lane.REQUEST.unpack_from(data)
         deadline = time.monotonic() + seconds if seconds < _NO_DEADLINE_S else None
         memory: dict[str, Any] = {"lane": self._buffers, "largest": largest}
         call = Call(deadline, "unix:", self._metadata, self._on_end, bool(repeatable), **memory)
         begin = lane.REQUEST.size + path_size
-        return data[lane.REQUEST.size : begin], data[begin:], call
+        return data[lane.REQUEST.size : begin], data[begin:], call, refusal
+
+    def _count(self, size: int, budget: Budget) -> None:
+        """Counts the bytes of a large message before they are read; small ones come in bounded numbers."""
+        try:
+            budget.take(size)
+        except ServerError as error:
+            self._refusal = error
+        else:
+            self._budget, self._counted = budget, size
+
+    def _uncount(self) -> None:
+        if self._budget:
+            self._budget.give(self._counted)
+            self._budget, self._counted = None, 0
 
     def _missing(self, largest: int) -> int:
         """How many bytes of the request must still come, as far as that is known; below 0 if there are too many."""
@@ -339,7 +371,7 @@ class _Connection:
         size, *_, path_size = lane.REQUEST.unpack_from(self._data)
         if size > largest:
             raise ValueError("that is too large; gRPC says so in words")
-        return int(lane.REQUEST.size + path_size + size) - len(self._data)
+        return int(lane.REQUEST.size + path_size + size) - len(self._data) - self._skipped
 
     def _receive(self, most: int) -> bytes:
         self.unread = False
@@ -352,6 +384,7 @@ class _Connection:
     def answer(self, code: int, body: bytes) -> bool:
         """Sends an answer, with new memory if a model keeps the old; False if not all could be sent yet."""
         self._cancel = None  # which knows the call's item, and that this connection
+        self._uncount()
         old = self._buffers
         renewed = old is not None and old.retained and not old.caller_owned
         self._unsent = lane.ANSWER.pack(len(body), code, renewed) + body
@@ -386,6 +419,7 @@ class _Connection:
         self.gone = True
         cancel, self._cancel = self._cancel, None
         self._socket.close()
+        self._uncount()
         if self._buffers:
             self._buffers.close()
         if cancel:
