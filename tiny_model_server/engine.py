@@ -2,7 +2,6 @@
 
 import hmac
 import itertools
-import json
 import logging
 import queue
 import threading
@@ -19,7 +18,7 @@ from urllib.parse import unquote
 from tiny_model_server import devices, tracing
 from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
 from tiny_model_server.budget import Budget
-from tiny_model_server.codec import ARRAY, Array, Packed, dtype_name, signature
+from tiny_model_server.codec import ARRAY, Array, Packed, args_json, dtype_name, signature
 from tiny_model_server.errors import (
     Cancelled,
     InvalidInput,
@@ -465,9 +464,9 @@ class Engine:
 
 def _text(args: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(args, sort_keys=True) if args else ""
-    except RecursionError:
-        raise InvalidInput("args are nested too deeply") from None
+        return args_json(args) if args else ""
+    except TypeError as error:
+        raise InvalidInput(str(error)) from None
 
 
 def _status(outcome: Outcome) -> str:

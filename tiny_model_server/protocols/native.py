@@ -245,7 +245,7 @@ def _value(value: Any, call: Call) -> Packed:
         found[-1] = call.tail
     arrays = [codec.array_from(one.dtype, one.shape, data) for one, data in zip(value.arrays, found, strict=True)]
     packed = _packed(value.json, value.arrays, arrays, call)
-    codec.unpack(packed)  # malformed JSON and references to no array are refused before they queue
+    codec.check(value.json, arrays)  # malformed JSON and references to no array are refused before they queue
     return packed
 
 

@@ -6,15 +6,15 @@ one BYTES output. If a model's ``metadata`` says ``"batch": True``, the rows of 
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tiny_model_server import __version__, codec, wire
-from tiny_model_server.codec import Array
+from tiny_model_server.codec import Array, Packed
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import InvalidInput, ServerError
+from tiny_model_server.errors import InvalidInput, ModelError, ServerError
 from tiny_model_server.repository import ServedModel, State
 
 SCHEMA = "open_inference"
@@ -38,6 +38,28 @@ _TYPES = {
     "BF16": ("uint16", 14, ""),
 }
 _DATATYPES = {dtype: name for name, (dtype, _, _) in _TYPES.items() if name != "BF16"}
+_AT_ONCE = 1 << 16  # numbers of a typed field that are Python's at the same time
+
+
+class _Texts(NamedTuple):
+    """The elements of a BYTES tensor: texts, image files or bytes."""
+
+    values: list[Any]
+    shape: Sequence[int]
+
+    @property
+    def size(self) -> int:
+        """How many elements there are."""
+        return len(self.values)
+
+    def whole(self) -> Any:
+        """One value for one element, a list of them for several."""
+        return self.values[0] if len(self.values) == 1 else self.values
+
+    def row(self, index: int) -> Any:
+        """The same of a part, as the first dimension counts them."""
+        each = len(self.values) // self.shape[0]
+        return self._replace(values=self.values[index * each : (index + 1) * each]).whole()
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
@@ -119,13 +141,15 @@ class _OpenInference:
     def ModelInfer(self, request: Any, call: Call) -> Any:
         model = self._engine.model(call.model or request.model_name)
         args = {name: _parameter(value) for name, value in request.parameters.items()}
-        values = _inputs(request)
+        most = self._engine.settings.max_items
+        values = _inputs(request, most)
         if model.loaded is not None and model.loaded.metadata.get("batch"):
-            items = [codec.pack(_one_or_all(row)) for row in _rows(values)]
+            items = _rows(values, most)
             outcomes = self._engine.run_batch(model.name, items, args, call)
             answer = _stacked([_value(outcome, f"row {index}: ") for index, outcome in enumerate(outcomes)])
         else:
-            answer = _value(self._engine.run(model.name, codec.pack(_one_or_all(values)), args, call))
+            wholes = {name: value.whole() if isinstance(value, _Texts) else value for name, value in values.items()}
+            answer = _value(self._engine.run(model.name, _packed(wholes), args, call))
         raw = bool(request.raw_input_contents) or not any(tensor.HasField("contents") for tensor in request.inputs)
         return self._response(request, _outputs(model, answer), raw)
 
@@ -141,7 +165,9 @@ class _OpenInference:
             datatype = _datatype(array)
             tensor = answer.outputs.add(name=name, datatype=datatype, shape=array.shape)
             if typed:
-                getattr(tensor.contents, _TYPES[datatype][2]).extend(array.ravel().tolist())
+                field, flat = getattr(tensor.contents, _TYPES[datatype][2]), array.ravel()
+                for at in range(0, flat.size, _AT_ONCE):
+                    field.extend(flat[at : at + _AT_ONCE].tolist())
             elif datatype == "BYTES":
                 answer.raw_output_contents.append(b"".join(struct.pack("<I", len(e)) + e for e in array.ravel()))
             else:
@@ -149,58 +175,81 @@ class _OpenInference:
         return answer
 
 
-def _inputs(request: Any) -> dict[str, Any]:
+def _inputs(request: Any, most: int) -> dict[str, "Array | _Texts"]:
     """The request's inputs by name; InvalidInput says which is malformed and how."""
     raw = list(request.raw_input_contents)
     if not request.inputs:
         raise InvalidInput("the request has no inputs; send at least one")
     if raw and len(raw) != len(request.inputs):
         raise InvalidInput(f"there are {len(request.inputs)} inputs, but raw_input_contents has {len(raw)} elements")
-    values: dict[str, Any] = {}
+    values: dict[str, Array | _Texts] = {}
     for index, tensor in enumerate(request.inputs):
         if tensor.name in values:
             raise InvalidInput(f"there are two inputs {tensor.name!r}")
         try:
             if raw and tensor.HasField("contents"):
                 raise InvalidInput("it has contents, and raw_input_contents beside them; send one of both")
-            values[tensor.name] = _input(tensor, raw[index] if raw else None)
+            values[tensor.name] = _input(tensor, raw[index] if raw else None, most)
         except InvalidInput as error:
             raise InvalidInput(f"input {tensor.name!r}: {error}") from None
     return values
 
 
-def _input(tensor: Any, raw: bytes | None) -> Any:
+def _input(tensor: Any, raw: bytes | None, most: int) -> "Array | _Texts":
     if tensor.datatype not in _TYPES:
-        raise InvalidInput(f"datatype {tensor.datatype!r} is none of {', '.join(_TYPES)}")
+        raise InvalidInput(f"datatype {tensor.datatype[:20]!r} is none of {', '.join(_TYPES)}")
     dtype, _, field = _TYPES[tensor.datatype]
-    if any(size < 0 for size in tensor.shape):
-        raise InvalidInput(f"shape {list(tensor.shape)} has a negative dimension")
+    count = codec.elements(tensor.shape)
     if tensor.datatype == "BYTES":
-        return _texts(tensor, list(tensor.contents.bytes_contents) if raw is None else _elements(raw))
+        if count > most:
+            raise InvalidInput(f"shape {list(tensor.shape)} has {count} elements; TMS_MAX_ITEMS allows {most} of BYTES")
+        return _texts(tensor, count, raw)
     if raw is not None:
         array = codec.array_from(dtype, tensor.shape, raw)
-        return (array.astype(np.uint32) << 16).view(np.float32) if tensor.datatype == "BF16" else array
+        return _from_brain_float(array) if tensor.datatype == "BF16" else array
     if not field:
         raise InvalidInput(f"{tensor.datatype} travels only in raw_input_contents")
     found = getattr(tensor.contents, field)
-    _check_count(tensor, len(found))
-    try:
-        return codec.array_from(dtype, tensor.shape, codec.raw(np.array(list(found), dtype)))
-    except OverflowError as error:
-        raise InvalidInput(str(error)) from None
+    _check_count(tensor, count, len(found))
+    return codec.array_from(dtype, tensor.shape, codec.raw(_numbers(found, np.dtype(dtype))))
 
 
-def _check_count(tensor: Any, found: int) -> None:
-    count = 1
-    for size in tensor.shape:
-        count *= size
+def _from_brain_float(array: Array) -> Array:
+    bits = array.astype(np.uint32)
+    bits <<= 16
+    return bits.view(np.float32)
+
+
+def _numbers(found: Any, dtype: np.dtype[Any]) -> Array:
+    """The numbers of a typed field, a part at a time, for as Python's they are larger."""
+    numbers = np.empty(len(found), dtype)
+    for at in range(0, len(found), _AT_ONCE):
+        part = found[at : at + _AT_ONCE]
+        if dtype.kind in "iu":
+            low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+            if wrong := next((number for number in (min(part), max(part)) if not low <= number <= high), None):
+                raise InvalidInput(f"{wrong} is no {dtype}, which is from {low} to {high}")
+        numbers[at : at + _AT_ONCE] = part
+    return numbers
+
+
+def _check_count(tensor: Any, count: int, found: int) -> None:
     if found != count:
         raise InvalidInput(f"shape {list(tensor.shape)} has {count} elements, but there are {found}")
 
 
-def _elements(raw: bytes) -> list[bytes]:
-    elements, at = [], 0
-    while at < len(raw):
+def _texts(tensor: Any, count: int, raw: bytes | None) -> _Texts:
+    elements = list(tensor.contents.bytes_contents) if raw is None else _elements(raw, count)
+    _check_count(tensor, count, len(elements))
+    kind = _parameter(tensor.parameters["content_type"]) if "content_type" in tensor.parameters else ""
+    return _Texts([codec.from_bytes(element, str(kind)) for element in elements], tensor.shape)
+
+
+def _elements(raw: bytes, most: int) -> list[bytes]:
+    """The elements in the bytes of a BYTES tensor; one more than ``most`` if there are more."""
+    elements: list[bytes] = []
+    at = 0
+    while at < len(raw) and len(elements) <= most:
         size = int.from_bytes(raw[at : at + 4], "little")
         if at + 4 + size > len(raw):
             raise InvalidInput("raw BYTES are elements with a 4-byte little-endian length before each; one is cut off")
@@ -209,29 +258,29 @@ def _elements(raw: bytes) -> list[bytes]:
     return elements
 
 
-def _texts(tensor: Any, elements: list[bytes]) -> Any:
-    """One value for one element, a list of them for several."""
-    _check_count(tensor, len(elements))
-    kind = _parameter(tensor.parameters["content_type"]) if "content_type" in tensor.parameters else ""
-    values = [codec.from_bytes(element, str(kind)) for element in elements]
-    return values[0] if len(values) == 1 else values
-
-
 def _parameter(value: Any) -> Any:
     chosen = value.WhichOneof("parameter_choice")
     return getattr(value, chosen) if chosen else None
 
 
-def _one_or_all(values: dict[str, Any]) -> Any:
-    return next(iter(values.values())) if len(values) == 1 else values
+def _packed(values: Mapping[str, Any]) -> Packed:
+    """One input as it is, several as a dictionary by name."""
+    return codec.pack(next(iter(values.values())) if len(values) == 1 else values)
 
 
-def _rows(values: dict[str, Any]) -> list[dict[str, Any]]:
-    listed = {name: [value] if isinstance(value, (str, bytes)) else value for name, value in values.items()}
-    counts = {name: len(value) if np.ndim(value) or isinstance(value, list) else 0 for name, value in listed.items()}
+def _rows(values: Mapping[str, "Array | _Texts"], most: int) -> list[Packed]:
+    counts = {name: value.shape[0] if len(value.shape) else 0 for name, value in values.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise InvalidInput(f"the first dimension counts the rows; it must be the same in every input, not {counts}")
-    return [{name: value[row] for name, value in listed.items()} for row in range(next(iter(counts.values())))]
+    rows = next(iter(counts.values()))
+    if rows > most:
+        raise InvalidInput(f"there are {rows} rows; TMS_MAX_ITEMS allows {most}")
+    if any(value.size == 0 for value in values.values()):
+        raise InvalidInput("the rows of an input have no elements")
+    return [
+        _packed({name: value.row(row) if isinstance(value, _Texts) else value[row] for name, value in values.items()})
+        for row in range(rows)
+    ]
 
 
 def _value(outcome: Any, where: str = "") -> Any:
@@ -249,12 +298,20 @@ def _stacked(answers: Sequence[Any]) -> Any:
         and all(isinstance(one, dict) and one.keys() == first.keys() for one in answers)
     ):
         return {key: _stacked([one[key] for one in answers]) for key in first}
-    if (
-        all(isinstance(one, (np.ndarray, int, float)) for one in answers)
-        and len({np.shape(one) for one in answers}) == 1
-    ):
-        return np.stack([np.asarray(one) for one in answers])
+    if all(isinstance(one, (np.ndarray, int, float)) for one in answers):
+        arrays = [np.asarray(one) for one in answers]
+        if len({array.shape for array in arrays}) == 1 and (stacked := _stack(arrays)) is not None:
+            return stacked
     return np.array([_json(one) for one in answers], object)
+
+
+def _stack(arrays: Sequence[Array]) -> Array | None:
+    """The arrays as one; None if a number would change, as a large one does where others are fractions."""
+    if any(array.dtype == object for array in arrays):  # of numbers that no dtype holds
+        return None
+    stacked = np.stack(arrays)
+    alike = len({array.dtype.kind for array in arrays}) == 1
+    return stacked if alike or stacked.tolist() == [array.tolist() for array in arrays] else None
 
 
 def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
@@ -267,7 +324,7 @@ def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
 
 def _sendable(array: Array) -> Array:
     if array.dtype.kind == "U":
-        return np.array([text.encode() for text in array.ravel().tolist()], object).reshape(array.shape)
+        return np.array([_utf8(text) for text in array.ravel().tolist()], object).reshape(array.shape)
     if array.dtype.kind == "S":
         return array.astype(object)
     if array.dtype != object and str(array.dtype) not in _DATATYPES:
@@ -276,7 +333,14 @@ def _sendable(array: Array) -> Array:
 
 
 def _json(value: Any) -> bytes:
-    return value.encode() if isinstance(value, str) else codec.plain_json(value).encode()
+    return _utf8(value) if isinstance(value, str) else codec.plain_json(value).encode()
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ModelError("the model's answer has half of a surrogate pair, which a text in UTF-8 cannot hold") from None
 
 
 def _datatype(array: Array) -> str:
