@@ -23,6 +23,7 @@ ORDER = [
     "tiny_model_server.settings",
     "tiny_model_server.logs",
     "tiny_model_server.wire",
+    "tiny_model_server.tensors",
     "tiny_model_server.pieces",
     "tiny_model_server.trust",
     "tiny_model_server.tracing",

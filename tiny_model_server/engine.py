@@ -37,6 +37,7 @@ from tiny_model_server.shm import Pair
 log = logging.getLogger("tiny_model_server.engine")
 
 _LOADS_AT_ONCE = 4
+_LARGEST_ARGS = 256 << 20  # bytes, counted for each item of a request
 
 
 LATER = object()
@@ -255,6 +256,10 @@ class Engine:
         try:
             model = self._open(call.model or name)
             args_text = _text(args)
+            if len(args_text) * len(items) > _LARGEST_ARGS:
+                raise InvalidInput(
+                    f"args of {len(args_text)} bytes go along with each of {len(items)} items; send less"
+                )
             if not model.stages:
                 try:
                     return self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)

@@ -7,11 +7,11 @@ one BYTES output. If a model's ``metadata`` says ``"batch": True``, the rows of 
 
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from tiny_model_server import __version__, codec, wire
+from tiny_model_server import __version__, codec, tensors, wire
 from tiny_model_server.codec import Array, Packed
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError
@@ -19,47 +19,8 @@ from tiny_model_server.repository import ServedModel, State
 
 SCHEMA = "open_inference"
 SERVICE = "inference.GRPCInferenceService"
-
-# Datatype: numpy's, Triton's number of it, the typed field that carries it.
-_TYPES = {
-    "BOOL": ("bool", 1, "bool_contents"),
-    "UINT8": ("uint8", 2, "uint_contents"),
-    "UINT16": ("uint16", 3, "uint_contents"),
-    "UINT32": ("uint32", 4, "uint_contents"),
-    "UINT64": ("uint64", 5, "uint64_contents"),
-    "INT8": ("int8", 6, "int_contents"),
-    "INT16": ("int16", 7, "int_contents"),
-    "INT32": ("int32", 8, "int_contents"),
-    "INT64": ("int64", 9, "int64_contents"),
-    "FP16": ("float16", 10, ""),
-    "FP32": ("float32", 11, "fp32_contents"),
-    "FP64": ("float64", 12, "fp64_contents"),
-    "BYTES": ("object", 13, "bytes_contents"),
-    "BF16": ("uint16", 14, ""),
-}
-_DATATYPES = {dtype: name for name, (dtype, _, _) in _TYPES.items() if name != "BF16"}
-_AT_ONCE = 1 << 16  # numbers of a typed field that are Python's at the same time
-
-
-class _Texts(NamedTuple):
-    """The elements of a BYTES tensor: texts, image files or bytes."""
-
-    values: list[Any]
-    shape: Sequence[int]
-
-    @property
-    def size(self) -> int:
-        """How many elements there are."""
-        return len(self.values)
-
-    def whole(self) -> Any:
-        """One value for one element, a list of them for several."""
-        return self.values[0] if len(self.values) == 1 else self.values
-
-    def row(self, index: int) -> Any:
-        """The same of a part, as the first dimension counts them."""
-        each = len(self.values) // self.shape[0]
-        return self._replace(values=self.values[index * each : (index + 1) * each]).whole()
+_ENTRY = 100  # bytes of an input in the dictionary of a row, beside its name and its elements
+_LARGEST_ENTRIES = 64 << 20  # bytes of all rows' dictionaries
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
@@ -102,15 +63,17 @@ class _OpenInference:
         batch = model.loaded is not None and bool(model.loaded.metadata.get("batch"))
         rows = 1 if batch else 0  # where rows are inputs of their own, their number is not said here
 
-        def tensors(kind: str) -> list[dict[str, Any]]:
+        def described(kind: str) -> list[dict[str, Any]]:
             return [
-                {"name": one["name"], "data_type": _TYPES[one["datatype"]][1], "dims": one["shape"][rows:]}
+                {"name": one["name"], "data_type": tensors.TYPES[one["datatype"]][1], "dims": one["shape"][rows:]}
                 for one in _declared(model, kind)
             ]
 
         most = model.loaded.options.max_batch_size if batch and model.loaded else 0
         config = {"name": model.name, "max_batch_size": most, "backend": "python"}
-        return self._answer("ModelConfig", config=config | {"input": tensors("inputs"), "output": tensors("outputs")})
+        return self._answer(
+            "ModelConfig", config=config | {"input": described("inputs"), "output": described("outputs")}
+        )
 
     def RepositoryIndex(self, request: Any, call: Call) -> Any:
         models = [
@@ -140,15 +103,15 @@ class _OpenInference:
 
     def ModelInfer(self, request: Any, call: Call) -> Any:
         model = self._engine.model(call.model or request.model_name)
-        args = {name: _parameter(value) for name, value in request.parameters.items()}
+        args = {name: tensors.parameter(value) for name, value in request.parameters.items()}
         most = self._engine.settings.max_items
-        values = _inputs(request, most)
+        values = tensors.inputs(request, most)
         if model.loaded is not None and model.loaded.metadata.get("batch"):
             items = _rows(values, most)
             outcomes = self._engine.run_batch(model.name, items, args, call)
             answer = _stacked([_value(outcome, f"row {index}: ") for index, outcome in enumerate(outcomes)])
         else:
-            wholes = {name: value.whole() if isinstance(value, _Texts) else value for name, value in values.items()}
+            wholes = {name: _of(value) for name, value in values.items()}
             answer = _value(self._engine.run(model.name, _packed(wholes), args, call))
         raw = bool(request.raw_input_contents) or not any(tensor.HasField("contents") for tensor in request.inputs)
         return self._response(request, _outputs(model, answer), raw)
@@ -158,16 +121,16 @@ class _OpenInference:
         for name in wanted:
             if name not in outputs:
                 raise InvalidInput(f"there is no output {name!r}; there are {', '.join(outputs)}")
-        typed = not raw and all(_TYPES[_datatype(outputs[name])][2] for name in wanted)
+        typed = not raw and all(tensors.TYPES[_datatype(outputs[name])][2] for name in wanted)
         answer = self._answer("ModelInfer", model_name=request.model_name, model_version="1", id=request.id)
         for name in wanted:
             array = outputs[name]
             datatype = _datatype(array)
             tensor = answer.outputs.add(name=name, datatype=datatype, shape=array.shape)
             if typed:
-                field, flat = getattr(tensor.contents, _TYPES[datatype][2]), array.ravel()
-                for at in range(0, flat.size, _AT_ONCE):
-                    field.extend(flat[at : at + _AT_ONCE].tolist())
+                field, flat = getattr(tensor.contents, tensors.TYPES[datatype][2]), array.ravel()
+                for at in range(0, flat.size, tensors.AT_ONCE):
+                    field.extend(flat[at : at + tensors.AT_ONCE].tolist())
             elif datatype == "BYTES":
                 answer.raw_output_contents.append(b"".join(struct.pack("<I", len(e)) + e for e in array.ravel()))
             else:
@@ -175,100 +138,12 @@ class _OpenInference:
         return answer
 
 
-def _inputs(request: Any, most: int) -> dict[str, "Array | _Texts"]:
-    """The request's inputs by name; InvalidInput says which is malformed and how."""
-    raw = list(request.raw_input_contents)
-    if not request.inputs:
-        raise InvalidInput("the request has no inputs; send at least one")
-    if raw and len(raw) != len(request.inputs):
-        raise InvalidInput(f"there are {len(request.inputs)} inputs, but raw_input_contents has {len(raw)} elements")
-    values: dict[str, Array | _Texts] = {}
-    for index, tensor in enumerate(request.inputs):
-        if tensor.name in values:
-            raise InvalidInput(f"there are two inputs {tensor.name!r}")
-        try:
-            if raw and tensor.HasField("contents"):
-                raise InvalidInput("it has contents, and raw_input_contents beside them; send one of both")
-            values[tensor.name] = _input(tensor, raw[index] if raw else None, most)
-        except InvalidInput as error:
-            raise InvalidInput(f"input {tensor.name!r}: {error}") from None
-    return values
-
-
-def _input(tensor: Any, raw: bytes | None, most: int) -> "Array | _Texts":
-    if tensor.datatype not in _TYPES:
-        raise InvalidInput(f"datatype {tensor.datatype[:20]!r} is none of {', '.join(_TYPES)}")
-    dtype, _, field = _TYPES[tensor.datatype]
-    count = codec.elements(tensor.shape)
-    if tensor.datatype == "BYTES":
-        if count > most:
-            raise InvalidInput(f"shape {list(tensor.shape)} has {count} elements; TMS_MAX_ITEMS allows {most} of BYTES")
-        return _texts(tensor, count, raw)
-    if raw is not None:
-        array = codec.array_from(dtype, tensor.shape, raw)
-        return _from_brain_float(array) if tensor.datatype == "BF16" else array
-    if not field:
-        raise InvalidInput(f"{tensor.datatype} travels only in raw_input_contents")
-    found = getattr(tensor.contents, field)
-    _check_count(tensor, count, len(found))
-    return codec.array_from(dtype, tensor.shape, codec.raw(_numbers(found, np.dtype(dtype))))
-
-
-def _from_brain_float(array: Array) -> Array:
-    bits = array.astype(np.uint32)
-    bits <<= 16
-    return bits.view(np.float32)
-
-
-def _numbers(found: Any, dtype: np.dtype[Any]) -> Array:
-    """The numbers of a typed field, a part at a time, for as Python's they are larger."""
-    numbers = np.empty(len(found), dtype)
-    for at in range(0, len(found), _AT_ONCE):
-        part = found[at : at + _AT_ONCE]
-        if dtype.kind in "iu":
-            low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
-            if wrong := next((number for number in (min(part), max(part)) if not low <= number <= high), None):
-                raise InvalidInput(f"{wrong} is no {dtype}, which is from {low} to {high}")
-        numbers[at : at + _AT_ONCE] = part
-    return numbers
-
-
-def _check_count(tensor: Any, count: int, found: int) -> None:
-    if found != count:
-        raise InvalidInput(f"shape {list(tensor.shape)} has {count} elements, but there are {found}")
-
-
-def _texts(tensor: Any, count: int, raw: bytes | None) -> _Texts:
-    elements = list(tensor.contents.bytes_contents) if raw is None else _elements(raw, count)
-    _check_count(tensor, count, len(elements))
-    kind = _parameter(tensor.parameters["content_type"]) if "content_type" in tensor.parameters else ""
-    return _Texts([codec.from_bytes(element, str(kind)) for element in elements], tensor.shape)
-
-
-def _elements(raw: bytes, most: int) -> list[bytes]:
-    """The elements in the bytes of a BYTES tensor; one more than ``most`` if there are more."""
-    elements: list[bytes] = []
-    at = 0
-    while at < len(raw) and len(elements) <= most:
-        size = int.from_bytes(raw[at : at + 4], "little")
-        if at + 4 + size > len(raw):
-            raise InvalidInput("raw BYTES are elements with a 4-byte little-endian length before each; one is cut off")
-        elements.append(raw[at + 4 : at + 4 + size])
-        at += 4 + size
-    return elements
-
-
-def _parameter(value: Any) -> Any:
-    chosen = value.WhichOneof("parameter_choice")
-    return getattr(value, chosen) if chosen else None
-
-
 def _packed(values: Mapping[str, Any]) -> Packed:
     """One input as it is, several as a dictionary by name."""
     return codec.pack(next(iter(values.values())) if len(values) == 1 else values)
 
 
-def _rows(values: Mapping[str, "Array | _Texts"], most: int) -> list[Packed]:
+def _rows(values: Mapping[str, Array | tensors.Texts], most: int) -> list[Packed]:
     counts = {name: value.shape[0] if len(value.shape) else 0 for name, value in values.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise InvalidInput(f"the first dimension counts the rows; it must be the same in every input, not {counts}")
@@ -277,10 +152,15 @@ def _rows(values: Mapping[str, "Array | _Texts"], most: int) -> list[Packed]:
         raise InvalidInput(f"there are {rows} rows; TMS_MAX_ITEMS allows {most}")
     if any(value.size == 0 for value in values.values()):
         raise InvalidInput("the rows of an input have no elements")
-    return [
-        _packed({name: value.row(row) if isinstance(value, _Texts) else value[row] for name, value in values.items()})
-        for row in range(rows)
-    ]
+    if len(values) > 1 and rows * sum(len(name) + _ENTRY for name in values) > _LARGEST_ENTRIES:
+        raise InvalidInput(f"{rows} rows of {len(values)} inputs are too many for one request; send fewer rows")
+    return [_packed({name: _of(value, row) for name, value in values.items()}) for row in range(rows)]
+
+
+def _of(value: Array | tensors.Texts, row: int | None = None) -> Any:
+    if isinstance(value, tensors.Texts):
+        return value.whole() if row is None else value.row(row)
+    return value if row is None else value[row]
 
 
 def _value(outcome: Any, where: str = "") -> Any:
@@ -327,7 +207,7 @@ def _sendable(array: Array) -> Array:
         return np.array([_utf8(text) for text in array.ravel().tolist()], object).reshape(array.shape)
     if array.dtype.kind == "S":
         return array.astype(object)
-    if array.dtype != object and str(array.dtype) not in _DATATYPES:
+    if array.dtype != object and str(array.dtype) not in tensors.DATATYPES:
         return np.array([_json(array)], object)
     return array
 
@@ -344,7 +224,7 @@ def _utf8(text: str) -> bytes:
 
 
 def _datatype(array: Array) -> str:
-    return _DATATYPES[str(array.dtype)]
+    return tensors.DATATYPES[str(array.dtype)]
 
 
 def _declared(model: ServedModel, kind: str) -> list[dict[str, Any]]:
@@ -354,7 +234,7 @@ def _declared(model: ServedModel, kind: str) -> list[dict[str, Any]]:
     found = [
         {
             "name": one.get("name", kind[:-1]),
-            "datatype": _DATATYPES.get(str(one.get("dtype", "uint8")), "BYTES"),
+            "datatype": tensors.DATATYPES.get(str(one.get("dtype", "uint8")), "BYTES"),
             "shape": [*rows, *(one.get("shape") or [-1])],
         }
         for one in metadata.get(kind) or []

@@ -35,6 +35,8 @@ _ROUTES = [
         ("POST /v2/repository/models/(?P<model_name>[^/]+)/unload", "RepositoryModelUnload"),
     ]
 ]
+_MOST_TENSORS = 1000
+_MOST_PARAMETERS = 1000
 _DEEPEST = 32  # lists in lists, as many as an array has dimensions
 _DTYPES = {"BOOL": "bool", "FP16": "float16", "FP32": "float32", "FP64": "float64"} | {
     name: name.lower() for name in "UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64".split()
@@ -164,8 +166,8 @@ def _raw(tensor: Mapping[str, Any]) -> bytes:
     if datatype not in _DTYPES:
         raise InvalidInput(f"{where}: datatype {datatype[:20]!r} is none of BYTES, {', '.join(_DTYPES)}")
     dtype = np.dtype(_DTYPES[datatype])
-    allowed: set[type] = {"b": {bool}, "f": {int, float}}.get(dtype.kind, {int})
-    if not set(map(type, flat)) <= allowed:
+    kinds: tuple[type, ...] = (bool,) if dtype.kind == "b" else (int, float) if dtype.kind == "f" else (int,)
+    if not set(map(type, flat)) <= set(kinds):
         raise InvalidInput(f"{where}: these are no {datatype}")
     if dtype.kind in "iu" and flat and not (np.iinfo(dtype).min <= min(flat) and max(flat) <= np.iinfo(dtype).max):
         raise InvalidInput(f"{where}: its data are no {datatype}: the least is {min(flat)}, the greatest {max(flat)}")
@@ -204,6 +206,8 @@ def _of(header: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     value = header.get(key, default)
     if not isinstance(value, kind):
         raise InvalidInput(f"{key} must be a {kind.__name__}")
+    if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+        raise InvalidInput(f"{key} has half of a surrogate pair, which UTF-8 cannot hold")
     return value
 
 
@@ -213,6 +217,8 @@ def _object(header: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _objects(header: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = _of(header, key, list, [])
+    if len(found) > _MOST_TENSORS:
+        raise InvalidInput(f"{key} are at most {_MOST_TENSORS}, not {len(found)}")
     if not all(isinstance(one, dict) for one in found):
         raise InvalidInput(f"{key} must be a list of objects")
     return found
@@ -220,6 +226,8 @@ def _objects(header: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _fill(parameters: Any, values: Mapping[str, Any]) -> None:
     kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+    if len(values) > _MOST_PARAMETERS:
+        raise InvalidInput(f"there are {len(values)} parameters; {_MOST_PARAMETERS} are allowed")
     for name, value in values.items():
         if type(value) not in kinds:
             raise InvalidInput(f"parameter {name[:40]!r} must be a bool, a number or a text")
