@@ -362,7 +362,7 @@ def _encoded(value: Any, arrays: "list[Array] | None", to_text: Callable[[Any], 
 def _encode(value: Any, arrays: "list[Array] | None") -> Any:
     """The value as JSON with references to ``arrays``; where these are None, arrays are lists.
 
-    Lists that are JSON already are returned as they are, so that a large tree is not in memory twice.
+    What is JSON already is returned as it is, so that a large tree is not in memory twice.
     """
     kind = type(value)
     if kind is str:
@@ -404,7 +404,10 @@ def _encode_dict(value: Mapping[Any, Any], arrays: "list[Array] | None") -> Any:
     except _CannotTravel as error:
         error.path = f".{name[:40]}{error.path}"
         raise
-    return {"$dict": encoded} if any(name.startswith("$") for name in encoded) else encoded
+    if any(name.startswith("$") for name in encoded):
+        return {"$dict": encoded}
+    same = type(value) is dict and all(map(operator.is_, encoded.values(), value.values()))
+    return value if same and all(map(operator.is_, keys, keys.values())) else encoded
 
 
 def _encode_other(value: Any, arrays: "list[Array] | None") -> Any:

@@ -24,8 +24,8 @@ MOST_ITEMS = 100_000
 """Elements of a repeated field in one request, if TMS_MAX_ITEMS does not say otherwise."""
 _FIELDS_PER_ITEM = 12  # an array of two dimensions in an item has ten
 _SPARE_FIELDS = 1000
-_LARGEST_NUMBERS = 1 << 25  # bytes of the numbers that a message has as varints, of which each may be one byte
-_VARINTS = {"INT64": 8, "UINT64": 8, "SINT64": 8, "INT32": 4, "UINT32": 4, "SINT32": 4, "ENUM": 4, "BOOL": 1}
+_LARGEST_NUMBERS = 1 << 25  # bytes of the numbers that a message has as varints, which each may be one byte in it
+_VARINTS = {"INT64": 16, "UINT64": 16, "SINT64": 16, "INT32": 4, "UINT32": 4, "SINT32": 4, "ENUM": 4, "BOOL": 1}
 _TAILS = {
     "server.ImageArgs": (1, 4),
     "server.RunArgs": (1, 2, 3),
