@@ -29,6 +29,7 @@ ORDER = [
     "tiny_model_server.tracing",
     "tiny_model_server.lane",
     "tiny_model_server.channel",
+    "tiny_model_server.arguments",
     "tiny_model_server.forks",
     "tiny_model_server.stats",
     "model_interface",
@@ -50,7 +51,20 @@ ORDER = [
     "tiny_model_server.__main__",
     "server",
 ]
-CLIENT_NEEDS = {"errors", "codec", "shm", "lane", "wire", "pieces", "trust", "tracing", "channel", "forks", "stats"}
+CLIENT_NEEDS = {
+    "errors",
+    "arguments",
+    "codec",
+    "shm",
+    "lane",
+    "wire",
+    "pieces",
+    "trust",
+    "tracing",
+    "channel",
+    "forks",
+    "stats",
+}
 SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]
 SOURCES += sorted((ROOT / "tiny_model_server").rglob("*.py"))
 
