@@ -262,7 +262,7 @@ class _Calls:
 
         If some fail, the first one's error is raised, or, with ``return_exceptions``, errors stand in their places.
         """
-        described = [_image_parts(image) for image in _not_empty(arguments.images(images))]
+        described = [_image_parts(image) for image in arguments.images(images)]
         fields = {"images": [message for message, _ in described]}
         message = _message("BatchImageArgs")(**fields, model=self.model, args=_args(args), accept_arrays=True)
         parts = list(zip(message.images, (array for _, array in described), strict=True))
@@ -279,7 +279,9 @@ class _Calls:
         retry: bool = True,
     ) -> Any:
         """One answer a text, in order; see ``run_image_batch``."""
-        listed = [arguments.text(text) for text in _not_empty(arguments.batch(texts, "run_text_batch", "run_text"))]
+        listed = [
+            arguments.text(text) for text in arguments.batch(texts, "run_text_batch", "one text there is run_text")
+        ]
         request = self._request("RunBatchText", "BatchTextArgs", {"texts": listed}, args)
         return self._start(self._batch(request, return_exceptions), arguments.seconds(timeout), retry)
 
@@ -293,7 +295,7 @@ class _Calls:
         retry: bool = True,
     ) -> Any:
         """One answer a value, in order; see ``run`` and ``run_image_batch``."""
-        listed = _not_empty(arguments.batch(items, "run_batch", "run"))
+        listed = arguments.batch(items, "run_batch", "one value there is run")
         message = _message("BatchRunArgs")(model=self.model, args=_args(args))
         parts = [part for item in listed for part in _fill(message.items.add(), codec.pack(item))]
         request = _Request("RunBatch", _Message(message, parts), _answer)
@@ -1238,12 +1240,6 @@ def _args(args: Mapping[str, Any] | None) -> str:
     return codec.args_json(args)
 
 
-def _not_empty(items: list[Any]) -> list[Any]:
-    if not items:
-        raise InvalidInput(grpc.StatusCode.INVALID_ARGUMENT, "the batch is empty; send at least one input")
-    return items
-
-
 def _written_over(tailed: wire.Tailed) -> bytes:
     """The bytes of a message, those of its array copied once."""
     if sys.getrefcount(_written.buffer.getvalue()) > 2:  # a call still sends this thread's last message
@@ -1307,6 +1303,8 @@ def _image_parts(image: Image) -> tuple[Any, Array]:
     if isinstance(image, (str, os.PathLike)):
         image = Path(image).read_bytes()
     if isinstance(image, (bytes, bytearray, memoryview)):
+        if not len(image):
+            raise InvalidInput(grpc.StatusCode.INVALID_ARGUMENT, "0 bytes that are no image file")
         return kind(encoded=True), np.frombuffer(image, np.uint8)
     try:
         array = codec.require_image(image if isinstance(image, np.ndarray) else np.asarray(image))

@@ -44,15 +44,13 @@ def image(value: Any) -> Any:
             f"{value[:80]!r} is not the path of an image file; an image of the web is sent as bytes: "
             "urllib.request.urlopen(url).read()"
         )
-    if isinstance(value, (bytes, bytearray, memoryview)) and not len(value):
-        raise ValueError("the image file is empty")
     return value
 
 
 def batch(items: Any, call: str, one: str) -> list[Any]:
     """The items of a batch; TypeError for what is one item, or has no order."""
     if isinstance(items, (str, bytes, bytearray, os.PathLike, Mapping, set, frozenset)) or not _can_iterate(items):
-        raise TypeError(f"{call} takes a list, not {_named(items)}; for one there is {one}")
+        raise TypeError(f"{call} takes a list, not {_named(items)}; for {one}")
     return list(items)
 
 
@@ -63,7 +61,7 @@ def images(items: Any) -> list[Any]:
             f"run_image_batch takes a list of images, not an array of shape {items.shape}; for one image there is "
             "run_image, for several gray ones list(array)"
         )
-    return batch(items, "run_image_batch", "run_image")
+    return batch(items, "run_image_batch", "one image there is run_image")
 
 
 def stream(items: Any) -> Any:
