@@ -13,7 +13,7 @@ import numpy as np
 from tiny_model_server.channel import host_and_port
 
 _DEFAULT_PORT = 50000
-_LONGEST_S = 1e8  # three years; gRPC has no infinity
+_LONGEST_S = 2e6  # 23 days; poll counts milliseconds in 31 bits
 _LONGEST_LABEL = 63  # of a host's name
 _HOST = re.compile(r"[^\s/:@?#,\[\]]+")
 _URL = re.compile(r"(https?|ftp|s3|gs|file|data):", re.IGNORECASE)
