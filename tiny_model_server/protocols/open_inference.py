@@ -187,11 +187,11 @@ def _stacked(answers: Sequence[Any]) -> Any:
 
 def _stack(arrays: Sequence[Array]) -> Array | None:
     """The arrays as one; None if a number would change, as a large one does where others are fractions."""
-    if any(array.dtype == object for array in arrays):  # of numbers that no dtype holds
-        return None
-    stacked = np.stack(arrays)
-    alike = len({array.dtype.kind for array in arrays}) == 1
-    return stacked if alike or stacked.tolist() == [array.tolist() for array in arrays] else None
+    if len({array.dtype.kind for array in arrays}) == 1:
+        return None if arrays[0].dtype == object else np.stack(arrays)  # an object is a number that no dtype holds
+    listed = [array.tolist() for array in arrays]
+    stacked = np.array(listed)
+    return stacked if stacked.dtype != object and stacked.tolist() == listed else None
 
 
 def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
