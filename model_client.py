@@ -20,7 +20,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from tiny_model_server import channel, codec, errors, forks, lane, tracing, wire
+from tiny_model_server import arguments, channel, codec, errors, forks, lane, tracing, wire
 from tiny_model_server.codec import Array, Packed
 from tiny_model_server.lane import Lane, Lanes, shared_array
 from tiny_model_server.shm import Segment
@@ -49,6 +49,7 @@ Image = Array | str | os.PathLike[str] | bytes
 
 DEFAULT_TIMEOUT_S = 60.0
 _IN_FLIGHT = 16
+_METHODS = ("run", "run_text", "run_image", "run_image_to_image")  # of one item
 _MOST_LANES = 64  # of one AsyncModelClient; calls beyond them go by gRPC
 _FREED_ONCE = 31 << 20  # bytes; glibc's malloc takes no hint from a block above 32 MiB
 _POLL_S = 0.05
@@ -205,25 +206,28 @@ class _Calls:
         self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> Any:
         """The model's answer to one image. An array HxWx1 arrives as HxW; files are decoded by the server."""
-        return self._start(self._image_request("RunImage", image, args, _answer), timeout, retry)
+        request = self._image_request("RunImage", image, args, _answer)
+        return self._start(request, arguments.seconds(timeout), retry)
 
     def run_text(
         self, text: str, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> Any:
         """The model's answer to one text."""
-        return self._start(self._request("RunText", "TextArgs", {"text": text}, args), timeout, retry)
+        request = self._request("RunText", "TextArgs", {"text": arguments.text(text)}, args)
+        return self._start(request, arguments.seconds(timeout), retry)
 
     def run(
         self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> Any:
         """The model's answer to any value: JSON values, with numpy arrays of any dtype and rank, and bytes, in it."""
-        return self._start(self._value_request("Run", data, args), timeout, retry)
+        return self._start(self._value_request("Run", data, args), arguments.seconds(timeout), retry)
 
     def run_image_to_image(
         self, image: Image, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> Any:
         """The image, HxW or HxWxC of any numeric dtype, that the model makes of an image."""
-        return self._start(self._image_request("RunImageToImage", image, args, _image_answer), timeout, retry)
+        request = self._image_request("RunImageToImage", image, args, _image_answer)
+        return self._start(request, arguments.seconds(timeout), retry)
 
     def run_image_batch(
         self,
@@ -238,12 +242,12 @@ class _Calls:
 
         If some fail, the first one's error is raised, or, with ``return_exceptions``, errors stand in their places.
         """
-        described = [_image_parts(image) for image in images]
+        described = [_image_parts(image) for image in arguments.images(images)]
         fields = {"images": [message for message, _ in described]}
         message = _message("BatchImageArgs")(**fields, model=self.model, args=_args(args), accept_arrays=True)
         parts = list(zip(message.images, (array for _, array in described), strict=True))
         request = _Request("RunBatchImage", _Message(message, parts), _answer)
-        return self._start(self._batch(request, return_exceptions), timeout, retry)
+        return self._start(self._batch(request, return_exceptions), arguments.seconds(timeout), retry)
 
     def run_text_batch(
         self,
@@ -255,10 +259,11 @@ class _Calls:
         retry: bool = True,
     ) -> Any:
         """One answer a text, in order; see ``run_image_batch``."""
-        if isinstance(texts, str):
-            raise TypeError("run_text_batch takes a list of texts; for one text there is run_text")
-        request = self._request("RunBatchText", "BatchTextArgs", {"texts": list(texts)}, args)
-        return self._start(self._batch(request, return_exceptions), timeout, retry)
+        listed = [
+            arguments.text(text) for text in arguments.batch(texts, "run_text_batch", "one text there is run_text")
+        ]
+        request = self._request("RunBatchText", "BatchTextArgs", {"texts": listed}, args)
+        return self._start(self._batch(request, return_exceptions), arguments.seconds(timeout), retry)
 
     def run_batch(
         self,
@@ -270,19 +275,21 @@ class _Calls:
         retry: bool = True,
     ) -> Any:
         """One answer a value, in order; see ``run`` and ``run_image_batch``."""
+        listed = arguments.batch(items, "run_batch", "one value there is run")
         message = _message("BatchRunArgs")(model=self.model, args=_args(args))
-        parts = [part for item in items for part in _fill(message.items.add(), codec.pack(item))]
+        parts = [part for item in listed for part in _fill(message.items.add(), codec.pack(item))]
         request = _Request("RunBatch", _Message(message, parts), _answer)
-        return self._start(self._batch(request, return_exceptions), timeout, retry)
+        return self._start(self._batch(request, return_exceptions), arguments.seconds(timeout), retry)
 
     def get_input_shape(self, timeout: float | None = None) -> Any:
         """The shape that the model wants, a list of ints, or None when any will do."""
         request = _Request("GetInputShape", _Message(_message("StringArg")(data=self.model)), _data)
-        return self._start(request, timeout)
+        return self._start(request, arguments.seconds(timeout))
 
     def list_models(self, timeout: float | None = None) -> Any:
         """{"name", "state", "reason"} of every model; states are UNLOADED, LOADING, READY, FAILED, UNLOADING."""
-        return self._start(_Request("GetModelStates", _Message(_message("EmptyArgs")()), _states), timeout)
+        request = _Request("GetModelStates", _Message(_message("EmptyArgs")()), _states)
+        return self._start(request, arguments.seconds(timeout))
 
     def _any(
         self, data: Any, args: Mapping[str, Any] | None, timeout: float | None, retry: bool, method: str | None
@@ -294,6 +301,8 @@ class _Calls:
                 method = "run_text"
             elif isinstance(data, (bytes, os.PathLike)) or (isinstance(data, np.ndarray) and data.ndim in (2, 3)):
                 method = "run_image"
+        if method not in _METHODS:
+            raise ValueError(f"method is one of {', '.join(_METHODS)}, not {method!r}")
         return getattr(self, method)(data, args, timeout, retry=retry)
 
     def _request(self, method: str, kind: str, fields: dict[str, Any], args: Mapping[str, Any] | None) -> _Request:
@@ -371,10 +380,14 @@ class _Client(_Calls):
 
         Raises ValueError for a malformed address or certificates that do not fit, OSError for files that are not there.
         """
+        if not isinstance(model, str):
+            raise TypeError(f"model is the name of a model, not a {type(model).__name__}")
+        timeout = arguments.seconds(DEFAULT_TIMEOUT_S if timeout is None else timeout)
+        connect_timeout = arguments.seconds(30.0 if connect_timeout is None else connect_timeout, "connect_timeout")
         env = os.environ
         ca = ca if ca is not None else env.get("TMS_TLS_CA", "")
         self.model = model
-        self.addresses = _addresses(ip, port, addresses)
+        self.addresses = arguments.addresses(ip, port, addresses, env.get("TMS_ADDRESS") or "localhost:50000")
         self._options: dict[str, Any] = {
             "addresses": self.addresses,
             "timeout": timeout,
@@ -392,8 +405,6 @@ class _Client(_Calls):
         }
         if balancing not in channel.POLICIES:
             raise ValueError(f"balancing is one of {', '.join(channel.POLICIES)}, not {balancing!r}")
-        if min(timeout, connect_timeout) <= 0:
-            raise ValueError("timeout and connect_timeout are seconds, more than 0")
         self._timeout, self._connect_timeout = timeout, connect_timeout
         self._trust = Trust(*(self._options[name] for name in ("tls", "ca", "cert", "key", "server_name")))
         self._trust.check()
@@ -651,7 +662,7 @@ class ModelClient(_Client):
         self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> Iterator[Any]:
         """The model's answers as it makes them; leaving the loop early ends the model's work. See ``run``."""
-        request = self._value_request("RunStream", data, args)
+        timeout, request = arguments.seconds(timeout), self._value_request("RunStream", data, args)
         with forks.in_flight:
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
@@ -695,6 +706,7 @@ class ModelClient(_Client):
         """
         if in_flight < 1:
             raise ValueError("in_flight is the number of calls at once, at least 1")
+        timeout, items = arguments.seconds(timeout), arguments.stream(items)
         if progress:
             from tqdm.auto import tqdm
 
@@ -924,6 +936,7 @@ class ModelClient(_Client):
                 yield one
 
     def _each(self, method: str, message: Any, decode: Callable[..., Any], timeout: float | None) -> list[Any]:
+        timeout = arguments.seconds(timeout)
         return [one._start(_Request(method, _Message(message), decode), timeout) for one in self._each_server()]
 
     def _on_each(self, method: str, message: Any, timeout: float | None) -> list[dict[str, Any]]:
@@ -957,7 +970,7 @@ class AsyncModelClient(_Client):
         self, data: Any, args: Mapping[str, Any] | None = None, timeout: float | None = None, *, retry: bool = True
     ) -> AsyncIterator[Any]:
         """The model's answers as it makes them: ``async for``; see ``ModelClient.run_stream``."""
-        request = self._value_request("RunStream", data, args)
+        timeout, request = arguments.seconds(timeout), self._value_request("RunStream", data, args)
         with forks.in_flight:
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
@@ -984,6 +997,7 @@ class AsyncModelClient(_Client):
         """One answer an item, in order, as ``ModelClient.map``; the items may come from an async iterator."""
         if in_flight < 1:
             raise ValueError("in_flight is the number of calls at once, at least 1")
+        timeout, items = arguments.seconds(timeout), arguments.stream(items)
         pending = deque[asyncio.Task[Any]]()
 
         async def first() -> Any:
@@ -1121,20 +1135,6 @@ async def _each_of(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[A
             yield item
 
 
-def _addresses(ip: str | None, port: int | None, addresses: Sequence[str] | str | None) -> list[str]:
-    if addresses is not None and (ip is not None or port is not None):
-        raise ValueError("give either addresses, or ip and port")
-    if ip is not None or port is not None:
-        host = ip or "localhost"
-        return [f"[{host}]:{port or 50000}" if ":" in host else f"{host}:{port or 50000}"]
-    if addresses is None:
-        addresses = os.environ.get("TMS_ADDRESS") or "localhost:50000"
-    listed = addresses.split(",") if isinstance(addresses, str) else list(addresses)
-    if not listed:
-        raise ValueError("addresses is empty; give at least one host:port")
-    return [address.strip() for address in listed]
-
-
 @cache
 def _message(name: str) -> Any:
     return wire.message("server", f"{_SERVICE.partition('.')[0]}.{name}")
@@ -1150,7 +1150,7 @@ def _args(args: Mapping[str, Any] | None) -> str:
         return ""
     if not isinstance(args, Mapping):
         raise TypeError(f"args must be a dict, not {type(args).__name__}")
-    return codec.plain_json(args)
+    return codec.args_json(args)
 
 
 @cache
@@ -1164,13 +1164,15 @@ def _reuse_freed_memory() -> None:
 
 def _image_parts(image: Image) -> tuple[Any, Array]:
     """The message of an image without its data, and the data; a file's bytes as an array."""
-    kind = _message("NumpyImage")
+    kind, image = _message("NumpyImage"), arguments.image(image)
     if isinstance(image, (str, os.PathLike)):
         image = Path(image).read_bytes()
     if isinstance(image, (bytes, bytearray, memoryview)):
+        if not len(image):
+            raise InvalidInput(grpc.StatusCode.INVALID_ARGUMENT, "0 bytes that are no image file")
         return kind(encoded=True), np.frombuffer(image, np.uint8)
     try:
-        array = codec.require_image(np.asarray(image))
+        array = codec.require_image(image if isinstance(image, np.ndarray) else np.asarray(image))
     except errors.InvalidInput as error:
         raise InvalidInput(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from None
     height, width, channels = (*array.shape, 1)[:3]

@@ -84,7 +84,7 @@ def test_plain_json_is_json(value: Any) -> None:
 
 def test_plain_json_is_lists() -> None:
     value = {"a": np.arange(4).reshape(2, 2), "b": (np.float32(0.5), np.int8(3)), "c": b"\x00", "d": math.inf, 5: None}
-    assert codec.plain_json(value) == '{"a": [[0, 1], [2, 3]], "b": [0.5, 3], "c": "AA==", "d": Infinity, "5": null}'
+    assert codec.plain_json(value) == '{"a": [[0, 1], [2, 3]], "b": [0.5, 3], "c": "AA==", "d": null, "5": null}'
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,12 @@ ORDER = [
     "tiny_model_server.settings",
     "tiny_model_server.logs",
     "tiny_model_server.wire",
+    "tiny_model_server.tensors",
     "tiny_model_server.trust",
     "tiny_model_server.tracing",
     "tiny_model_server.lane",
     "tiny_model_server.channel",
+    "tiny_model_server.arguments",
     "tiny_model_server.forks",
     "tiny_model_server.stats",
     "model_interface",
@@ -48,7 +50,19 @@ ORDER = [
     "tiny_model_server.__main__",
     "server",
 ]
-CLIENT_NEEDS = {"errors", "codec", "shm", "lane", "wire", "trust", "tracing", "channel", "forks", "stats"}
+CLIENT_NEEDS = {
+    "errors",
+    "arguments",
+    "codec",
+    "shm",
+    "lane",
+    "wire",
+    "trust",
+    "tracing",
+    "channel",
+    "forks",
+    "stats",
+}
 SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]
 SOURCES += sorted((ROOT / "tiny_model_server").rglob("*.py"))
 

@@ -2,7 +2,6 @@
 
 import hmac
 import itertools
-import json
 import logging
 import queue
 import threading
@@ -19,7 +18,7 @@ from urllib.parse import unquote
 from tiny_model_server import devices, tracing
 from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
 from tiny_model_server.budget import Budget
-from tiny_model_server.codec import ARRAY, Packed, dtype_name, signature
+from tiny_model_server.codec import ARRAY, Packed, args_json, dtype_name, signature
 from tiny_model_server.errors import (
     Cancelled,
     InvalidInput,
@@ -38,6 +37,7 @@ from tiny_model_server.shm import SharedBuffers
 log = logging.getLogger("tiny_model_server.engine")
 
 _LOADS_AT_ONCE = 4
+_LARGEST_ARGS = 256 << 20  # bytes, counted for each item of a request
 
 
 LATER = object()
@@ -247,6 +247,10 @@ class Engine:
         try:
             model = self._open(call.model or name)
             args_text = _text(args)
+            if len(args_text) * len(items) > _LARGEST_ARGS:
+                raise InvalidInput(
+                    f"args of {len(args_text)} bytes go along with each of {len(items)} items; send less"
+                )
             if not model.stages:
                 try:
                     return self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)
@@ -456,9 +460,9 @@ class Engine:
 
 def _text(args: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(args, sort_keys=True) if args else ""
-    except RecursionError:
-        raise InvalidInput("args are nested too deeply") from None
+        return args_json(args) if args else ""
+    except TypeError as error:
+        raise InvalidInput(str(error)) from None
 
 
 def _status(outcome: Outcome) -> str:

@@ -44,7 +44,7 @@ class GrpcServer:
         """Binds the port; SettingsError if it cannot be had."""
         self._engine = engine
         self._health = health.Health()
-        self._largest = settings.max_message_mb << 20
+        self._largest, self._most_items = settings.max_message_mb << 20, settings.max_items
         self._server = grpc.server(
             ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="grpc"),
             options=[
@@ -117,7 +117,7 @@ class GrpcServer:
     def _unary(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[[Any, Any], bytes]:
         def answer(data: Any, context: Any) -> bytes:
             with self._answering(method, context) as call:
-                return wire.serialized(handler(_parsed(method, data, call), call), self._largest)
+                return wire.serialized(handler(_parsed(method, data, call, self._most_items), call), self._largest)
             raise AssertionError  # _answering lets no error pass
 
         return answer
@@ -125,7 +125,7 @@ class GrpcServer:
     def _streaming(self, method: wire.Method, handler: Callable[[Any, Call], Any]) -> Callable[..., Iterator[bytes]]:
         def answer(data: Any, context: Any) -> Iterator[bytes]:
             with self._answering(method, context) as call:
-                for response in handler(_parsed(method, data, call), call):
+                for response in handler(_parsed(method, data, call, self._most_items), call):
                     yield wire.serialized(response, self._largest)
 
         return answer
@@ -154,15 +154,15 @@ class GrpcServer:
         self._health.set(serving | {"": engine.ready, LIVE_SERVICE: engine.started})
 
 
-def _parsed(method: wire.Method, data: Any, call: Call) -> Any:
+def _parsed(method: wire.Method, data: Any, call: Call, most: int) -> Any:
     """The request or, of a stream, the requests; parsed here, for what grpcio cannot parse it answers as INTERNAL."""
-    return _requests(method, data, call) if method.client_streaming else wire.parse(method, data, call)
+    return _requests(method, data, call, most) if method.client_streaming else wire.parse(method, data, call, most)
 
 
-def _requests(method: wire.Method, data: Iterator[bytes], call: Call) -> Iterator[Any]:
+def _requests(method: wire.Method, data: Iterator[bytes], call: Call, most: int) -> Iterator[Any]:
     try:
         for one in data:
-            yield wire.parse(method, one, call)
+            yield wire.parse(method, one, call, most)
     except grpc.RpcError as error:
         error.__traceback__ = None  # for grpcio keeps the error, and it would keep the frames and the call's memory
         raise Cancelled("the caller went away") from None

@@ -223,7 +223,7 @@ class LaneServer:
             self._engine.authenticate(call.metadata)
             if not method or not handler:
                 raise Unimplemented("there is no such method")
-            return handler(wire.parse(method, message, call), call)
+            return handler(wire.parse(method, message, call, self._engine.settings.max_items), call)
 
         if at_once:
             call.loop = connection

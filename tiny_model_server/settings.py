@@ -100,6 +100,9 @@ class Settings:
     log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
     log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
     max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
+    max_items: int = _setting(
+        100_000, _number(int, 1, 1_000_000), "most items (texts, images, values, rows) in one request"
+    )
     max_inflight_mb: int = _setting(
         0,
         _number(int, 0),

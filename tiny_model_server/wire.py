@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
@@ -19,6 +20,12 @@ _FOLDER = Path(__file__).parent / "protocols"
 LARGE = 1 << 15
 """Bytes of an array or image that are worth being kept out of messages."""
 _MOST_FIELDS = 100  # to be looked through; no caller shall have us look at millions
+MOST_ITEMS = 100_000
+"""Elements of a repeated field in one request, if TMS_MAX_ITEMS does not say otherwise."""
+_FIELDS_PER_ITEM = 12  # an array of two dimensions in an item has ten
+_SPARE_FIELDS = 1000
+_LARGEST_NUMBERS = 1 << 25  # bytes of the numbers that a message has as varints, which each may be one byte in it
+_VARINTS = {"INT64": 16, "UINT64": 16, "SINT64": 16, "INT32": 4, "UINT32": 4, "SINT32": 4, "ENUM": 4, "BOOL": 1}
 _TAILS = {
     "server.ImageArgs": (1, 4),
     "server.RunArgs": (1, 2, 3),
@@ -77,8 +84,13 @@ def parsed(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
     return kind.FromString(data), tail
 
 
-def parse(method: Method, data: bytes, call: Any = None) -> Any:
-    """The request in these bytes; InvalidInput if they are none. What ``parsed`` leaves out is ``call.tail``."""
+def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_ITEMS) -> Any:
+    """The request in these bytes; InvalidInput if they are none. What ``parsed`` leaves out is ``call.tail``.
+
+    Protobuf makes 80 bytes of two, and 16 of one: what would become too much is refused before it is parsed.
+    """
+    if len(data) > 2 * most_items:  # else there cannot be more
+        _Count(method.request.DESCRIPTOR.full_name, most_items).add(data, _fields(method.request.DESCRIPTOR))
     try:
         if call is None or call.lane:  # where a place may be told as well, and is what counts
             return method.request.FromString(data)
@@ -86,6 +98,87 @@ def parse(method: Method, data: bytes, call: Any = None) -> Any:
         return request
     except DecodeError:
         raise InvalidInput(f"the request is no {method.request.DESCRIPTOR.full_name}") from None
+
+
+class _Field(NamedTuple):
+    """What counts of a length-delimited field: elements if it is repeated, what is in a message, numbers in a list."""
+
+    name: str
+    repeated: bool
+    fields: "dict[int, _Field] | None"
+    width: int
+
+
+@cache
+def _fields(descriptor: Any) -> dict[int, _Field]:
+    """The fields of a message that may become much, by number. Ours contain no message of their own kind."""
+    fields = {}
+    for field in descriptor.fields:
+        inner = _fields(field.message_type) if field.message_type else None
+        kind = descriptor_pb2.FieldDescriptorProto.Type.Name(field.type).removeprefix("TYPE_")
+        # Older protobuf has no is_repeated, newer no label.
+        repeated = field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED
+        if repeated or inner is not None:
+            fields[field.number] = _Field(field.name, repeated, inner, _VARINTS.get(kind, 0) if repeated else 0)
+    return fields
+
+
+class _Count:
+    """Counts what a message has, from its bytes alone; InvalidInput if it is too much."""
+
+    def __init__(self, kind: str, most_items: int) -> None:
+        self._kind, self._most_items = kind, most_items
+        self._left = most_items * _FIELDS_PER_ITEM + _SPARE_FIELDS
+        self._numbers = 0
+        self._items: dict[str, int] = {}
+
+    def add(self, data: bytes, fields: dict[int, _Field]) -> None:
+        """Counts the fields of a whole message."""
+        try:
+            at = self._add(data, 0, len(data), fields)
+        except IndexError:
+            at = -1
+        if at != len(data):
+            raise InvalidInput(f"the request is no {self._kind}")
+
+    def _add(self, data: bytes, at: int, end: int, fields: dict[int, _Field]) -> int:
+        while at < end:
+            self._left -= 1
+            if self._left < 0:
+                raise InvalidInput(f"the request has too many fields for {self._most_items} items (TMS_MAX_ITEMS)")
+            tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
+            kind = tag & 7
+            if kind == 0:
+                at = at + 1 if data[at] < 0x80 else _varint(data, at)[1]
+            elif kind == 2:
+                size, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
+                if field := fields.get(tag >> 3):
+                    self._take(field, data, at, size)
+                at += size
+            elif kind in (1, 5):
+                at += 8 if kind == 1 else 4
+            else:  # groups, which none of our messages has
+                raise IndexError
+        return at
+
+    def _take(self, field: _Field, data: bytes, at: int, size: int) -> None:
+        if at + size > len(data):
+            raise IndexError
+        if field.width:
+            if self._numbers + size * field.width > _LARGEST_NUMBERS:
+                size = int(np.count_nonzero(np.frombuffer(data, np.uint8, size, at) < 0x80))
+            self._numbers += size * field.width
+            if self._numbers > _LARGEST_NUMBERS:
+                raise InvalidInput(f"{field.name} has too many numbers; send them as raw bytes")
+            return
+        if field.repeated:
+            count = self._items[field.name] = self._items.get(field.name, 0) + 1
+            if count > self._most_items:
+                raise InvalidInput(
+                    f"the request has more than {self._most_items} {field.name}, which TMS_MAX_ITEMS allows at most"
+                )
+        if field.fields and self._add(data, at, at + size, field.fields) != at + size:
+            raise IndexError
 
 
 def _apart(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview | None]:

@@ -200,7 +200,7 @@ def _value(value: Any, call: Call) -> Packed:
             found[-1] = call.tail
         named = zip(value.arrays, found, strict=True)
         packed = Packed(value.json, [codec.array_from(one.dtype, one.shape, data) for one, data in named])
-    codec.unpack(packed)  # malformed JSON and references to no array are refused before they queue
+    codec.check(packed.text, packed.arrays)  # malformed JSON and references to no array are refused before they queue
     return packed
 
 

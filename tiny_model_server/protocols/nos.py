@@ -23,6 +23,8 @@ SERVICE = "nos.inference.InferenceService"
 _RESULTS = {"txt2vec": "embedding", "img2vec": "embedding", "txt2img": "image", "img2bbox": ""}
 _IMAGE_MODES = {"L": ("uint8", ()), "RGB": ("uint8", (3,)), "RGBA": ("uint8", (4,)), "I;16": ("uint16", ())}
 _NUMBERS = "b1 u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split()
+_MOST_INSTRUCTIONS = 500_000  # of a pickle; an image takes about 40, and each may make an object of 100 bytes
+_SPARE_BYTES = 1 << 20
 _LONGEST = 8  # a tuple in a pickle of an array or an image has five elements at most; an image's state has six
 
 
@@ -65,7 +67,7 @@ class _Nos:
         if kind == "text_request":
             answer = self._one(request, request.text_request.text, call)
         else:
-            images = _images(request.image_request.image_bytes)
+            images = _images(request.image_request.image_bytes, self._engine.settings.max_items)
             answer = self._all(request, images, call) if isinstance(images, list) else self._one(request, images, call)
         return self._methods["Predict"].response(result=pickle.dumps(answer, protocol=4))
 
@@ -184,12 +186,34 @@ _INSTRUCTIONS = [
 ]
 
 
+class _Counted(dict[int, Any]):
+    """Instructions by their codes, which can be looked up so many times."""
+
+    left = _MOST_INSTRUCTIONS
+
+    def __getitem__(self, code: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise InvalidInput(f"image_bytes is a pickle of more than {_MOST_INSTRUCTIONS} instructions")
+        return super().__getitem__(code)
+
+
 class _Unpickler(pickle._Unpickler):  # the one in Python, whose instructions can be chosen
     dispatch: ClassVar[dict[int, Any]] = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _INSTRUCTIONS} | {
         # An image's info is left out: to hash keys that a pickle makes up could take for ever.
         pickle.SETITEMS[0]: lambda self: self.pop_mark(),
         pickle.SETITEM[0]: lambda self: self.stack.__delitem__(slice(-2, None)),
+        pickle.BYTEARRAY8[0]: lambda self: self.load_bytes(),
     }
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data))
+        self.dispatch = _Counted(self.dispatch)  # type: ignore[misc]
+
+    def load_bytes(self) -> None:
+        """Takes a bytearray as bytes; pickle's own would make room for as many as the pickle says."""
+        read, append = self.read, self.append  # type: ignore[attr-defined]
+        append(read(int.from_bytes(read(8), "little")))
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _STAND_INS:
@@ -199,10 +223,10 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose instructions ca
         raise _refusal(f"{module}.{name}"[:80])
 
 
-def _images(data: bytes) -> Array | list[Array]:
-    """The array, or list of them, in a pickle."""
+def _images(data: bytes, most: int = wire.MOST_ITEMS) -> Array | list[Array]:
+    """The array, or list of at most so many of them, in a pickle."""
     try:
-        found = _Unpickler(io.BytesIO(data)).load()
+        found = _Unpickler(data).load()
     except InvalidInput:
         raise
     except Exception as error:  # a malformed pickle may raise anything
@@ -210,7 +234,15 @@ def _images(data: bytes) -> Array | list[Array]:
     if isinstance(found, list):
         if not found:
             raise InvalidInput("the list of images is empty")
-        return [_array(one) for one in found]
+        if len(found) > most:
+            raise InvalidInput(f"there are {len(found)} images, and TMS_MAX_ITEMS allows {most}")
+        images, left = [], 2 * len(data) + _SPARE_BYTES
+        for one in found:
+            images.append(_array(one))
+            left -= images[-1].nbytes
+            if left < 0:  # a pickle can name an object again and again
+                raise InvalidInput("the images are more than the pickle carries; send each of them once")
+        return images
     return _array(found)
 
 

@@ -6,38 +6,21 @@ one BYTES output. If a model's ``metadata`` says ``"batch": True``, the rows of 
 """
 
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from tiny_model_server import __version__, codec, wire
-from tiny_model_server.codec import Array
+from tiny_model_server import __version__, codec, tensors, wire
+from tiny_model_server.codec import Array, Packed
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import InvalidInput, ServerError
+from tiny_model_server.errors import InvalidInput, ModelError, ServerError
 from tiny_model_server.repository import ServedModel, State
 
 SCHEMA = "open_inference"
 SERVICE = "inference.GRPCInferenceService"
-
-# Datatype: numpy's, Triton's number of it, the typed field that carries it.
-_TYPES = {
-    "BOOL": ("bool", 1, "bool_contents"),
-    "UINT8": ("uint8", 2, "uint_contents"),
-    "UINT16": ("uint16", 3, "uint_contents"),
-    "UINT32": ("uint32", 4, "uint_contents"),
-    "UINT64": ("uint64", 5, "uint64_contents"),
-    "INT8": ("int8", 6, "int_contents"),
-    "INT16": ("int16", 7, "int_contents"),
-    "INT32": ("int32", 8, "int_contents"),
-    "INT64": ("int64", 9, "int64_contents"),
-    "FP16": ("float16", 10, ""),
-    "FP32": ("float32", 11, "fp32_contents"),
-    "FP64": ("float64", 12, "fp64_contents"),
-    "BYTES": ("object", 13, "bytes_contents"),
-    "BF16": ("uint16", 14, ""),
-}
-_DATATYPES = {dtype: name for name, (dtype, _, _) in _TYPES.items() if name != "BF16"}
+_ENTRY = 100  # bytes of an input in the dictionary of a row, beside its name and its elements
+_LARGEST_ENTRIES = 64 << 20  # bytes of all rows' dictionaries
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
@@ -80,15 +63,17 @@ class _OpenInference:
         batch = model.loaded is not None and bool(model.loaded.metadata.get("batch"))
         rows = 1 if batch else 0  # where rows are inputs of their own, their number is not said here
 
-        def tensors(kind: str) -> list[dict[str, Any]]:
+        def described(kind: str) -> list[dict[str, Any]]:
             return [
-                {"name": one["name"], "data_type": _TYPES[one["datatype"]][1], "dims": one["shape"][rows:]}
+                {"name": one["name"], "data_type": tensors.TYPES[one["datatype"]][1], "dims": one["shape"][rows:]}
                 for one in _declared(model, kind)
             ]
 
         most = model.loaded.options.max_batch_size if batch and model.loaded else 0
         config = {"name": model.name, "max_batch_size": most, "backend": "python"}
-        return self._answer("ModelConfig", config=config | {"input": tensors("inputs"), "output": tensors("outputs")})
+        return self._answer(
+            "ModelConfig", config=config | {"input": described("inputs"), "output": described("outputs")}
+        )
 
     def RepositoryIndex(self, request: Any, call: Call) -> Any:
         models = [
@@ -118,14 +103,16 @@ class _OpenInference:
 
     def ModelInfer(self, request: Any, call: Call) -> Any:
         model = self._engine.model(call.model or request.model_name)
-        args = {name: _parameter(value) for name, value in request.parameters.items()}
-        values = _inputs(request)
+        args = {name: tensors.parameter(value) for name, value in request.parameters.items()}
+        most = self._engine.settings.max_items
+        values = tensors.inputs(request, most)
         if model.loaded is not None and model.loaded.metadata.get("batch"):
-            items = [codec.pack(_one_or_all(row)) for row in _rows(values)]
+            items = _rows(values, most)
             outcomes = self._engine.run_batch(model.name, items, args, call)
             answer = _stacked([_value(outcome, f"row {index}: ") for index, outcome in enumerate(outcomes)])
         else:
-            answer = _value(self._engine.run(model.name, codec.pack(_one_or_all(values)), args, call))
+            wholes = {name: _of(value) for name, value in values.items()}
+            answer = _value(self._engine.run(model.name, _packed(wholes), args, call))
         raw = bool(request.raw_input_contents) or not any(tensor.HasField("contents") for tensor in request.inputs)
         return self._response(request, _outputs(model, answer), raw)
 
@@ -134,14 +121,16 @@ class _OpenInference:
         for name in wanted:
             if name not in outputs:
                 raise InvalidInput(f"there is no output {name!r}; there are {', '.join(outputs)}")
-        typed = not raw and all(_TYPES[_datatype(outputs[name])][2] for name in wanted)
+        typed = not raw and all(tensors.TYPES[_datatype(outputs[name])][2] for name in wanted)
         answer = self._answer("ModelInfer", model_name=request.model_name, model_version="1", id=request.id)
         for name in wanted:
             array = outputs[name]
             datatype = _datatype(array)
             tensor = answer.outputs.add(name=name, datatype=datatype, shape=array.shape)
             if typed:
-                getattr(tensor.contents, _TYPES[datatype][2]).extend(array.ravel().tolist())
+                field, flat = getattr(tensor.contents, tensors.TYPES[datatype][2]), array.ravel()
+                for at in range(0, flat.size, tensors.AT_ONCE):
+                    field.extend(flat[at : at + tensors.AT_ONCE].tolist())
             elif datatype == "BYTES":
                 answer.raw_output_contents.append(b"".join(struct.pack("<I", len(e)) + e for e in array.ravel()))
             else:
@@ -149,89 +138,29 @@ class _OpenInference:
         return answer
 
 
-def _inputs(request: Any) -> dict[str, Any]:
-    """The request's inputs by name; InvalidInput says which is malformed and how."""
-    raw = list(request.raw_input_contents)
-    if not request.inputs:
-        raise InvalidInput("the request has no inputs; send at least one")
-    if raw and len(raw) != len(request.inputs):
-        raise InvalidInput(f"there are {len(request.inputs)} inputs, but raw_input_contents has {len(raw)} elements")
-    values: dict[str, Any] = {}
-    for index, tensor in enumerate(request.inputs):
-        if tensor.name in values:
-            raise InvalidInput(f"there are two inputs {tensor.name!r}")
-        try:
-            if raw and tensor.HasField("contents"):
-                raise InvalidInput("it has contents, and raw_input_contents beside them; send one of both")
-            values[tensor.name] = _input(tensor, raw[index] if raw else None)
-        except InvalidInput as error:
-            raise InvalidInput(f"input {tensor.name!r}: {error}") from None
-    return values
+def _packed(values: Mapping[str, Any]) -> Packed:
+    """One input as it is, several as a dictionary by name."""
+    return codec.pack(next(iter(values.values())) if len(values) == 1 else values)
 
 
-def _input(tensor: Any, raw: bytes | None) -> Any:
-    if tensor.datatype not in _TYPES:
-        raise InvalidInput(f"datatype {tensor.datatype!r} is none of {', '.join(_TYPES)}")
-    dtype, _, field = _TYPES[tensor.datatype]
-    if any(size < 0 for size in tensor.shape):
-        raise InvalidInput(f"shape {list(tensor.shape)} has a negative dimension")
-    if tensor.datatype == "BYTES":
-        return _texts(tensor, list(tensor.contents.bytes_contents) if raw is None else _elements(raw))
-    if raw is not None:
-        array = codec.array_from(dtype, tensor.shape, raw)
-        return (array.astype(np.uint32) << 16).view(np.float32) if tensor.datatype == "BF16" else array
-    if not field:
-        raise InvalidInput(f"{tensor.datatype} travels only in raw_input_contents")
-    found = getattr(tensor.contents, field)
-    _check_count(tensor, len(found))
-    try:
-        return codec.array_from(dtype, tensor.shape, codec.raw(np.array(list(found), dtype)))
-    except OverflowError as error:
-        raise InvalidInput(str(error)) from None
-
-
-def _check_count(tensor: Any, found: int) -> None:
-    count = 1
-    for size in tensor.shape:
-        count *= size
-    if found != count:
-        raise InvalidInput(f"shape {list(tensor.shape)} has {count} elements, but there are {found}")
-
-
-def _elements(raw: bytes) -> list[bytes]:
-    elements, at = [], 0
-    while at < len(raw):
-        size = int.from_bytes(raw[at : at + 4], "little")
-        if at + 4 + size > len(raw):
-            raise InvalidInput("raw BYTES are elements with a 4-byte little-endian length before each; one is cut off")
-        elements.append(raw[at + 4 : at + 4 + size])
-        at += 4 + size
-    return elements
-
-
-def _texts(tensor: Any, elements: list[bytes]) -> Any:
-    """One value for one element, a list of them for several."""
-    _check_count(tensor, len(elements))
-    kind = _parameter(tensor.parameters["content_type"]) if "content_type" in tensor.parameters else ""
-    values = [codec.from_bytes(element, str(kind)) for element in elements]
-    return values[0] if len(values) == 1 else values
-
-
-def _parameter(value: Any) -> Any:
-    chosen = value.WhichOneof("parameter_choice")
-    return getattr(value, chosen) if chosen else None
-
-
-def _one_or_all(values: dict[str, Any]) -> Any:
-    return next(iter(values.values())) if len(values) == 1 else values
-
-
-def _rows(values: dict[str, Any]) -> list[dict[str, Any]]:
-    listed = {name: [value] if isinstance(value, (str, bytes)) else value for name, value in values.items()}
-    counts = {name: len(value) if np.ndim(value) or isinstance(value, list) else 0 for name, value in listed.items()}
+def _rows(values: Mapping[str, Array | tensors.Texts], most: int) -> list[Packed]:
+    counts = {name: value.shape[0] if len(value.shape) else 0 for name, value in values.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise InvalidInput(f"the first dimension counts the rows; it must be the same in every input, not {counts}")
-    return [{name: value[row] for name, value in listed.items()} for row in range(next(iter(counts.values())))]
+    rows = next(iter(counts.values()))
+    if rows > most:
+        raise InvalidInput(f"there are {rows} rows; TMS_MAX_ITEMS allows {most}")
+    if any(value.size == 0 for value in values.values()):
+        raise InvalidInput("the rows of an input have no elements")
+    if len(values) > 1 and rows * sum(len(name) + _ENTRY for name in values) > _LARGEST_ENTRIES:
+        raise InvalidInput(f"{rows} rows of {len(values)} inputs are too many for one request; send fewer rows")
+    return [_packed({name: _of(value, row) for name, value in values.items()}) for row in range(rows)]
+
+
+def _of(value: Array | tensors.Texts, row: int | None = None) -> Any:
+    if isinstance(value, tensors.Texts):
+        return value.whole() if row is None else value.row(row)
+    return value if row is None else value[row]
 
 
 def _value(outcome: Any, where: str = "") -> Any:
@@ -249,12 +178,20 @@ def _stacked(answers: Sequence[Any]) -> Any:
         and all(isinstance(one, dict) and one.keys() == first.keys() for one in answers)
     ):
         return {key: _stacked([one[key] for one in answers]) for key in first}
-    if (
-        all(isinstance(one, (np.ndarray, int, float)) for one in answers)
-        and len({np.shape(one) for one in answers}) == 1
-    ):
-        return np.stack([np.asarray(one) for one in answers])
+    if all(isinstance(one, (np.ndarray, int, float)) for one in answers):
+        arrays = [np.asarray(one) for one in answers]
+        if len({array.shape for array in arrays}) == 1 and (stacked := _stack(arrays)) is not None:
+            return stacked
     return np.array([_json(one) for one in answers], object)
+
+
+def _stack(arrays: Sequence[Array]) -> Array | None:
+    """The arrays as one; None if a number would change, as a large one does where others are fractions."""
+    if len({array.dtype.kind for array in arrays}) == 1:
+        return None if arrays[0].dtype == object else np.stack(arrays)  # an object is a number that no dtype holds
+    listed = [array.tolist() for array in arrays]
+    stacked = np.array(listed)
+    return stacked if stacked.dtype != object and stacked.tolist() == listed else None
 
 
 def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
@@ -267,20 +204,27 @@ def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
 
 def _sendable(array: Array) -> Array:
     if array.dtype.kind == "U":
-        return np.array([text.encode() for text in array.ravel().tolist()], object).reshape(array.shape)
+        return np.array([_utf8(text) for text in array.ravel().tolist()], object).reshape(array.shape)
     if array.dtype.kind == "S":
         return array.astype(object)
-    if array.dtype != object and str(array.dtype) not in _DATATYPES:
+    if array.dtype != object and str(array.dtype) not in tensors.DATATYPES:
         return np.array([_json(array)], object)
     return array
 
 
 def _json(value: Any) -> bytes:
-    return value.encode() if isinstance(value, str) else codec.plain_json(value).encode()
+    return _utf8(value) if isinstance(value, str) else codec.plain_json(value).encode()
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ModelError("the model's answer has half of a surrogate pair, which a text in UTF-8 cannot hold") from None
 
 
 def _datatype(array: Array) -> str:
-    return _DATATYPES[str(array.dtype)]
+    return tensors.DATATYPES[str(array.dtype)]
 
 
 def _declared(model: ServedModel, kind: str) -> list[dict[str, Any]]:
@@ -290,7 +234,7 @@ def _declared(model: ServedModel, kind: str) -> list[dict[str, Any]]:
     found = [
         {
             "name": one.get("name", kind[:-1]),
-            "datatype": _DATATYPES.get(str(one.get("dtype", "uint8")), "BYTES"),
+            "datatype": tensors.DATATYPES.get(str(one.get("dtype", "uint8")), "BYTES"),
             "shape": [*rows, *(one.get("shape") or [-1])],
         }
         for one in metadata.get(kind) or []

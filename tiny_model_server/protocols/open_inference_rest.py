@@ -7,6 +7,7 @@ import json
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +35,9 @@ _ROUTES = [
         ("POST /v2/repository/models/(?P<model_name>[^/]+)/unload", "RepositoryModelUnload"),
     ]
 ]
+_MOST_TENSORS = 1000
+_MOST_PARAMETERS = 1000
+_DEEPEST = 32  # lists in lists, as many as an array has dimensions
 _DTYPES = {"BOOL": "bool", "FP16": "float16", "FP32": "float32", "FP64": "float64"} | {
     name: name.lower() for name in "UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64".split()
 }
@@ -130,7 +134,7 @@ def _inferred(answer: Any, as_binary: Mapping[str, bool], all_binary: bool) -> A
 
 
 def _numbers(datatype: str, raw: bytes) -> list[Any]:
-    listed: list[Any] = np.frombuffer(raw, _DTYPES[datatype]).tolist()
+    listed: list[Any] = codec.lists(np.frombuffer(raw, _DTYPES[datatype]))
     return listed
 
 
@@ -151,30 +155,39 @@ def _raw(tensor: Mapping[str, Any]) -> bytes:
     where = f"input {_of(tensor, 'name', str, '')[:40]!r}"
     if not isinstance(data, list):
         raise InvalidInput(f"{where} needs data, a list, or the parameter binary_data_size")
+    flat = _flat(data)
     if datatype == "BYTES":
-        flat = list(_flat(data))
         if not all(isinstance(one, str) for one in flat):
             raise InvalidInput(f"{where}: BYTES in JSON are texts; send others with binary_data_size")
-        return b"".join(struct.pack("<I", len(one)) + one for one in (text.encode() for text in flat))
+        try:
+            return b"".join(struct.pack("<I", len(one)) + one for one in (text.encode() for text in flat))
+        except UnicodeEncodeError:
+            raise InvalidInput(f"{where}: a text has half of a surrogate pair, which UTF-8 cannot hold") from None
     if datatype not in _DTYPES:
         raise InvalidInput(f"{where}: datatype {datatype[:20]!r} is none of BYTES, {', '.join(_DTYPES)}")
     dtype = np.dtype(_DTYPES[datatype])
+    kinds: tuple[type, ...] = (bool,) if dtype.kind == "b" else (int, float) if dtype.kind == "f" else (int,)
+    if not set(map(type, flat)) <= set(kinds):
+        raise InvalidInput(f"{where}: these are no {datatype}")
+    if dtype.kind in "iu" and flat and not (np.iinfo(dtype).min <= min(flat) and max(flat) <= np.iinfo(dtype).max):
+        raise InvalidInput(f"{where}: its data are no {datatype}: the least is {min(flat)}, the greatest {max(flat)}")
     try:
-        plain = np.array(data)
-        allowed = {"b": "b", "i": "iu", "u": "iu", "f": "iuf"}[dtype.kind]
-        if plain.size and plain.dtype.kind not in allowed:
-            raise InvalidInput(f"{where}: these are no {datatype}")
-        return np.array(data, dtype).tobytes()
-    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        with np.errstate(over="ignore"):
+            array = np.array(flat, dtype)
+    except OverflowError as error:  # an int that no float holds
         raise InvalidInput(f"{where}: its data are no {datatype}: {error}") from None
+    if dtype.kind == "f" and not np.isfinite(array).all():
+        raise InvalidInput(f"{where}: its data are no {datatype}: a number is too large")
+    return array.tobytes()
 
 
-def _flat(data: Any) -> Iterator[Any]:
-    for one in data:
-        if isinstance(one, list):
-            yield from _flat(one)
-        else:
-            yield one
+def _flat(data: list[Any]) -> list[Any]:
+    """The elements of lists in lists."""
+    for _ in range(_DEEPEST):
+        if list not in set(map(type, data)):
+            return data
+        data = list(chain.from_iterable(one if isinstance(one, list) else (one,) for one in data))
+    raise InvalidInput(f"data are lists in lists, at most {_DEEPEST} deep")
 
 
 def _header(text: bytes) -> dict[str, Any]:
@@ -193,6 +206,8 @@ def _of(header: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
     value = header.get(key, default)
     if not isinstance(value, kind):
         raise InvalidInput(f"{key} must be a {kind.__name__}")
+    if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+        raise InvalidInput(f"{key} has half of a surrogate pair, which UTF-8 cannot hold")
     return value
 
 
@@ -202,6 +217,8 @@ def _object(header: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def _objects(header: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = _of(header, key, list, [])
+    if len(found) > _MOST_TENSORS:
+        raise InvalidInput(f"{key} are at most {_MOST_TENSORS}, not {len(found)}")
     if not all(isinstance(one, dict) for one in found):
         raise InvalidInput(f"{key} must be a list of objects")
     return found
@@ -209,6 +226,8 @@ def _objects(header: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 def _fill(parameters: Any, values: Mapping[str, Any]) -> None:
     kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
+    if len(values) > _MOST_PARAMETERS:
+        raise InvalidInput(f"there are {len(values)} parameters; {_MOST_PARAMETERS} are allowed")
     for name, value in values.items():
         if type(value) not in kinds:
             raise InvalidInput(f"parameter {name[:40]!r} must be a bool, a number or a text")
