@@ -4,7 +4,6 @@ Unnamed (memfd) on purpose: a process that is killed leaves nothing behind, and 
 """
 
 import ctypes
-import fcntl
 import itertools
 import math
 import mmap
@@ -17,6 +16,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from tiny_model_server.codec import Array, dtype_name, dtype_of, raw
+
+try:
+    import fcntl
+except ImportError:  # Windows, where the client works without shared memory
+    fcntl = None  # type: ignore[assignment]
 
 ALIGN = 64
 _MAP_FIXED = 0x10
