@@ -137,7 +137,9 @@ def _be_windows() -> None:
             return one, listener.accept()[0]
 
     _without_linux()
-    for name in "fcntl resource pwd grp termios pty tty syslog posix readline crypt spwd nis _posixshmem uvloop".split():
+    for (
+        name
+    ) in "fcntl resource pwd grp termios pty tty syslog posix readline crypt spwd nis _posixshmem uvloop".split():
         sys.modules[name] = None  # type: ignore[assignment]
     _drop(
         os,
