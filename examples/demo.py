@@ -60,10 +60,8 @@ def call_models() -> None:
     )
 
     flow = ModelClient("optical_flow").run([flower[:, :-5], flower[:, 5:]])
-    print(
-        "flow:    ",
-        f"{flow.shape} {flow.dtype}, the median pixel moved {np.median(flow[..., 0]):.1f} of -5 px sideways",
-    )
+    moved = np.median(flow[..., 0])
+    print("flow:    ", f"{flow.shape} {flow.dtype}, the median pixel moved {moved:.1f} px sideways, where -5 is right")
 
     languages = ModelClient("language").run_text_batch(["Where is the station?", "Wo ist der Bahnhof?", "¿Dónde está?"])
     print("language:", [answer[0]["language"] for answer in languages])

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,6 @@ AT_ONCE = 2
 _DEBIAN = BUILD / "debian"
 _AUTHORITIES = ["PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]
 _INSTALL_S, _DEBIAN_S, _TESTS_S = 240, 180, 420
-_debian = threading.Lock()
 
 
 class Missing(Exception):
@@ -78,11 +76,11 @@ class Python:
         program = str(BUILD / self.version / "bin" / "python")
         install = [program, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary"]
         needed = [part for file in REQUIREMENTS for part in ("-r", file)]
-        if self.run(program, "-c", "", limit_s=20) or self.run(
-            self._program, "-m", "venv", "--clear", str(BUILD / self.version), limit_s=60
+        if not os.path.lexists(program) and not self.run(
+            self._program, "-m", "venv", str(BUILD / self.version), limit_s=60
         ):
-            return program if self.run(*install, *needed, limit_s=_INSTALL_S) else None
-        return None
+            return None
+        return program if self.run(*install, *needed, limit_s=_INSTALL_S) else None
 
     def have_wheels(self, program: str, files: Sequence[str]) -> bool:
         """True if the versions pinned in these files can be had without a compiler."""
@@ -99,8 +97,7 @@ def find(version: str) -> Python:
         ran = subprocess.run([program, "-c", "import venv, ensurepip"], capture_output=True, check=False, timeout=60)
         if ran.returncode == 0:
             return Python(version, program)
-    with _debian:
-        return Python(version, f"/usr/bin/python{version}", from_debian(version))
+    return Python(version, f"/usr/bin/python{version}", from_debian(version))
 
 
 def from_debian(version: str) -> Path:
@@ -164,9 +161,8 @@ def main() -> int:
     versions = options.versions.split(",")
     failed = False
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        for version, came in zip(
-            versions, threads.map(lambda one: core_tests(one, options.tests), versions), strict=True
-        ):
+        every = threads.map(lambda version: core_tests(version, options.tests), versions)
+        for version, came in zip(versions, every, strict=True):
             print(f"Python {version}: {came}", flush=True)
             failed = failed or came.startswith("FAILED")
     return int(failed)

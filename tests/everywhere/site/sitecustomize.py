@@ -57,7 +57,7 @@ def _without_linux() -> None:
         "memfd_create MFD_* eventfd* EFD_* timerfd_* TFD_* sched_getaffinity sched_setaffinity sched_setscheduler "
         "sched_getscheduler sched_getparam sched_setparam sched_param pidfd_open PIDFD_* pipe2 splice SPLICE_* "
         "getrandom GRND_* posix_fadvise POSIX_FADV_* posix_fallocate copy_file_range unshare setns CLONE_* getresuid "
-        "getresgid setresuid setresgid O_DIRECT O_TMPFILE O_PATH O_NOATIME waitid fdatasync process_cpu_count",
+        "getresgid setresuid setresgid O_DIRECT O_TMPFILE O_PATH O_NOATIME waitid fdatasync",
     )
     _drop(
         socket,
