@@ -25,7 +25,7 @@ MODELS = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("models/*/requ
 AT_ONCE = 2
 _DEBIAN = BUILD / "debian"
 _AUTHORITIES = ["PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]
-_INSTALL_S, _DEBIAN_S, _TESTS_S = 240, 180, 420
+_DEBIAN_S, _INSTALL_S, _TESTS_S = 120, 180, 360
 
 
 class Missing(Exception):

@@ -68,6 +68,8 @@ def _without_linux() -> None:
     )
     _drop(select, "epoll EPOLL*")
     _drop(selectors, "EpollSelector")
+    if hasattr(os, "process_cpu_count"):  # which asks for the affinity, where there is one
+        os.process_cpu_count = os.cpu_count
     _drop(
         mmap,
         "MADV_REMOVE MADV_DONTFORK MADV_DOFORK MADV_HUGEPAGE MADV_NOHUGEPAGE MADV_MERGEABLE MADV_HWPOISON "
@@ -173,5 +175,6 @@ def _be_windows() -> None:
 
 
 _import(_FIRST)
-_import(_PACKAGES)
+if "tiny_model_server.worker" not in sys.orig_argv:  # which needs none of them, and starts more quickly so
+    _import(_PACKAGES)
 {"macos": _be_macos, "windows": _be_windows}[SYSTEM]()
