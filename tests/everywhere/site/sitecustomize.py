@@ -138,6 +138,7 @@ def _be_windows() -> None:
             one = socket.create_connection(listener.getsockname())
             return one, listener.accept()[0]
 
+    asyncio.new_event_loop().close()  # the kind of loop is chosen by the system, once
     _without_linux()
     for (
         name
