@@ -16,7 +16,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test fuzz check bench bench-peers faults locust ray test_k8s soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test pythons fuzz check bench bench-peers faults locust ray test_k8s soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -32,6 +32,9 @@ test: $(VENV)/test.done ## install what the tests need and run them
 	$(BIN)/python -m pytest
 
 run_tests: test ## the same
+
+pythons: $(VENV)/test.done ## the core of the tests on every other Python that is here, or that Debian has
+	$(BIN)/python tests/pythons.py
 
 fuzz: $(VENV)/test.done ## malformed requests at random, thousands for each kind
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --timeout=0
@@ -84,7 +87,7 @@ $(VENV)/run.done: requirements.txt examples/requirements.txt $(MODEL_REQUIREMENT
 	$(BIN)/pip install $(PIP_FLAGS) $(foreach file,$^,-r $(file))
 	@touch $@
 
-$(VENV)/test.done: tests/requirements.txt tests/requirements-lint.txt $(VENV)/run.done
+$(VENV)/test.done: tests/requirements.txt tests/requirements-core.txt tests/requirements-lint.txt $(VENV)/run.done
 	$(BIN)/pip install $(PIP_FLAGS) -r tests/requirements.txt
 	$(PYTHON) -m venv $(VENV)/lint
 	$(VENV)/lint/bin/pip install $(PIP_FLAGS) -r tests/requirements-lint.txt

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import skimage.data
 from sklearn.datasets import load_digits, load_sample_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,17 +35,21 @@ def main() -> None:
 
 def call_models() -> None:
     """Sends each model something real, and prints what it answers."""
-    photographs = Path(skimage.data.__file__).parent
     flower = load_sample_images().images[1]
 
     example = ModelClient("example", connect_timeout=120)
     started = time.perf_counter()
-    print("models:  ", ", ".join(f"{model['name']} {model['state']}" for model in example.list_models()))
+    models = example.list_models()
+    print("models:  ", ", ".join(f"{model['name']} {model['state']}" for model in models))
     print(f"           (ready after {time.perf_counter() - started:.1f} s)")
     print("example: ", example.run_image(flower, {"bins": 4}))
 
     digits = load_digits().images[:8] / 16
-    for name in ("digits", "digits_onnx"):
+    ready = {model["name"] for model in models if model["state"] == "READY"}
+    for model in models:
+        if model["name"] not in ready:  # on the newest Python, some of what models need may have no package yet
+            print(f"{model['name']}:".ljust(10), f"is left out: {model['reason']}")
+    for name in sorted(ready & {"digits", "digits_onnx"}):
         answers = ModelClient(name).run_image_batch(list(digits))
         print(f"{name}:".ljust(10), "read", [answer["digit"] for answer in answers], "of 0 1 2 3 4 5 6 7")
 
@@ -56,16 +59,19 @@ def call_models() -> None:
         f"{edges.shape} {edges.dtype}, {100 * (edges > 0).mean():.1f} % of the flower's pixels are contours",
     )
 
-    left, right, _ = skimage.data.stereo_motorcycle()
-    flow = ModelClient("optical_flow").run([left, right])
-    print("flow:    ", f"{flow.shape} {flow.dtype}, the median pixel moved {np.median(flow[..., 0]):.1f} px sideways")
+    flow = ModelClient("optical_flow").run([flower[:, :-5], flower[:, 5:]])
+    moved = np.median(flow[..., 0])
+    print("flow:    ", f"{flow.shape} {flow.dtype}, the median pixel moved {moved:.1f} px sideways, where -5 is right")
 
     languages = ModelClient("language").run_text_batch(["Where is the station?", "Wo ist der Bahnhof?", "¿Dónde está?"])
     print("language:", [answer[0]["language"] for answer in languages])
 
-    print("ocr:      page.png, read as a file that the server decodes:")
-    for line in ModelClient("ocr").run_image(photographs / "page.png"):
-        print(f"           {line['score']:.2f}  {line['text']}")
+    if "ocr" in ready:
+        import skimage.data
+
+        print("ocr:      page.png, read as a file that the server decodes:")
+        for line in ModelClient("ocr").run_image(Path(skimage.data.__file__).parent / "page.png"):
+            print(f"           {line['score']:.2f}  {line['text']}")
 
 
 if __name__ == "__main__":

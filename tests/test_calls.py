@@ -9,7 +9,6 @@ import cv2
 import grpc
 import numpy as np
 import pytest
-import skimage.data
 from google.protobuf.message import DecodeError
 
 import model_client
@@ -17,7 +16,19 @@ from model_client import ModelClient
 from tests.conftest import Server, wait_for
 from tiny_model_server import codec, wire
 
-PHOTOGRAPHS = Path(skimage.data.__file__).parent
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Image files of several kinds and sizes, smooth enough for JPEG."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rows, columns = np.indices((427, 640))
+    colour = np.dstack([rows * 255 // 426, columns * 255 // 639, (rows + columns) * 255 // 1065]).astype(np.uint8)
+    cv2.imwrite(str(folder / "large.jpg"), colour)
+    cv2.imwrite(str(folder / "gray.png"), colour[..., 2])
+    cv2.imwrite(str(folder / "small.png"), colour[:300, :451])
+    return folder
+
+
 DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64".split()
 
 
@@ -49,23 +60,23 @@ def test_a_large_image(server: Server) -> None:
 
 
 @pytest.mark.parametrize("given", ["path", "str", "bytes"])
-def test_image_files_are_decoded_by_the_server(server: Server, given: str) -> None:
-    path = PHOTOGRAPHS / "rocket.jpg"
+def test_image_files_are_decoded_by_the_server(server: Server, pictures: Path, given: str) -> None:
+    path = pictures / "large.jpg"
     image = {"path": path, "str": str(path), "bytes": path.read_bytes()}[given]
     expected = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
     assert np.array_equal(server.client("echo").run_image(image), expected)
 
 
-def test_image_mode_decides_what_a_file_is_decoded_to(server: Server) -> None:
-    path = PHOTOGRAPHS / "camera.png"
+def test_image_mode_decides_what_a_file_is_decoded_to(server: Server, pictures: Path) -> None:
+    path = pictures / "gray.png"
     answer = server.client("masks").run_image_to_image(path, {"mask": 1})
     assert np.array_equal(answer, cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 127)
 
 
-def test_files_of_different_sizes_in_one_batch(server: Server) -> None:
-    paths = [PHOTOGRAPHS / name for name in ("rocket.jpg", "astronaut.png", "chelsea.png")]
+def test_files_of_different_sizes_in_one_batch(server: Server, pictures: Path) -> None:
+    paths = [pictures / name for name in ("large.jpg", "gray.png", "small.png")]
     shapes = [answer["shape"] for answer in server.client("describe").run_image_batch(paths)]
-    assert shapes == [[427, 640, 3], [512, 512, 3], [300, 451, 3]]
+    assert shapes == [[427, 640, 3], [427, 640, 3], [300, 451, 3]]
 
 
 @pytest.mark.parametrize("text", ["", "a text", "Grüße, 世界 🌍", 'quotes " and \\ and \n', "x" * 3_000_000])

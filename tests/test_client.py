@@ -190,7 +190,10 @@ def test_images_of_other_libraries(server: Server) -> None:
     assert np.array_equal(server.client("echo").run_image(picture), np.asarray(picture))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("protobuf", ["4.25.8", "5.29.5", "6.33.5", "7.36.2"])
+OLDEST_PROTOBUF = "4.25.8" if sys.version_info < (3, 14) else "5.28.3"
+
+
+@pytest.mark.parametrize("protobuf", [OLDEST_PROTOBUF, "5.29.5", "6.33.5", "7.36.2"])
 def test_protobuf_versions(server: Server, protobuf: str, tmp_path: Path) -> None:
     """The client beside other versions of protobuf; only they and the client's files are on the path."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]

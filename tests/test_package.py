@@ -1,15 +1,16 @@
 """The package as pip installs it: the client alone with little, the server with its extra and its command."""
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import tiny_model_server
-from model_client import ModelClient
-from tests.conftest import ROOT, Server, wait_for
+from tests.conftest import MODELS, ROOT, Server
 from tests.engine import copy_tree
 from tests.test_faults import ANSWERS, write_model
 
@@ -71,21 +72,29 @@ def test_the_client_alone(wheel: Path, server: Server, tmp_path: Path) -> None:
     assert "the server needs: pip install 'tiny-model-server[server]'" in ran.stderr
 
 
-def test_the_server(wheel: Path, tmp_path: Path) -> None:
+def test_the_server(wheel: Path, start_server: Callable[..., Server], tmp_path: Path) -> None:
+    """All is installed: the folder is empty, and the models are elsewhere."""
     programs = environment(tmp_path / "venv", f"{wheel}[server]")
-    write_model(tmp_path / "models", "mine", ANSWERS.format("here"))
-    command = programs / "tiny-model-server"
-    assert run(command, "--version", cwd=tmp_path).stdout.strip() == tiny_model_server.__version__
-    assert run(command, "list", cwd=tmp_path).stdout.startswith("mine\t")
-    env = {"PATH": os.environ["PATH"], "TMS_PORT": "50777", "TMS_HTTP_PORT": "8777", "TMS_HOST": "127.0.0.1"}
-    process = subprocess.Popen([command], cwd=tmp_path, env=env, stderr=subprocess.DEVNULL)
-    try:
-        with ModelClient("mine", "127.0.0.1", 50777) as client:
-            assert client.run_text("x") == "here"
-            wait_for(lambda: run(command, "health", cwd=tmp_path, **env).returncode == 0, "health")
-    finally:
-        process.terminate()
-        assert process.wait(20) == 0
+    command, empty = programs / "tiny-model-server", tmp_path / "empty"
+    empty.mkdir()
+    models = write_model(tmp_path / "elsewhere", "mine", ANSWERS.format("here") + "\n    example = 'x'")
+    for name in ("echo", "batches", "tokens", "misbehave"):
+        shutil.copytree(MODELS / name, models / name)
+    assert run(command, "--version", cwd=empty).stdout.strip() == tiny_model_server.__version__
+    env = {"TMS_MODELS_DIR": str(models)}
+    listed = run(command, "list", cwd=empty, **env).stdout.splitlines()
+    assert [line.partition("\t")[0] for line in listed] == ["batches", "echo", "mine", "misbehave", "tokens"]
+    checked = run(command, "check", "mine", cwd=empty, **env)
+    assert checked.returncode == 0, checked.stderr
+    assert "answers its example with 'here'" in checked.stdout
+    server = start_server(models, command=[command], cwd=empty)
+    assert run(command, "health", cwd=empty, TMS_HTTP_PORT=str(server.http_port)).returncode == 0
+    shutil.copy(ROOT / "tests" / "everywhere" / "calls.py", empty)
+    for way, lane in (("same host", "1"), ("gRPC", "0")):
+        ran = run(programs / "python", "calls.py", server.address, way, cwd=empty, TMS_LANE=lane)
+        assert ran.returncode == 0, ran.stderr
+    assert server.client("mine").run_text("x") == "here"
+    assert server.stop() == 0
 
 
 def test_the_licence_is_apache() -> None:

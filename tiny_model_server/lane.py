@@ -375,4 +375,5 @@ def port_of(addresses: Sequence[str]) -> int | None:
 
 def available() -> bool:
     """True where the system has what the short cut needs."""
-    return hasattr(os, "memfd_create") and hasattr(socket, "SO_PEERCRED") and hasattr(socket, "recv_fds")
+    system = (os, "memfd_create"), (os, "eventfd"), (socket, "SO_PEERCRED"), (socket, "recv_fds"), (select, "epoll")
+    return all(hasattr(module, name) for module, name in system)

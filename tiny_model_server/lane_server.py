@@ -31,8 +31,9 @@ _LONGEST_MESSAGE = 1000  # characters of an error
 _LONGEST_HELLO = 1 << 16
 _HANDSHAKE_S = 2.0
 _NO_DEADLINE_S = 1e9
-_GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-_COMING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+if hasattr(select, "epoll"):  # as everywhere that ``lane.available()``
+    _GONE = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+    _COMING = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _WITHOUT_WAITING = {"RunText", "RunImage", "Run", "RunImageToImage"}
 """Methods whose handlers answer later; all others are called in threads."""
 

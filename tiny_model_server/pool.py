@@ -266,7 +266,7 @@ class _Process:
         """Kills the process and what it has started."""
         try:
             os.killpg(self.popen.pid, signal.SIGKILL)
-        except ProcessLookupError:
+        except (ProcessLookupError, PermissionError):  # macOS forbids it for a process that has ended
             pass
 
     def hang_up(self) -> None:

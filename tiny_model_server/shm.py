@@ -4,7 +4,6 @@ Unnamed (memfd) on purpose: a process that is killed leaves nothing behind, and 
 """
 
 import ctypes
-import fcntl
 import itertools
 import math
 import mmap
@@ -18,6 +17,11 @@ from typing import ClassVar
 import numpy as np
 
 from tiny_model_server.codec import Array, dtype_name, dtype_of, raw
+
+try:
+    import fcntl
+except ImportError:  # Windows, where the client works without shared memory
+    fcntl = None  # type: ignore[assignment]
 
 ALIGN = 64
 _MAP_FIXED = 0x10
