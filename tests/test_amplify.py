@@ -364,6 +364,17 @@ def test_nodes_are_counted_outside_of_texts() -> None:
     assert codec.parse_json(json.dumps(['\\",' * codec.MOST_NODES, "x"]))[1] == "x"
 
 
+@pytest.mark.parametrize("text", ["[" * 200 + "]" * 200, '{"a":' * 199 + "{}" + "}" * 199, "[" + "[]," * 1000 + "1]"])
+def test_json_may_be_so_deep(victim: Server, text: str) -> None:
+    assert post(victim, "/models/echo/run", text.encode(), JSON) == (200, json.loads(text))
+    for deeper in (f"[{text}", f"[{text}]", f'{{"a": {text}}}'):
+        status, answer = post(victim, "/models/echo/run", deeper.encode(), JSON)
+        if text.startswith("[[],") and deeper != f"[{text}":
+            assert status == 200
+        else:
+            assert (status, answer["status"]) == (400, "INVALID_ARGUMENT"), answer
+
+
 def test_typed_numbers_are_read_in_parts() -> None:
     numbers = list(range(tensors.AT_ONCE * 2 + 3))
     request = INFER.request(inputs=[{"name": "x", "datatype": "UINT32", "shape": [len(numbers)]}])

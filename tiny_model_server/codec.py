@@ -19,6 +19,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ _DTYPES = re.compile(r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|<U
 MOST_NODES = 1_250_000
 """Values, keys and brackets in the JSON of one request: each may take 100 bytes in memory, and 0.3 us to parse."""
 _NODES = ",:[{"
+_DEEPEST = 200  # lists and dicts in each other; walking down them takes two of Python's 1000 frames each
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 _MOST_DIMENSIONS = 32
 _MOST_EMPTY = 1 << 16
@@ -140,7 +142,10 @@ def parse_json(text: str) -> Any:
         raise InvalidInput(
             f"the JSON has more than {MOST_NODES} values, keys and brackets; send arrays as bytes, or several requests"
         )
-    return _parsed(text)
+    value = _parsed(text)
+    if text.count("[") + text.count("{") > _DEEPEST:
+        _check_depth(value)
+    return value
 
 
 def args_json(args: Mapping[str, Any]) -> str:
@@ -346,6 +351,15 @@ def _nodes(text: str) -> int:
         if nodes > MOST_NODES or not (string := _STRING.match(text, end)):
             return nodes
         at = string.end()
+
+
+def _check_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_DEEPEST):
+        members = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
+        if not (level := [one for one in members if isinstance(one, (dict, list))]):
+            return
+    raise InvalidInput(f"the JSON is nested too deeply; it may be {_DEEPEST} deep")
 
 
 def _parsed(text: str) -> Any:
