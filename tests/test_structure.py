@@ -38,6 +38,7 @@ ORDER = [
     "tiny_model_server.pool",
     "tiny_model_server.repository",
     "tiny_model_server.engine",
+    "tiny_model_server.admission",
     "tiny_model_server.protocols",
     "tiny_model_server.health",
     "tiny_model_server.tls",
