@@ -28,6 +28,10 @@ class ModelUnavailable(ServerError):
     status = "FAILED_PRECONDITION"
 
 
+class NotLoaded(ModelUnavailable):
+    """The model is not loaded, and could be."""
+
+
 class ModelError(ServerError):
     """The model itself failed: it raised, answered nonsense, or its process died."""
 
@@ -60,6 +64,10 @@ class Stopping(ServerError):
     """The server is stopping; another replica will answer."""
 
     status = "UNAVAILABLE"
+
+
+class NowAPipeline(Stopping):
+    """The model was found to be a pipeline while the call was queued; the call is to be made again."""
 
 
 class PermissionDenied(ServerError):
