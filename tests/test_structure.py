@@ -46,6 +46,7 @@ ORDER = [
     "tiny_model_server.lane_server",
     "tiny_model_server.web",
     "tiny_model_server.reload",
+    "tiny_model_server.ending",
     "tiny_model_server.launcher",
     "tiny_model_server.__main__",
     "server",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from types import MappingProxyType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -38,6 +38,7 @@ _NO_DEADLINE_S = 1e9
 _CROWDED = "too many calls wait for their callers"
 _NOTHING_SENT = "the caller sent nothing for too long (TMS_STREAM_IDLE_S)"
 _NOTHING_READ = "the caller read nothing for too long (TMS_STREAM_IDLE_S)"
+_NO_REQUEST = "the method takes exactly one request message"
 _UPLOAD = 10  # a message with a deadline may take this many times stream_idle_s; its bytes on the way cannot be seen
 
 
@@ -57,13 +58,8 @@ class AtOnce(ThreadPoolExecutor):
 AT_ONCE = AtOnce(1)
 
 
-class _Wait(NamedTuple):
-    limit: float
-    """When it has lasted too long, on the monotonic clock."""
-    crowded: float
-    """The same, while too many wait; infinite if no thread waits."""
-    end: Callable[[ServerError], None]
-    why: str
+_Wait = tuple[float, float, Callable[[ServerError], None], str]
+"""Its limit on the monotonic clock; the limit while too many wait (infinite if no thread waits); ``end``; ``why``."""
 
 
 class Waits:
@@ -81,7 +77,7 @@ class Waits:
         ``why`` is the text of its DeadlineExceeded.
         """
         now = time.monotonic()
-        self._waits[key] = _Wait(now + seconds, now + crowded_s, end, why)
+        self._waits[key] = (now + seconds, now + crowded_s, end, why)
 
     def over(self, key: Any) -> None:
         """The call goes on, or has ended."""
@@ -91,19 +87,19 @@ class Waits:
         while True:
             time.sleep(_TICK_S)
             waits = list(self._waits.items())
-            crowd = sum(wait.crowded < math.inf for _, wait in waits) - self._most
+            crowd = sum(crowded < math.inf for _, (_, crowded, _, _) in waits) - self._most
             now = time.monotonic()
-            for key, wait in waits:
-                late, crowded = wait.limit <= now, crowd > 0 and wait.crowded <= now
-                if (late or crowded) and self._waits.pop(key, None) is not None:
+            for key, (limit, crowded, end, why) in waits:
+                late = limit <= now
+                if (late or (crowd > 0 and crowded <= now)) and self._waits.pop(key, None) is not None:
                     crowd -= 1
-                    log.warning("a call is ended: %s", wait.why if late else _CROWDED)
-                    _end(wait, DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS))
+                    log.warning("a call is ended: %s", why if late else _CROWDED)
+                    _end(end, DeadlineExceeded(why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS))
 
 
-def _end(wait: _Wait, error: ServerError) -> None:
+def _end(end: Callable[[ServerError], None], error: ServerError) -> None:
     try:
-        wait.end(error)
+        end(error)
     except Exception:  # of one call; the others are watched on
         log.exception("a call could not be ended")
 
@@ -144,8 +140,10 @@ class Admission(grpc.ServerInterceptor):
     for it calls the behaviours that the others return.
     """
 
-    def __init__(self, engine: Engine, exempt: str) -> None:
-        """``exempt`` is the service that is not guarded."""
+    def __init__(self, engine: Engine, exempt: str, *, alone: bool) -> None:
+        """``exempt`` is the service that is not guarded; ``alone`` says that no other interceptor follows."""
+        self._alone = alone
+        self._guarded: dict[str, Any] = {}  # handlers by method, if they are always the same
         self._engine = engine
         self._exempt = f"/{exempt}/"
         self._idle_s = engine.settings.stream_idle_s
@@ -161,23 +159,49 @@ class Admission(grpc.ServerInterceptor):
                 self._engine.authenticate(dict(details.invocation_metadata))
             except ServerError as error:
                 return _refusal(error)
-        handler = continuation(details)
-        if handler is None:
+        if guarded := self._guarded.get(details.method):
+            return guarded
+        if (handler := continuation(details)) is None:
             return None
-        return self._streaming(handler) if handler.response_streaming else self._unary(handler)
+        guarded = self._streaming(handler) if handler.response_streaming else self._unary(handler)
+        if self._alone:
+            self._guarded[details.method] = guarded
+        return guarded
 
     def _unary(self, handler: Any) -> Any:
         # Its requests are said to be a stream, so that grpcio calls it before there is one. On the wire that is equal.
-        behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary
+        behavior, inflight = handler.unary_unary, self._engine.inflight
+        if handler.request_streaming:
+            return self._gathering(handler)
 
         def answer(requests: Any, context: Any) -> Any:
-            call = GuardedCall(context, self._waits, self._idle_s)
-            peer = context.peer()
+            call, peer, size = GuardedCall(context, self._waits, self._idle_s), context.peer(), 0
+            try:
+                self._callers.enter(peer)
+                try:
+                    if (data := call.receive(requests, only=True)) is None:
+                        raise Unimplemented(_NO_REQUEST)
+                    inflight.take(len(data))
+                    size = len(data)
+                    made = behavior(_parsed(handler, data), context)
+                finally:
+                    inflight.give(size)
+                    self._callers.leave(peer)
+            except ServerError as error:
+                abort(context, error)
+            call.hand_over(made)
+            return made
+
+        return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
+
+    def _gathering(self, handler: Any) -> Any:
+        def answer(requests: Any, context: Any) -> Any:
+            call, peer = GuardedCall(context, self._waits, self._idle_s), context.peer()
             try:
                 self._callers.enter(peer)
                 try:
                     with closing(self._arriving(handler, requests, call)) as arriving:
-                        made = behavior(arriving if handler.request_streaming else _only(arriving), context)
+                        made = handler.stream_unary(arriving, context)
                 finally:
                     self._callers.leave(peer)
             except ServerError as error:
@@ -191,8 +215,7 @@ class Admission(grpc.ServerInterceptor):
         behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
         def answer(requests: Any, context: Any, send: Callable[[Any], None]) -> None:
-            call = GuardedCall(context, self._waits, self._idle_s, send)
-            peer = context.peer()
+            call, peer = GuardedCall(context, self._waits, self._idle_s, send), context.peer()
             try:
                 self._callers.enter(peer)
                 try:
@@ -283,8 +306,11 @@ class GuardedCall:
     def hand_over(self, answer: Any) -> None:
         """Cancels the call if its caller does not read the only answer, whose memory grpcio would keep for ever."""
         self._waits.begin(self, self._seconds(answer), math.inf, self._cancel, _NOTHING_READ)
-        if not self._context.add_callback(lambda: self._waits.over(self)):
-            self._waits.over(self)
+        if not self._context.add_callback(self._over):
+            self._over()
+
+    def _over(self) -> None:
+        self._waits.over(self)
 
     def _seconds(self, answer: Any) -> float:
         return self._idle_s + (len(answer) / _SLOWEST if isinstance(answer, bytes) else 0)
@@ -301,8 +327,8 @@ class GuardedCall:
         self.finish()
         # It waits behind the values that the caller does not read. After as long again, the call ends without it.
         self._waits.begin(self, self._idle_s, _CROWDED_S, self._cancel, _NOTHING_READ)
-        if not self.on_end(lambda: self._waits.over(self)):
-            self._waits.over(self)
+        if not self.on_end(self._over):
+            self._over()
 
     def _cancel(self, error: ServerError) -> None:
         self._context.cancel()
@@ -336,7 +362,7 @@ def _refusal(error: ServerError) -> Any:
 def _only(requests: Iterator[Any]) -> Any:
     for request in requests:
         return request
-    raise Unimplemented("the method takes exactly one request message")
+    raise Unimplemented(_NO_REQUEST)
 
 
 def _parsed(handler: Any, data: bytes) -> Any:

@@ -34,7 +34,7 @@ LIVE_SERVICE = "TinyModelServer"
 """The health name under which the replica serves once every model was loaded or has failed, until it stops."""
 
 _SPARE_THREADS = 8  # more than the engine admits, so that some are always left for refusals and admin calls
-_MOST_STREAMS = 128  # of a connection, at least; those that watch health are among them
+_MOST_STREAMS = 1024  # of a connection, at least; those that watch health are among them
 _HANDSHAKE_MS = 5000  # a connection that says nothing for so long is closed
 _NO_DEADLINE_S = 1e9
 
@@ -47,6 +47,7 @@ class GrpcServer:
         self._engine = engine
         self._health = health.Health()
         self._largest = settings.max_message_mb << 20
+        traced = tracing.interceptors("server_interceptor")
         self._server = grpc.server(
             ThreadPoolExecutor(
                 settings.threads + waiting_threads(settings.threads) + _SPARE_THREADS, thread_name_prefix="grpc"
@@ -62,7 +63,7 @@ class GrpcServer:
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
                 ("grpc.max_allowed_incoming_connections", devices.descriptors() // 2),  # the rest is for workers
             ],
-            interceptors=[Admission(engine, exempt=health.SERVICE), *tracing.interceptors("server_interceptor")],
+            interceptors=[Admission(engine, health.SERVICE, alone=not traced), *traced],
         )
         if unknown := set(settings.doors) - set(DOORS):
             raise SettingsError(f"TMS_DOORS names {', '.join(sorted(unknown))}; there are {', '.join(DOORS)}")
