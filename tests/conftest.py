@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,17 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20) -> An
 class Server:
     """A ``python server.py`` with the environment given, whose log can be read."""
 
-    def __init__(self, models: Path = MODELS, ready: bool = True, **env: object) -> None:
+    def __init__(
+        self,
+        models: Path = MODELS,
+        ready: bool = True,
+        command: Sequence[str] = (sys.executable, "server.py"),
+        **env: object,
+    ) -> None:
         settings = {"TMS_HOST": "127.0.0.1", "TMS_PORT": 0, "TMS_HTTP_PORT": 0, "TMS_MODELS_DIR": models} | env
         clean = {key: value for key, value in os.environ.items() if not key.startswith("TMS_")}
         self.process = subprocess.Popen(
-            [sys.executable, "server.py"],
+            command,
             cwd=ROOT,
             env=clean | {key: str(value) for key, value in settings.items()},
             stderr=subprocess.PIPE,

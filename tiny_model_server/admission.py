@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -32,6 +33,7 @@ log = logging.getLogger("tiny_model_server.admission")
 
 _TICK_S = 0.1
 _RETRY_AFTER_MS = 100
+_LAST_RETRY_MS = 5000
 _CROWDED_S = 0.25  # a call that has waited for so long may lose its thread to others, if too many wait
 _SLOWEST = 1 << 20  # bytes a second that a caller must take of an answer, after the first seconds
 _NO_DEADLINE_S = 1e9
@@ -104,34 +106,51 @@ def _end(end: Callable[[ServerError], None], error: ServerError) -> None:
         log.exception("a call could not be ended")
 
 
+@dataclass(slots=True)
+class _Connection:
+    held: int = 0
+    """Threads that it holds."""
+    refused: int = 0
+    """Calls that were refused, and will come again."""
+    call_s: float = 0.1
+    """A moving mean of how long one of its calls takes."""
+
+
 class Callers:
     """Counts the threads that each connection holds."""
 
     def __init__(self, most: int) -> None:
         """``most`` is the number that one connection may hold."""
         self._most = most
-        self._held: dict[str, int] = {}
+        self._connections: dict[str, _Connection] = {}
         self._lock = threading.Lock()
 
-    def enter(self, peer: str) -> None:
-        """Counts a call; Overloaded if its connection holds as many threads as it may."""
+    def enter(self, peer: str) -> float:
+        """Counts a call and returns the time; Overloaded if its connection holds as many threads as it may."""
         with self._lock:
-            held = self._held.get(peer, 0)
+            found = self._connections.get(peer)
+            if found is None:
+                found = self._connections[peer] = _Connection()
             # All callers of a unix socket look like one: its file's mode says who they are.
-            if held >= self._most and not peer.startswith("unix:"):
+            if found.held >= self._most and not peer.startswith("unix:"):
+                found.refused += 1
+                wait_s = found.call_s * (1 + found.refused / self._most)
                 raise Overloaded(
-                    f"this connection has {held} calls in the server already, a quarter of TMS_THREADS",
-                    retry_after_ms=_RETRY_AFTER_MS,
+                    f"this connection has {found.held} calls in the server already, a quarter of TMS_THREADS",
+                    retry_after_ms=min(_LAST_RETRY_MS, _RETRY_AFTER_MS + int(1000 * wait_s)),
                 )
-            self._held[peer] = held + 1
+            found.held += 1
+            found.refused = max(0, found.refused - 1)
+        return time.monotonic()
 
-    def leave(self, peer: str) -> None:
-        """The call is over."""
+    def leave(self, peer: str, entered: float) -> None:
+        """The call that entered then is over."""
         with self._lock:
-            if held := self._held[peer] - 1:
-                self._held[peer] = held
-            else:
-                del self._held[peer]
+            found = self._connections[peer]
+            found.held -= 1
+            found.call_s += (time.monotonic() - entered - found.call_s) / 8
+            if not found.held:
+                del self._connections[peer]
 
 
 class Admission(grpc.ServerInterceptor):
@@ -177,7 +196,7 @@ class Admission(grpc.ServerInterceptor):
         def answer(requests: Any, context: Any) -> Any:
             call, peer, size = GuardedCall(context, self._waits, self._idle_s), context.peer(), 0
             try:
-                self._callers.enter(peer)
+                entered = self._callers.enter(peer)
                 try:
                     if (data := call.receive(requests, only=True)) is None:
                         raise Unimplemented(_NO_REQUEST)
@@ -186,7 +205,7 @@ class Admission(grpc.ServerInterceptor):
                     made = behavior(_parsed(handler, data), context)
                 finally:
                     inflight.give(size)
-                    self._callers.leave(peer)
+                    self._callers.leave(peer, entered)
             except ServerError as error:
                 abort(context, error)
             call.hand_over(made)
@@ -198,12 +217,12 @@ class Admission(grpc.ServerInterceptor):
         def answer(requests: Any, context: Any) -> Any:
             call, peer = GuardedCall(context, self._waits, self._idle_s), context.peer()
             try:
-                self._callers.enter(peer)
+                entered = self._callers.enter(peer)
                 try:
                     with closing(self._arriving(handler, requests, call)) as arriving:
                         made = handler.stream_unary(arriving, context)
                 finally:
-                    self._callers.leave(peer)
+                    self._callers.leave(peer, entered)
             except ServerError as error:
                 abort(context, error)
             call.hand_over(made)
@@ -217,14 +236,14 @@ class Admission(grpc.ServerInterceptor):
         def answer(requests: Any, context: Any, send: Callable[[Any], None]) -> None:
             call, peer = GuardedCall(context, self._waits, self._idle_s, send), context.peer()
             try:
-                self._callers.enter(peer)
+                entered = self._callers.enter(peer)
                 try:
                     with closing(self._arriving(handler, requests, call)) as arriving:
                         argument = arriving if handler.request_streaming else _only(arriving)
                         with closing(behavior(argument, context)) as made:
                             call.send_all(made)
                 finally:
-                    self._callers.leave(peer)
+                    self._callers.leave(peer, entered)
             except ServerError as error:
                 if not call.ended:
                     abort(context, error)

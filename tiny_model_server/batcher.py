@@ -199,11 +199,14 @@ class Batcher:
         self._depth = 0
         self._closed: ServerError | None = None
 
-    def put(self, items: Sequence[Item]) -> None:
-        """Queues all items or none: Overloaded if they don't fit, the closing error if the queue is closed."""
+    def put(self, items: Sequence[Item], spare: int = 0) -> None:
+        """Queues all items or none: Overloaded if they don't fit, the closing error if the queue is closed.
+
+        They leave room for ``spare`` items of others.
+        """
         with self._changed:
             self._refuse_closed()
-            if not self._fit(items):
+            if not self._fit(items, spare):
                 message = f"the queue is full: {self._depth} of {self.queue_size} items are waiting"
                 raise Overloaded(message, retry_after_ms=max(1, int(self._wait_s() * 1000)))
             wait_s, deadline = self._wait_s(), items[0].deadline
@@ -213,6 +216,8 @@ class Batcher:
 
     def put_in_parts(self, items: Sequence[Item]) -> None:
         """Queues many items, at most half a queue of them at once; returns when the last one is queued.
+
+        All such batches together leave a quarter of the queue to others.
 
         It raises as ``put`` does if not even the first part can be queued. After that, items that come to nothing get
         the error as their outcome.
@@ -224,7 +229,7 @@ class Batcher:
                 pass  # then a part at a time
         share = max(1, self.queue_size // 2)
         size = max(1, share // 2)
-        self.put(items[:size])
+        self.put(items[:size], spare=self.queue_size // 4)
         for begin in range(size, len(items), size):
             if begin >= share:
                 items[begin - share].wait()
@@ -245,7 +250,7 @@ class Batcher:
                 if items and items[0].deadline is not None and items[0].deadline <= now:
                     raise DeadlineExceeded("the deadline passed before the queue had room")
                 self._refuse_closed()
-                if self._fit(items):
+                if self._fit(items, self.queue_size // 4):
                     for item in items:
                         item.enqueued = item.begun = now
                     return self._put(items)
@@ -255,10 +260,11 @@ class Batcher:
         if self._closed:
             raise self._closed
 
-    def _fit(self, items: Sequence[Item]) -> bool:
-        if self._depth + len(items) > self.queue_size:
+    def _fit(self, items: Sequence[Item], spare: int) -> bool:
+        most = self.queue_size - spare - len(items)
+        if self._depth > most:
             self._drop_dead()
-        return self._depth + len(items) <= self.queue_size
+        return self._depth <= most
 
     def _put(self, items: Sequence[Item]) -> None:
         for item in items:

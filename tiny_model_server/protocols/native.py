@@ -13,15 +13,7 @@ from tiny_model_server import codec, wire
 from tiny_model_server.batcher import Outcome
 from tiny_model_server.codec import Array, EncodedImage, Packed
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import (
-    CODES,
-    InvalidInput,
-    ModelUnavailable,
-    Overloaded,
-    ServerError,
-    from_status,
-    message_of,
-)
+from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError, from_status
 from tiny_model_server.pieces import Gathered, cut
 from tiny_model_server.repository import ServedModel
 from tiny_model_server.shm import Pair, layout
@@ -212,7 +204,7 @@ class _Native:
         texts = []
         for index, outcome in enumerate(outcomes):
             if isinstance(outcome, ServerError):
-                raise from_status(outcome.status, f"item {index}: {message_of(outcome)}")
+                raise from_status(outcome.status, f"item {index}: {outcome}")
             texts.append(outcome.text)
         return self._response(data=f"[{', '.join(texts)}]")
 
@@ -221,7 +213,7 @@ class _Native:
         for outcome in outcomes:
             item = answer.items.add()
             if isinstance(outcome, ServerError):
-                item.error.code, item.error.message = CODES[outcome.status], message_of(outcome)
+                item.error.code, item.error.message = CODES[outcome.status], str(outcome)
             else:
                 filled.append(_fill(item.value, "json", outcome))
         _send(filled, call)
