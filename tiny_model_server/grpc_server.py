@@ -140,7 +140,8 @@ class GrpcServer:
         """Answers an error raised inside with its gRPC status, and tells which replica answered."""
         call = _call(context)
         call.trailing["tms-replica"] = self.replica
-        if attempts := call.metadata.get("grpc-previous-rpc-attempts"):
+        attempts = call.metadata.get("grpc-previous-rpc-attempts", "")
+        if isinstance(attempts, str) and attempts.isdecimal() and attempts.isascii():  # a caller may send anything
             call.trailing["tms-retries"] = attempts
         try:
             yield call
