@@ -1,6 +1,5 @@
 """The bounded queue of one model: items of all callers in, batches out; no waiting while a worker idles."""
 
-import queue
 import threading
 import time
 from collections import deque
@@ -13,9 +12,50 @@ from tiny_model_server.load import ModelLoad
 from tiny_model_server.shm import SharedBuffers
 
 Outcome = Packed | ServerError
-MOST_CHUNKS = 16
-"""Values of a stream that wait for their reader."""
+_MOST_CHUNKS = 16  # values of a stream that wait for their reader
+_LOOK_S = 1.0  # how often who waits for room looks whether its caller is still there
 _LONG = 1 << 15  # bytes that a socket surely takes at once
+
+
+class Chunks:
+    """The values of a stream on their way from the worker to a reader, who must take one now and then."""
+
+    def __init__(self, patience_s: float) -> None:
+        """``patience_s`` is how long the worker waits for a reader that takes nothing."""
+        self.patience_s = patience_s
+        self._values: deque[Outcome] = deque()
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def put(self, value: Outcome, deadline: float | None) -> bool:
+        """Adds a value once there is room; False if there is none in time, or the stream has ended."""
+        limit = time.monotonic() + self.patience_s
+        seconds = (limit if deadline is None else min(limit, deadline)) - time.monotonic()
+        with self._changed:
+            room = self._changed.wait_for(lambda: self._ended or len(self._values) < _MOST_CHUNKS, seconds)
+            if self._ended or not room:
+                return False
+            self._values.append(value)
+            self._changed.notify_all()
+            return True
+
+    def end(self, outcome: Outcome) -> None:
+        """Adds the last value, the outcome, and wakes whoever waits."""
+        with self._changed:
+            if not self._ended:
+                self._ended = True
+                self._values.append(outcome)
+                self._changed.notify_all()
+
+    def get(self, deadline: float | None) -> tuple[Outcome, bool] | None:
+        """The next value and whether it is the last one, which is the outcome; None if none comes in time."""
+        seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._values, seconds):
+                return None
+            value = self._values.popleft()
+            self._changed.notify_all()
+            return value, self._ended and not self._values
 
 
 @dataclass(slots=True, eq=False)
@@ -33,7 +73,7 @@ class Item:
     plain: bool = False
     once: bool = False
     lane: SharedBuffers | None = None
-    chunks: queue.Queue[Outcome] | None = None  # a stream's values; then comes its outcome
+    chunks: Chunks | None = None
     attempts: int = 0
     enqueued: float = field(default_factory=time.monotonic)
     begun: float = 0.0
@@ -51,7 +91,7 @@ class Item:
         if self.outcome is None:
             self.outcome = outcome
             if self.chunks is not None:
-                self.chunks.put(outcome)
+                self.chunks.end(outcome)
             try:
                 self._done.release()
             except RuntimeError:  # two threads resolved at once; one of the outcomes stands
@@ -64,23 +104,22 @@ class Item:
         """Adds a value to a stream, waiting for its reader to keep up; False when nobody wants more."""
         assert self.chunks is not None
         self.once = True
-        while not self.dead:
-            if self.chunks.qsize() < MOST_CHUNKS:
-                self.chunks.put(chunk)
-                return not isinstance(chunk, ServerError)
-            time.sleep(0.002)  # a slow reader holds the model up, as long as it is there
+        if self.dead:
+            return False
+        if self.chunks.put(chunk, self.deadline):
+            return not isinstance(chunk, ServerError)
+        why = f"the caller read nothing of its stream for {self.chunks.patience_s:g} s (TMS_STREAM_IDLE_S)"
+        self.resolve(DeadlineExceeded(why))  # which counts if it has no outcome yet
         return False
 
-    def next_chunk(self) -> Outcome:
-        """The next value of a stream, and after the last one its outcome."""
+    def next_chunk(self) -> tuple[Outcome, bool]:
+        """The next value of a stream and whether it is the last one, which is the outcome."""
         assert self.chunks is not None
-        remaining = None if self.deadline is None else max(0.0, self.deadline - time.monotonic())
-        try:
-            return self.chunks.get(timeout=remaining)
-        except queue.Empty:
-            self.resolve(DeadlineExceeded("the deadline passed before the model had finished"))
-            assert self.outcome is not None
-            return self.outcome
+        if found := self.chunks.get(self.deadline):
+            return found
+        self.resolve(DeadlineExceeded("the deadline passed before the model had finished"))
+        assert self.outcome is not None
+        return self.outcome, True
 
     def wait(self) -> Outcome:
         """The item's outcome, DeadlineExceeded if its deadline comes first."""
@@ -153,31 +192,87 @@ class Batcher:
     def __init__(self, queue_size: int, load: ModelLoad) -> None:
         self.queue_size = queue_size
         self._load = load
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._room = threading.Condition(lock)  # for those who wait until the queue has some
         self._groups: dict[Hashable, deque[Item]] = {}
         self._idle: list[Seat] = []
         self._lent = 0
         self._depth = 0
         self._closed: ServerError | None = None
 
-    def put(self, items: Sequence[Item]) -> None:
-        """Queues all items or none: Overloaded if they don't fit, the closing error if the queue is closed."""
+    def put(self, items: Sequence[Item], spare: int = 0) -> None:
+        """Queues all items or none: Overloaded if they don't fit, the closing error if the queue is closed.
+
+        They leave room for ``spare`` items of others.
+        """
         with self._changed:
-            if self._closed:
-                raise self._closed
-            if self._depth + len(items) > self.queue_size:
-                self._drop_dead()
-            wait_s = self._wait_s()
-            if self._depth + len(items) > self.queue_size:
+            self._refuse_closed()
+            if not self._fit(items, spare):
                 message = f"the queue is full: {self._depth} of {self.queue_size} items are waiting"
-                raise Overloaded(message, retry_after_ms=max(1, int(wait_s * 1000)))
-            deadline = items[0].deadline
+                raise Overloaded(message, retry_after_ms=max(1, int(self._wait_s() * 1000)))
+            wait_s, deadline = self._wait_s(), items[0].deadline
             if deadline is not None and self._depth and items[0].enqueued + wait_s > deadline:
                 raise DeadlineExceeded(f"{self._depth} items are waiting, which takes about {wait_s:.2f} s")
-            for item in items:
-                self._groups.setdefault(item.key, deque()).append(item)
-            self._depth += len(items)
-            self._wake(len(items))
+            self._put(items)
+
+    def put_in_parts(self, items: Sequence[Item]) -> None:
+        """Queues many items, at most half a queue of them at once; returns when the last one is queued.
+
+        All such batches together leave a quarter of the queue to others.
+
+        It raises as ``put`` does if not even the first part can be queued. After that, items that come to nothing get
+        the error as their outcome.
+        """
+        if len(items) <= self.queue_size:
+            try:
+                return self.put(items)
+            except Overloaded:
+                pass  # then a part at a time
+        share = max(1, self.queue_size // 2)
+        size = max(1, share // 2)
+        self.put(items[:size], spare=self.queue_size // 4)
+        for begin in range(size, len(items), size):
+            if begin >= share:
+                items[begin - share].wait()
+            part = [item for item in items[begin : begin + size] if not item.dead]
+            try:
+                self._put_with_patience(part)
+            except ServerError as error:
+                for item in items[begin:]:
+                    item.resolve(error)
+                return
+
+    def _put_with_patience(self, items: Sequence[Item]) -> None:
+        """Queues all items as soon as they fit. Those whose deadline passes before get that as their outcome."""
+        with self._room:
+            while True:
+                items = [item for item in items if item.outcome is None]
+                now = time.monotonic()
+                if items and items[0].deadline is not None and items[0].deadline <= now:
+                    raise DeadlineExceeded("the deadline passed before the queue had room")
+                self._refuse_closed()
+                if self._fit(items, self.queue_size // 4):
+                    for item in items:
+                        item.enqueued = item.begun = now
+                    return self._put(items)
+                self._room.wait(min(_LOOK_S, items[0].deadline - now) if items[0].deadline else _LOOK_S)
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise self._closed
+
+    def _fit(self, items: Sequence[Item], spare: int) -> bool:
+        most = self.queue_size - spare - len(items)
+        if self._depth > most:
+            self._drop_dead()
+        return self._depth <= most
+
+    def _put(self, items: Sequence[Item]) -> None:
+        for item in items:
+            self._groups.setdefault(item.key, deque()).append(item)
+        self._depth += len(items)
+        self._wake(len(items))
 
     def borrow(self, item: Item) -> Seat | None:
         """A worker that waits for work, for who runs this item there at once; None if there is none."""
@@ -274,6 +369,7 @@ class Batcher:
                     batch.append(item)
             if not group:
                 del self._groups[key]
+        self._room.notify_all()
         return batch
 
     def _patience(self, max_wait_s: float) -> float | None:
@@ -313,6 +409,7 @@ class Batcher:
                 self._groups.clear()
                 self._depth = 0
             self._changed.notify_all()
+            self._room.notify_all()
 
     def open(self) -> None:
         """Accepts items (again)."""

@@ -20,6 +20,8 @@ _MALLOC = {
     "MALLOC_ARENA_MAX": (-8, 1),
 }
 
+_ENOUGH_DESCRIPTORS = 1 << 16
+
 CORES: frozenset[int] = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 """The cores that the server was started with; empty where the system does not tell."""
 
@@ -41,6 +43,20 @@ def memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
         return min(physical, int(limit.read_text()))
     except (OSError, ValueError):  # no cgroup, or "max"
         return physical
+
+
+def descriptors() -> int:
+    """Raises this process's limit of open descriptors as far as it may, and returns it."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return _ENOUGH_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return _ENOUGH_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
 
 
 def keep_to_one_core(seed: int) -> None:

@@ -3,7 +3,6 @@
 import hmac
 import itertools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -16,13 +15,16 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from tiny_model_server import devices, tracing
-from tiny_model_server.batcher import Batcher, Item, Outcome, Seat
+from tiny_model_server.batcher import Batcher, Chunks, Item, Outcome, Seat
 from tiny_model_server.budget import Budget
 from tiny_model_server.codec import ARRAY, Packed, args_json, dtype_name, signature
 from tiny_model_server.errors import (
     Cancelled,
+    DeadlineExceeded,
     InvalidInput,
     ModelUnavailable,
+    NotLoaded,
+    NowAPipeline,
     Overloaded,
     PermissionDenied,
     ServerError,
@@ -243,9 +245,12 @@ class Engine:
         """One outcome an input, in order: the model's answer, or the error of that input alone."""
         if not items:
             raise InvalidInput("the batch is empty; send at least one input")
+        if len(items) > self.settings.max_items:
+            most = self.settings.max_items
+            raise InvalidInput(f"the batch has {len(items)} items; TMS_MAX_ITEMS={most} is the most that one may have")
         self._admit()
         try:
-            model = self._open(call.model or name)
+            model = self._open(call.model or name, call.deadline)
             args_text = _text(args)
             if len(args_text) * len(items) > _LARGEST_ARGS:
                 raise InvalidInput(
@@ -253,9 +258,11 @@ class Engine:
                 )
             if not model.stages:
                 try:
-                    return self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)
+                    found = self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)
                 finally:
                     self._report_load(model, call)
+                if not isinstance(found[0], NowAPipeline):
+                    return found
             arrived = model.load_of.arrived(len(items))
             outcomes: list[Outcome] = list(items)
             try:
@@ -264,7 +271,7 @@ class Engine:
                     values = [item for item in outcomes if isinstance(item, Packed)]
                     if values:
                         last = plain and stage == model.stages[-1]
-                        results = self._run(self._stage(model, stage), values, args_text, call, last)
+                        results = self._run(self._stage(model, stage, call), values, args_text, call, last)
                         for index, outcome in zip(alive, results, strict=True):
                             outcomes[index] = outcome
             except ServerError as error:
@@ -281,22 +288,23 @@ class Engine:
         """What the model yields for one input, as it comes; leaving the iterator ends the model's work on it."""
         self._admit()
         try:
-            model = self._open(call.model or name)
+            model = self._open(call.model or name, call.deadline)
             if model.stages:
                 raise ModelUnavailable(f"model {name!r} is a pipeline, which does not stream; call it by Run")
             args_text = _text(args)
             item = Item(data, args_text, object(), deadline=call.deadline, once=not call.repeatable)
-            item.chunks = queue.Queue()
+            item.chunks = Chunks(self.settings.stream_idle_s)
             arrived = model.load_of.arrived(1)
             status = Cancelled.status
             try:
                 self._submit(model, [item], call)
-                while (chunk := item.next_chunk()) is not item.outcome:
+                last = False
+                while not last:
+                    chunk, last = item.next_chunk()
                     if isinstance(chunk, ServerError):
                         raise chunk
-                    yield chunk
-                if isinstance(chunk, ServerError):
-                    raise chunk
+                    if not last:
+                        yield chunk
                 status = "OK"
             except ServerError as error:
                 status = error.status
@@ -351,7 +359,7 @@ class Engine:
         self._admit()
         arrived = model.load_of.arrived(1)
         try:
-            (item,) = self._items(self._open(name), [data], _text(args), call, plain)
+            (item,) = self._items(self._open(name, call.deadline), [data], _text(args), call, plain)
         except Exception as error:
             self._dismiss()
             model.load_of.answered(arrived, [getattr(error, "status", ServerError.status)])
@@ -374,6 +382,14 @@ class Engine:
                 call.loop.drive(seat, model.batcher)
             else:
                 model.batcher.put([item])
+        except NotLoaded as error:
+            if not self.settings.lazy:
+                item.resolve(error)
+                return LATER
+            item.then = None  # it was unloaded in the moment before, and loading takes time
+            self._dismiss()
+            model.load_of.answered(arrived, [Cancelled.status])
+            raise WouldWait from None
         except ServerError as error:
             item.resolve(error)
         return LATER
@@ -398,8 +414,17 @@ class Engine:
 
         if not call.on_end(give_up):
             give_up()
-        if len(items) > 1 or items[0].chunks is not None or not model.batcher.run(items[0]):
-            model.batcher.put(items)
+        while True:
+            try:
+                if len(items) > 1:
+                    return model.batcher.put_in_parts(items)
+                if items[0].chunks is not None or not model.batcher.run(items[0]):
+                    model.batcher.put(items)
+                return
+            except NotLoaded:
+                if not self.settings.lazy:
+                    raise
+                self._open(model.name, call.deadline)  # it was unloaded in the moment before
 
     def _report_load(self, model: ServedModel, call: Call) -> None:
         if call.lane:
@@ -407,28 +432,40 @@ class Engine:
         loads = [self.model(stage).load_of for stage in model.stages] or [model.load_of]
         call.trailing["endpoint-load-metrics-bin"] = model.load_of.report(min(load.capacity for load in loads))
 
-    def _open(self, name: str) -> ServedModel:
+    def _open(self, name: str, deadline: float | None) -> ServedModel:
+        """The model, which is loaded or begins to be if the server is lazy."""
         model = self.model(name)
         model.used = time.monotonic()
-        if self.settings.lazy and model.state is State.UNLOADED:
-            self._make_room(model)
-            model.open_if_lazy()
+        if self.settings.lazy and model.state in (State.UNLOADED, State.UNLOADING):
+            if not self.settings.max_loaded:
+                model.open_if_lazy(deadline)
+                return model
+            if not self._room.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+                raise DeadlineExceeded(f"the deadline passed before there was room for model {name!r}")
+            try:
+                if model.state in (State.UNLOADED, State.UNLOADING):  # else another call was faster
+                    self._unload_others(model)
+                    model.open_if_lazy(deadline)
+            finally:
+                self._room.release()
         return model
 
     def _make_room(self, model: ServedModel) -> None:
         """Unloads the models that were not called for longest, if this one would be one too many."""
-        if not self.settings.max_loaded:
-            return
-        with self._room:
-            model.used, model.wanted = time.monotonic(), True
-            others = [other for other in self.models() if other.wanted and other is not model and not other.stages]
-            others.sort(key=lambda other: other.used, reverse=True)
-            for idle in others[self.settings.max_loaded - 1 :]:
-                log.info("model %s is unloaded: TMS_MAX_LOADED=%d", idle.name, self.settings.max_loaded)
-                idle.unload()
+        if self.settings.max_loaded:
+            with self._room:
+                self._unload_others(model)
 
-    def _stage(self, pipeline: ServedModel, name: str) -> ServedModel:
-        stage = self._open(name)
+    def _unload_others(self, model: ServedModel) -> None:
+        model.used, model.wanted = time.monotonic(), True
+        others = [other for other in self.models() if other.wanted and other is not model and not other.stages]
+        others.sort(key=lambda other: other.used, reverse=True)
+        for idle in others[self.settings.max_loaded - 1 :]:
+            log.info("model %s is unloaded: TMS_MAX_LOADED=%d", idle.name, self.settings.max_loaded)
+            idle.unload()
+
+    def _stage(self, pipeline: ServedModel, name: str, call: Call) -> ServedModel:
+        stage = self._open(name, call.deadline)
         if stage.stages:
             raise ModelUnavailable(f"{pipeline.name!r} names the stage {name!r}, which is a pipeline itself")
         return stage

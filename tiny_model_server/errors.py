@@ -1,5 +1,8 @@
 """The one tree of errors; each class carries the name of the gRPC status that a caller sees."""
 
+_LONGEST = 2048
+"""Bytes of a message on the wire. gRPC sends it in a header, which may be lost above 8 KB."""
+
 
 class ServerError(Exception):
     """An error with a gRPC status (a name such as ``"INTERNAL"``); its text is the message for the caller."""
@@ -23,6 +26,10 @@ class ModelUnavailable(ServerError):
     """The model is known, but it could not be loaded, is not loaded, or cannot do what was asked."""
 
     status = "FAILED_PRECONDITION"
+
+
+class NotLoaded(ModelUnavailable):
+    """The model is not loaded, and could be."""
 
 
 class ModelError(ServerError):
@@ -59,6 +66,10 @@ class Stopping(ServerError):
     status = "UNAVAILABLE"
 
 
+class NowAPipeline(Stopping):
+    """The model was found to be a pipeline while the call was queued; the call is to be made again."""
+
+
 class PermissionDenied(ServerError):
     """The caller may not do this."""
 
@@ -79,10 +90,46 @@ class Unimplemented(ServerError):
 
 def from_status(status: str, message: str) -> ServerError:
     """Rebuilds an error that crossed a process boundary as its status name and message."""
+    message = bounded(message)
     for kind in ServerError.__subclasses__():
         if kind.status == status:
             return kind(message)
     return ServerError(message)
+
+
+def message_of(error: BaseException, *, named: bool = False) -> str:
+    """The text of any error, as ``bounded`` leaves it; ``named`` puts the name of its class before it.
+
+    It never raises, though what a model raised may do so when it is asked for its text.
+    """
+    try:
+        text = f"{type(error).__name__}: {error}" if named else str(error)
+    except BaseException:  # its __str__ is a model's code, which may raise anything
+        text = "an error whose text cannot be had: its __str__ raised"
+    return bounded(text)
+
+
+def bounded(text: str) -> str:
+    """The text, cut to 2 KB as gRPC writes it: a byte that is not printable ASCII takes three.
+
+    What no wire can carry, half a surrogate pair and control characters, is escaped as Python writes it.
+    """
+    text = str.__getitem__(text, slice(_LONGEST + 1))  # of a class derived from str, too
+    size = end = 0
+    parts: list[str] = []
+    for character in text:
+        part = character if character in "\n\t" or _sound(character) else ascii(character)[1:-1]
+        size += len(part) if part.isascii() and part.isprintable() and part != "%" else 3 * len(part.encode())
+        if size > _LONGEST:
+            return "".join(parts[:end]) + "..."
+        parts.append(part)
+        if size <= _LONGEST - len("..."):
+            end = len(parts)
+    return "".join(parts)
+
+
+def _sound(character: str) -> bool:
+    return " " <= character != "\x7f" and not "\ud800" <= character <= "\udfff"
 
 
 _NAMES = """OK CANCELLED UNKNOWN INVALID_ARGUMENT DEADLINE_EXCEEDED NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED

@@ -12,9 +12,10 @@ from typing import Any
 import grpc
 from grpc_reflection.v1alpha import reflection
 
-from tiny_model_server import health, tls, tracing, wire
+from tiny_model_server import devices, health, tls, tracing, wire
+from tiny_model_server.admission import Admission, abort, waiting_threads
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import Cancelled, Overloaded, ServerError
+from tiny_model_server.errors import ServerError, message_of
 from tiny_model_server.protocols import model_mesh, modzy, native, nos, open_inference
 from tiny_model_server.settings import Settings, SettingsError
 
@@ -33,7 +34,8 @@ LIVE_SERVICE = "TinyModelServer"
 """The health name under which the replica serves once every model was loaded or has failed, until it stops."""
 
 _SPARE_THREADS = 8  # more than the engine admits, so that some are always left for refusals and admin calls
-_LONGEST_MESSAGE = 1000  # characters of an error; a status travels in HTTP/2 headers, which are bounded
+_MOST_STREAMS = 1024  # of a connection, at least; those that watch health are among them
+_HANDSHAKE_MS = 5000  # a connection that says nothing for so long is closed
 _NO_DEADLINE_S = 1e9
 
 
@@ -45,8 +47,11 @@ class GrpcServer:
         self._engine = engine
         self._health = health.Health()
         self._largest, self._most_items = settings.max_message_mb << 20, settings.max_items
+        traced = tracing.interceptors("server_interceptor")
         self._server = grpc.server(
-            ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="grpc"),
+            ThreadPoolExecutor(
+                settings.threads + waiting_threads(settings.threads) + _SPARE_THREADS, thread_name_prefix="grpc"
+            ),
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mb << 20),
                 ("grpc.max_send_message_length", -1),  # checked before it is sent, with an error that is not retried
@@ -54,11 +59,11 @@ class GrpcServer:
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 500),  # clients ping to notice a frozen server
                 ("grpc.max_connection_age_ms", int(settings.max_connection_age_s * 1000)),
+                ("grpc.max_concurrent_streams", max(_MOST_STREAMS, settings.threads)),
+                ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
+                ("grpc.max_allowed_incoming_connections", devices.descriptors() // 2),  # the rest is for workers
             ],
-            interceptors=[
-                *tracing.interceptors("server_interceptor"),
-                *([_TokenCheck(engine)] if settings.token else []),
-            ],
+            interceptors=[Admission(engine, health.SERVICE, alone=not traced), *traced],
         )
         if unknown := set(settings.doors) - set(DOORS):
             raise SettingsError(f"TMS_DOORS names {', '.join(sorted(unknown))}; there are {', '.join(DOORS)}")
@@ -78,7 +83,7 @@ class GrpcServer:
             _refuse_taken(settings.socket)
             self._listen(f"unix:{settings.socket}", tls_credentials, f"TMS_SOCKET={settings.socket!r}")
         name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # in a container, the pod's name
-        self.replica = f"{name}:{self.port}"
+        self.replica = ascii(f"{name}:{self.port}")[1:-1]  # metadata is ASCII
         """The name that answers carry."""
         engine.on_change(self._update_health)
         self._update_health()
@@ -135,17 +140,16 @@ class GrpcServer:
         """Answers an error raised inside with its gRPC status, and tells which replica answered."""
         call = _call(context)
         call.trailing["tms-replica"] = self.replica
-        if attempts := call.metadata.get("grpc-previous-rpc-attempts"):
+        attempts = call.metadata.get("grpc-previous-rpc-attempts", "")
+        if isinstance(attempts, str) and attempts.isdecimal() and attempts.isascii():  # a caller may send anything
             call.trailing["tms-retries"] = attempts
         try:
             yield call
         except ServerError as error:
-            if isinstance(error, Overloaded) and error.retry_after_ms is not None:
-                call.trailing["grpc-retry-pushback-ms"] = str(error.retry_after_ms)
-            _abort(context, call, error.status, str(error))
+            abort(context, error, call.trailing)
         except Exception as error:
             log.exception("%s failed", method.path)
-            _abort(context, call, "INTERNAL", f"a fault in the server: {type(error).__name__}: {error}")
+            abort(context, ServerError(f"a fault in the server: {message_of(error, named=True)}"), call.trailing)
         context.set_trailing_metadata(tuple(call.trailing.items()))
 
     def _update_health(self) -> None:
@@ -156,23 +160,9 @@ class GrpcServer:
 
 def _parsed(method: wire.Method, data: Any, call: Call, most: int) -> Any:
     """The request or, of a stream, the requests; parsed here, for what grpcio cannot parse it answers as INTERNAL."""
-    return _requests(method, data, call, most) if method.client_streaming else wire.parse(method, data, call, most)
-
-
-def _requests(method: wire.Method, data: Iterator[bytes], call: Call, most: int) -> Iterator[Any]:
-    try:
-        for one in data:
-            yield wire.parse(method, one, call, most)
-    except grpc.RpcError as error:
-        error.__traceback__ = None  # for grpcio keeps the error, and it would keep the frames and the call's memory
-        raise Cancelled("the caller went away") from None
-
-
-def _abort(context: Any, call: Call, status: str, message: str) -> None:
-    context.set_trailing_metadata(tuple(call.trailing.items()))
-    if len(message) > _LONGEST_MESSAGE:
-        message = message[:_LONGEST_MESSAGE] + "..."
-    context.abort(grpc.StatusCode[status], message)
+    if method.client_streaming:
+        return (wire.parse(method, one, call, most) for one in data)
+    return wire.parse(method, data, call, most)
 
 
 def _call(context: Any) -> Call:
@@ -200,19 +190,3 @@ def _refuse_taken(path: str) -> None:
         except OSError:
             return
     raise SettingsError(f"TMS_SOCKET={path!r}: another server listens there; choose another path")
-
-
-class _TokenCheck(grpc.ServerInterceptor):
-    """Answers calls without the server's token UNAUTHENTICATED; health needs none, for probes bring none."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def intercept_service(self, continuation: Any, details: Any) -> Any:
-        if not details.method.startswith(f"/{health.SERVICE}/"):
-            try:
-                self._engine.authenticate(dict(details.invocation_metadata))
-            except ServerError as error:
-                status, message = grpc.StatusCode[error.status], str(error)
-                return grpc.unary_unary_rpc_method_handler(lambda request, context: context.abort(status, message))
-        return continuation(details)

@@ -4,23 +4,90 @@ grpcio-health-checking is not used: its blocking form holds a server thread for 
 non-blocking form was seen to deadlock when a client leaves while a status changes (it sends while holding its lock).
 """
 
+import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from tiny_model_server import wire
+from tiny_model_server.admission import AT_ONCE, GuardedCall, Waits
+from tiny_model_server.errors import InvalidInput, ModelNotFound, ServerError
+
+log = logging.getLogger("tiny_model_server.health")
 
 SERVICE = "grpc.health.v1.Health"
+_READERS = 16
+"""Threads that read the requests of health."""
+_SHARE = 2
+"""How many of them one connection may hold."""
+_PATIENCE_S = 2.0
+"""How long a caller of health may take to send its request or to read an answer."""
 
 
 class _Watcher:
-    def __init__(self, service: str, send: Callable[[Any], None]) -> None:
+    def __init__(self, service: str, call: GuardedCall) -> None:
         self.service = service
-        self.send = send
+        self.call = call
         self.last: int | None = None
+
+
+class _Readers:
+    """Reads requests in a few threads, of which callers that send nothing cannot hold all."""
+
+    def __init__(self) -> None:
+        self._waits = Waits(_READERS // 2)
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="health")
+        self._lock = threading.Lock()
+        self._queues: defaultdict[str, deque[Callable[[], None]]] = defaultdict(deque)  # by connection
+        self._reading: Counter[str] = Counter()
+
+    def reads(self, then: Callable[[bytes, GuardedCall], None]) -> Any:
+        """A behaviour for grpcio that calls ``then`` with the request."""
+
+        def begin(requests: Iterator[bytes], context: Any, send: Callable[[Any], None]) -> None:
+            call = GuardedCall(context, self._waits, _PATIENCE_S, send)
+            peer = context.peer()
+            with self._lock:
+                self._queues[peer].append(partial(self._read, requests, call, peer, then))
+                self._go_on(peer)
+
+        # grpcio calls a behaviour with these attributes by this executor, so in the thread that heard of the call,
+        # and leaves the sending to it.
+        begin.experimental_thread_pool = AT_ONCE  # type: ignore[attr-defined]
+        begin.experimental_non_blocking = True  # type: ignore[attr-defined]
+        return begin
+
+    def _go_on(self, peer: str) -> None:
+        """Reads what waits of this connection, as far as it may have threads; called with the lock."""
+        queue = self._queues[peer]
+        while queue and self._reading[peer] < _SHARE:
+            self._reading[peer] += 1
+            self._pool.submit(queue.popleft())
+        if not self._reading[peer]:
+            del self._queues[peer], self._reading[peer]
+
+    def _read(
+        self, requests: Iterator[bytes], call: GuardedCall, peer: str, then: Callable[[bytes, GuardedCall], None]
+    ) -> None:
+        try:
+            if (request := call.receive(requests, only=True)) is None:
+                raise InvalidInput("the method takes exactly one request message")
+            then(request, call)
+        except ServerError as error:
+            call.end(error)
+        except Exception as error:
+            log.exception("a call of health failed")
+            call.end(ServerError(f"a fault in the server: {type(error).__name__}"))
+        finally:
+            with self._lock:
+                self._reading[peer] -= 1
+                self._go_on(peer)
 
 
 class Health:
@@ -28,7 +95,9 @@ class Health:
 
     def __init__(self) -> None:
         """Starts out knowing no service."""
+        self._readers = _Readers()
         self._response = wire.message("health", f"{SERVICE.rpartition('.')[0]}.HealthCheckResponse")
+        self._request = wire.methods("health", SERVICE)["Check"].request
         self._changed = threading.Condition()
         self._serving: dict[str, bool] = {}
         self._watchers: set[_Watcher] = set()
@@ -55,40 +124,38 @@ class Health:
         with self._changed:
             watchers, self._watchers = self._watchers, set()
         for watcher in watchers:
-            watcher.send(None)
+            watcher.call.finish()
 
     def generic_handler(self) -> Any:
         """What grpcio's server is given."""
-        methods = wire.methods("health", SERVICE)
-        pool = ThreadPoolExecutor(2, thread_name_prefix="health")
-
-        def check(request: Any, context: Any) -> Any:
-            status = self._status(request.service)
-            if status == self._response.SERVICE_UNKNOWN:
-                context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service[:80]!r}")
-            return self._response(status=status)
-
-        def watch(request: Any, context: Any, send_response_callback: Callable[[Any], None]) -> None:
-            watcher = _Watcher(request.service, send_response_callback)
-            with self._changed:
-                self._watchers.add(watcher)
-                self._wake()
-            if not context.add_callback(lambda: self._forget(watcher)):
-                self._forget(watcher)
-
-        # grpcio runs a behaviour with these attributes on this pool, and lets a stream go on after it returned.
-        check.experimental_thread_pool = pool  # type: ignore[attr-defined]
-        watch.experimental_thread_pool = pool  # type: ignore[attr-defined]
-        watch.experimental_non_blocking = True  # type: ignore[attr-defined]
-        table = {
-            "Check": grpc.unary_unary_rpc_method_handler(
-                check, methods["Check"].request.FromString, self._response.SerializeToString
-            ),
-            "Watch": grpc.unary_stream_rpc_method_handler(
-                watch, methods["Watch"].request.FromString, self._response.SerializeToString
-            ),
+        handler = partial(grpc.stream_stream_rpc_method_handler, response_serializer=self._response.SerializeToString)
+        table: dict[str, Any] = {
+            "Check": handler(self._readers.reads(self._check)),
+            "Watch": handler(self._readers.reads(self._watch)),
         }
         return grpc.method_handlers_generic_handler(SERVICE, table)
+
+    def _check(self, request: bytes, call: GuardedCall) -> None:
+        service = self._service(request)
+        status = self._status(service)
+        if status == self._response.SERVICE_UNKNOWN:
+            raise ModelNotFound(f"there is no service {service[:80]!r}")
+        call.send_all([self._response(status=status)])
+
+    def _watch(self, request: bytes, call: GuardedCall) -> None:
+        watcher = _Watcher(self._service(request), call)
+        with self._changed:
+            self._watchers.add(watcher)
+            self._wake()
+        if not call.on_end(lambda: self._forget(watcher)):
+            self._forget(watcher)
+
+    def _service(self, request: bytes) -> str:
+        try:
+            service: str = self._request.FromString(request).service
+            return service
+        except DecodeError:
+            raise InvalidInput("the request is no HealthCheckRequest") from None
 
     def _status(self, service: str) -> int:
         serving = self._serving.get(service)
@@ -114,4 +181,4 @@ class Health:
             for watcher, status in news:  # never while holding the lock: a send waits for gRPC's own threads
                 if status != watcher.last:
                     watcher.last = status
-                    watcher.send(self._response(status=status))
+                    watcher.call.send(self._response(status=status))

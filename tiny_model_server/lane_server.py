@@ -21,13 +21,12 @@ from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Seat, resolve
 from tiny_model_server.budget import Budget
 from tiny_model_server.engine import LATER, Call, Engine, WouldWait
-from tiny_model_server.errors import CODES, ServerError, Stopping, Unimplemented
+from tiny_model_server.errors import CODES, ServerError, Stopping, Unimplemented, message_of
 from tiny_model_server.pipe import Incomplete
 from tiny_model_server.shm import SharedBuffers, sealed
 
 log = logging.getLogger("tiny_model_server.lane")
 
-_LONGEST_MESSAGE = 1000  # characters of an error
 _LONGEST_HELLO = 1 << 16
 _HANDSHAKE_S = 2.0
 _NO_DEADLINE_S = 1e9
@@ -250,10 +249,10 @@ class LaneServer:
             raise
         except ServerError as error:
             final = lane.FINAL if getattr(error, "retry_after_ms", None) == -1 else 0
-            return CODES[error.status] | final, str(error)[:_LONGEST_MESSAGE].encode()
+            return CODES[error.status] | final, message_of(error).encode()
         except Exception as error:
             log.exception("a call failed")
-            return CODES["INTERNAL"], f"a fault in the server: {type(error).__name__}: {error}".encode()
+            return CODES["INTERNAL"], f"a fault in the server: {message_of(error, named=True)}".encode()
 
     def _send(self, connection: "_Connection", code: int, body: bytes) -> None:
         if connection.gone:

@@ -10,7 +10,7 @@ import threading
 import urllib.request
 from dataclasses import replace
 
-from tiny_model_server import __version__, awake, codec, lane, logs
+from tiny_model_server import __version__, awake, codec, ending, lane, logs
 from tiny_model_server.devices import cpus, keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
@@ -25,6 +25,7 @@ from tiny_model_server.web import WebServer
 log = logging.getLogger("tiny_model_server")
 
 _STOP_WORKERS_S = 5.0
+_STOP_REST_S = 3.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,6 +76,7 @@ def serve(settings: Settings) -> int:
         while heard.recv(1):
             if engine.stop_requested.is_set():
                 hurry.set()
+                ending.within(_STOP_WORKERS_S + _STOP_REST_S)
                 grpc_server.stop(0)
             engine.request_stop()
 
@@ -91,6 +93,7 @@ def serve(settings: Settings) -> int:
     threading.Thread(target=_load, args=(engine, settings, failed), name="start").start()
     engine.stop_requested.wait()
     log.info("stopping")
+    ending.within(settings.drain_delay_s + settings.grace_s + _STOP_WORKERS_S + _STOP_REST_S)
     grpc_server.refuse_health()
     hurry.wait(settings.drain_delay_s)
     ended = grpc_server.stop(0 if hurry.is_set() else settings.grace_s)
@@ -101,7 +104,7 @@ def serve(settings: Settings) -> int:
     if web:
         web.stop()
     log.info("stopped")
-    return 1 if failed.is_set() else 0
+    return ending.leave(1 if failed.is_set() else 0)
 
 
 def open_lanes(engine: Engine, settings: Settings, grpc_server: GrpcServer) -> LaneServer | None:

@@ -3,6 +3,7 @@
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from tiny_model_server.batcher import Batcher
-from tiny_model_server.errors import ModelNotFound, ModelUnavailable, ServerError, Stopping
+from tiny_model_server.errors import (
+    DeadlineExceeded,
+    ModelNotFound,
+    ModelUnavailable,
+    NotLoaded,
+    NowAPipeline,
+    ServerError,
+    Stopping,
+)
 from tiny_model_server.load import Metrics, ModelLoad
 from tiny_model_server.pool import Loaded, Plugin, Pool, resident_memory
 from tiny_model_server.settings import (
@@ -130,16 +139,18 @@ class ServedModel:
             pool.stop(grace_s, drain=grace_s > 0)
         self.batcher.close(Stopping("the server stopped before the model could answer"), drain=False)
 
-    def open_if_lazy(self) -> None:
-        """Loads an unloaded model in the background if the server is lazy; its calls queue meanwhile."""
-        if self._settings.lazy and self.state is State.UNLOADED and self._lock.acquire(blocking=False):
-            try:
-                if self.state is State.UNLOADED:
-                    self._enter(State.LOADING)
-                    self.batcher.open()
-                    threading.Thread(target=self._load_quietly, name=f"load-{self.name}").start()
-            finally:
-                self._lock.release()
+    def open_if_lazy(self, deadline: float | None) -> None:
+        """Begins to load an unloaded model, once it has finished to unload; its calls queue meanwhile."""
+        if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise DeadlineExceeded(f"the deadline passed before model {self.name!r} had been unloaded")
+        if self.state is not State.UNLOADED or self._stopped:
+            self._lock.release()
+            return
+        self.wanted = True
+        self._enter(State.LOADING)
+        self.batcher.open()
+        # The thread releases the lock: nobody is to unload the model before it has been loaded.
+        threading.Thread(target=self._load_quietly, name=f"load-{self.name}").start()
 
     @property
     def stages(self) -> list[str]:
@@ -173,9 +184,11 @@ class ServedModel:
 
     def _load_quietly(self) -> None:
         try:
-            self.load()
+            self._start()
         except ServerError:
             pass  # its state and the log say why
+        finally:
+            self._lock.release()
 
     def _start(self) -> None:
         if self._unloadable:
@@ -219,7 +232,7 @@ class ServedModel:
         self.batcher.queue_size = loaded.options.queue_size
         if loaded.stages:  # it has no workers; what was queued while that was unknown is to come again
             self._stop_pool(0)
-            self.batcher.close(Stopping(f"model {self.name!r} has just been loaded; call again"), drain=False)
+            self.batcher.close(NowAPipeline(f"model {self.name!r} has just been loaded; call again"), drain=False)
         self._enter(State.READY)
 
     def _new_pool(self) -> Pool:
@@ -260,7 +273,7 @@ class ServedModel:
     def _refusal(self) -> ServerError:
         if self.state is State.FAILED:
             return ModelUnavailable(f"model {self.name!r} could not be loaded: {self.reason}")
-        return ModelUnavailable(f"model {self.name!r} is not loaded")
+        return NotLoaded(f"model {self.name!r} is not loaded")
 
 
 class Repository:

@@ -108,7 +108,14 @@ class Settings:
         _number(int, 0),
         "most MiB of requests in the server at once; more is refused; 0: a quarter of the memory that it may use",
     )
-    threads: int = _setting(256, _number(int, 1, 4096), "calls in the server at once; one more is refused")
+    threads: int = _setting(
+        256,
+        _number(int, 1, 4096),
+        "calls in the server at once; one more is refused, and so is more than a quarter on one connection",
+    )
+    stream_idle_s: float = _setting(
+        10.0, _number(float, 0.1), "seconds after which a call is ended if its caller sends nothing or reads nothing"
+    )
     lane: bool = _setting(True, _flag, "1: clients on this host send by unix socket and shared memory, which is faster")
     one_core: bool = _setting(True, _flag, "1: the gRPC process keeps to one core, which is faster; workers use all")
     awake_us: int = _setting(

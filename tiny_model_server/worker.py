@@ -27,7 +27,7 @@ import numpy as np
 
 from model_interface import ModelInterface, Pipeline
 from tiny_model_server import codec, logs, tally
-from tiny_model_server.errors import InvalidInput, ModelError, ServerError
+from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.pipe import Pipe
 from tiny_model_server.settings import ModelOptions
 from tiny_model_server.shm import Place, Segment
@@ -80,7 +80,7 @@ def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
 
 def describe(error: BaseException, path: Path) -> str:
     """Why a plug-in could not be loaded, in one line, with the requirements file to install if that may help."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())
+    reason = " ".join(message_of(error, named=True).split())
     needs = path / "requirements.txt"
     if isinstance(error, ImportError) and needs.exists():
         reason += f" (install what it needs: pip install -r {needs})"
@@ -157,7 +157,9 @@ class Runner:
         try:
             listed = list(results)
         except Exception as error:
-            return [ModelError(f"run_batch of model {self._name!r} must return a sequence: {error}")] * count
+            return [
+                ModelError(f"run_batch of model {self._name!r} must return a sequence: {message_of(error)}")
+            ] * count
         if len(listed) != count:
             message = f"run_batch of model {self._name!r} returned {len(listed)} results for {count} items"
             log.error(message)
@@ -175,7 +177,7 @@ class Runner:
         if isinstance(error, InvalidInput):
             return error
         log.error("model %s raised", self._name, exc_info=error)
-        return ModelError(f"model {self._name!r} raised {type(error).__name__}: {error}")
+        return ModelError(f"model {self._name!r} raised {message_of(error, named=True)}")
 
     def _decode_image(self, data: bytes) -> Any:
         try:
@@ -312,12 +314,12 @@ class Slot:
     def _pack(self, result: Any, plain: bool) -> tuple[str | None, str, list[codec.Array]]:
         """(None, JSON, arrays) of a value, (status, message, []) of an error."""
         if isinstance(result, ServerError):
-            return result.status, str(result), []
+            return result.status, message_of(result), []
         try:
             packed = codec.Packed(codec.plain_json(result), []) if plain else codec.pack(result)
         except Exception as error:  # a result may be of any class, with any behaviour
-            log.error("a result could not be encoded: %s", error)
-            return ModelError.status, f"the model's answer cannot be encoded: {error}", []
+            log.error("a result could not be encoded: %s", message_of(error))
+            return ModelError.status, f"the model's answer cannot be encoded: {message_of(error)}", []
         return None, packed.text, packed.arrays
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from tiny_model_server import codec, pictures, wire
 from tiny_model_server.codec import Packed
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import InvalidInput, ModelUnavailable, ServerError
+from tiny_model_server.errors import InvalidInput, ModelUnavailable, ServerError, message_of
 from tiny_model_server.repository import ServedModel, State
 
 SCHEMA = "modzy"
@@ -38,7 +38,7 @@ class _Modzy:
         try:
             model = self._loaded()
         except ServerError as error:
-            return self._answer("Status", 500, str(error))
+            return self._answer("Status", 500, message_of(error))
         return self._answer("Status", 200, "The model is ready.", **_described(model))
 
     def Run(self, request: Any, call: Call) -> Any:
@@ -51,17 +51,17 @@ class _Modzy:
             outcomes = self._engine.run_batch(model.name, items, args, call)
             outputs = [_output(outcome, model) for outcome in outcomes]
         except ServerError as error:
-            return self._answer("Run", 422 if isinstance(error, InvalidInput) else 500, str(error))
+            return self._answer("Run", 422 if isinstance(error, InvalidInput) else 500, message_of(error))
         errors = [outcome for outcome in outcomes if isinstance(outcome, ServerError)]
         if len(errors) == len(items) and all(isinstance(error, InvalidInput) for error in errors):
-            return self._answer("Run", 422, f"no input can be processed: {errors[0]}", outputs=outputs)
+            return self._answer("Run", 422, f"no input can be processed: {message_of(errors[0])}", outputs=outputs)
         return self._answer("Run", 200, "Success with errors." if errors else "Success.", outputs=outputs)
 
     def Shutdown(self, request: Any, call: Call) -> Any:
         try:
             self._engine.authorize(call)
         except ServerError as error:
-            return self._answer("Shutdown", 403, str(error))
+            return self._answer("Shutdown", 403, message_of(error))
         self._engine.request_stop()
         return self._answer("Shutdown", 202, "The model is shutting down.")
 
@@ -134,7 +134,7 @@ def _item(index: int, item: Mapping[str, bytes], kinds: Mapping[str, str]) -> Pa
 
 def _output(outcome: Packed | ServerError, model: ServedModel) -> dict[str, Any]:
     if isinstance(outcome, ServerError):
-        return {"output": {"error": str(outcome).encode()}, "success": False}
+        return {"output": {"error": message_of(outcome).encode()}, "success": False}
     value, files = codec.unpack(outcome), {}
     outputs = (model.loaded.metadata.get("outputs") or []) if model.loaded else []
     for one in outputs:

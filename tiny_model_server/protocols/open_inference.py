@@ -14,7 +14,7 @@ import numpy as np
 from tiny_model_server import __version__, codec, tensors, wire
 from tiny_model_server.codec import Array, Packed
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import InvalidInput, ModelError, ServerError
+from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.repository import ServedModel, State
 
 SCHEMA = "open_inference"
@@ -99,7 +99,7 @@ class _OpenInference:
                 yield self._answer("ModelStreamInfer", infer_response=self.ModelInfer(request, call))
             except ServerError as error:
                 failed = self._methods["ModelInfer"].response(model_name=request.model_name, id=request.id)
-                yield self._answer("ModelStreamInfer", error_message=str(error), infer_response=failed)
+                yield self._answer("ModelStreamInfer", error_message=message_of(error), infer_response=failed)
 
     def ModelInfer(self, request: Any, call: Call) -> Any:
         model = self._engine.model(call.model or request.model_name)
