@@ -5,20 +5,22 @@ A packed value is one JSON text and a list of arrays. In the text, ``{"$array": 
 "-inf") is a number that JSON lacks; ``{"$dict": {...}}`` holds a dict whose own keys begin with "$".
 """
 
+from __future__ import annotations
+
 import base64
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 
 from tiny_model_server.errors import InvalidInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Buffer = bytes | bytearray | memoryview
+Buffer = Union[bytes, bytearray, memoryview]
 
 ARRAY = '{"$array": 0}'
 """The text of a packed value that is nothing but an array."""

@@ -1,5 +1,7 @@
 """The one tree of errors; each class carries the name of the gRPC status that a caller sees."""
 
+from __future__ import annotations
+
 
 class ServerError(Exception):
     """An error with a gRPC status (a name such as ``"INTERNAL"``); its text is the message for the caller."""

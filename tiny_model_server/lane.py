@@ -24,6 +24,8 @@ The rules:
    its place in the server, however it ended.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import math

@@ -1,5 +1,7 @@
 """All settings, frozen and checked; the only reader of the environment (``TMS_*``)."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -139,7 +141,7 @@ class Settings:
     )
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Reads the environment; SettingsError for a value that is not allowed or a variable that does not exist."""
         known = {PREFIX + item.name.upper(): item for item in fields(cls)}
         for name in env:
@@ -184,7 +186,7 @@ class ModelOptions:
         metadata={"check": _json_object, "doc": "keyword arguments of Model(), as JSON", "secret": False},
     )
 
-    def declared(self, attributes: Mapping[str, Any]) -> "ModelOptions":
+    def declared(self, attributes: Mapping[str, Any]) -> ModelOptions:
         """These options with a plug-in's class attributes as defaults; ValueError names a wrong one."""
         changes = {}
         for item in fields(self):
@@ -197,7 +199,7 @@ class ModelOptions:
                 raise ValueError(f"class attribute {item.name} = {value!r} must be {error}") from None
         return replace(self, **changes)
 
-    def with_overrides(self, overrides: Mapping[str, Any]) -> "ModelOptions":
+    def with_overrides(self, overrides: Mapping[str, Any]) -> ModelOptions:
         """These options with values from ``model_overrides`` in the place of their own."""
         return replace(self, **overrides)
 
@@ -221,7 +223,7 @@ def model_prefix(name: str) -> str:
     return f"{MODEL_PREFIX}{re.sub(r'[^A-Z0-9]', '_', name.upper())}_"
 
 
-def _checked(variable: str, text: str, item: "Field[Any]") -> Any:
+def _checked(variable: str, text: str, item: Field[Any]) -> Any:
     try:
         return item.metadata["check"](text)
     except ValueError as error:

@@ -3,6 +3,8 @@
 Unnamed (memfd) on purpose: a process that is killed leaves nothing behind, and no other process can find it.
 """
 
+from __future__ import annotations
+
 import ctypes
 import fcntl
 import itertools
@@ -57,7 +59,7 @@ class Segment:
             return []
         places, end = layout(arrays)
         mapped = self._mapped(end, grow=True)
-        for (offset, *_), array in zip(places, arrays, strict=True):
+        for (offset, *_), array in zip(places, arrays):
             mapped[offset : offset + array.nbytes] = raw(array)
         return places
 
@@ -138,7 +140,7 @@ class Pair:
     """Memory that a caller on this host shares with server and workers: what it sends, and what it gets."""
 
     _numbers = itertools.count()
-    alive: "weakref.WeakValueDictionary[int, Pair]" = weakref.WeakValueDictionary()
+    alive: weakref.WeakValueDictionary[int, Pair] = weakref.WeakValueDictionary()
 
     def __init__(
         self,
