@@ -11,6 +11,7 @@ from tiny_model_server.engine import Engine
 log = logging.getLogger("tiny_model_server.reload")
 
 _LONGEST_BACKOFF_S = 10.0
+_LOOK_MS = 5000  # how often to look whether it is still the same folder
 
 
 def watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
@@ -21,18 +22,29 @@ def watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
     backoff_s = 0.5
     while not stop.is_set():
         try:
-            # Without the permission to read some folder in it, the others are watched.
+            here, watched = folder.resolve(), _identity(folder)
             for changes in watchfiles.watch(
-                folder.resolve(), stop_event=stop, raise_interrupt=False, ignore_permission_denied=True
+                here,
+                stop_event=stop,
+                raise_interrupt=False,
+                ignore_permission_denied=True,  # of one folder in it; the others are watched
+                rust_timeout=_LOOK_MS,
+                yield_on_timeout=True,
             ):
                 backoff_s = 0.5
-                _reload(engine, folder.resolve(), {Path(path) for _, path in changes})
-                if not folder.is_dir():
-                    raise FileNotFoundError(f"{folder} has gone")
+                _reload(engine, here, {Path(path) for _, path in changes})
+                if _identity(folder) != watched:  # the system goes on to watch the one that was moved away
+                    log.warning("%s is another folder now", folder)
+                    break
         except Exception as error:  # whatever the system reports, the watch goes on
             log.error("%s cannot be watched for changes: %s", folder, error)
         stop.wait(backoff_s)
         backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    found = folder.stat()
+    return found.st_dev, found.st_ino
 
 
 def _reload(engine: Engine, folder: Path, changed: set[Path]) -> None:
