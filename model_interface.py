@@ -1,5 +1,7 @@
 """What a plug-in author reads: put ``class Model(ModelInterface)`` into ``models/<name>/__init__.py``."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -77,7 +79,10 @@ class ModelInterface(ABC):
             self.run(self.example, {})
 
     def close(self) -> None:  # noqa: B027 - to do nothing is right for most
-        """Runs when the worker stops in good order."""
+        """Runs when the worker stops in good order, for 10 seconds at most.
+
+        The worker ends then, with all threads and processes that the model has left running.
+        """
 
 
 class Pipeline(ModelInterface):

@@ -33,7 +33,10 @@ ORDER = [
     "tiny_model_server.stats",
     "model_interface",
     "model_client",
+    "tiny_model_server.guardian",
     "tiny_model_server.worker",
+    "tiny_model_server.worker_path",
+    "tiny_model_server.children",
     "tiny_model_server.load",
     "tiny_model_server.batcher",
     "tiny_model_server.pool",
@@ -142,8 +145,17 @@ def test_each_file_says_its_job_in_its_first_line() -> None:
 
 def test_only_settings_and_client_read_the_environment() -> None:
     readers = {path.name for path in SOURCES if "os.environ" in path.read_text()}
-    # The pool hands it on to its workers; OpenTelemetry has variables of its own.
-    assert readers == {"settings.py", "model_client.py", "pool.py", "devices.py", "tracing.py"}
+    # The pool hands it on to its workers, and a worker (and ``models``) to what its model starts; OpenTelemetry has
+    # variables of its own.
+    assert readers == {
+        "settings.py",
+        "model_client.py",
+        "pool.py",
+        "devices.py",
+        "tracing.py",
+        "worker.py",
+        "models.py",
+    }
 
 
 def test_the_inside_stays_small() -> None:

@@ -8,6 +8,8 @@ A value arrives equal, or ``pack`` raises TypeError. Two things change as they d
 of dicts become text.
 """
 
+from __future__ import annotations
+
 import base64
 import dataclasses
 import datetime
@@ -20,14 +22,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 
 from tiny_model_server.errors import InvalidInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Buffer = bytes | bytearray | memoryview
+Buffer = Union[bytes, bytearray, memoryview]
 
 ARRAY = '{"$array": 0}'
 """The text of a packed value that is nothing but an array."""
@@ -400,7 +402,7 @@ class _CannotTravel(Exception):
         return f"{self.args[0]} (at {self.path or 'the top'}){self.advice}"
 
 
-def _encoded(value: Any, arrays: "list[Array] | None", to_text: Callable[[Any], str]) -> str:
+def _encoded(value: Any, arrays: list[Array] | None, to_text: Callable[[Any], str]) -> str:
     try:
         return to_text(_encode(value, arrays))
     except RecursionError:
@@ -411,7 +413,7 @@ def _encoded(value: Any, arrays: "list[Array] | None", to_text: Callable[[Any], 
         raise TypeError(f"the value cannot travel: {error}") from None
 
 
-def _encode(value: Any, arrays: "list[Array] | None") -> Any:
+def _encode(value: Any, arrays: list[Array] | None) -> Any:
     """The value as JSON with references to ``arrays``; where these are None, arrays are lists.
 
     What is JSON already is returned as it is, so that a large tree is not in memory twice.
@@ -433,7 +435,7 @@ def _encode(value: Any, arrays: "list[Array] | None") -> Any:
     return _encode_other(value, arrays)
 
 
-def _encode_list(value: Sequence[Any], arrays: "list[Array] | None") -> Any:
+def _encode_list(value: Sequence[Any], arrays: list[Array] | None) -> Any:
     encoded: list[Any] = []
     try:
         for item in value:
@@ -444,7 +446,7 @@ def _encode_list(value: Sequence[Any], arrays: "list[Array] | None") -> Any:
     return value if type(value) is list and all(map(operator.is_, encoded, value)) else encoded
 
 
-def _encode_dict(value: Mapping[Any, Any], arrays: "list[Array] | None") -> Any:
+def _encode_dict(value: Mapping[Any, Any], arrays: list[Array] | None) -> Any:
     keys = {_key(key): key for key in value}
     if len(keys) != len(value):
         raise _CannotTravel("a dict whose keys become the same text cannot travel", "use texts as keys")
@@ -462,7 +464,7 @@ def _encode_dict(value: Mapping[Any, Any], arrays: "list[Array] | None") -> Any:
     return value if same and all(map(operator.is_, keys, keys.values())) else encoded
 
 
-def _encode_other(value: Any, arrays: "list[Array] | None") -> Any:
+def _encode_other(value: Any, arrays: list[Array] | None) -> Any:
     if isinstance(value, np.ndarray):
         return _encode_array(value, arrays)
     kind = type(value).__name__
@@ -488,7 +490,7 @@ def _encode_other(value: Any, arrays: "list[Array] | None") -> Any:
     raise _CannotTravel(f"{kind} cannot travel", _advice(value))
 
 
-def _encode_array(value: Array, arrays: "list[Array] | None") -> Any:
+def _encode_array(value: Array, arrays: list[Array] | None) -> Any:
     try:
         array = portable(value)
     except TypeError as error:
@@ -511,7 +513,7 @@ def _text(text: str) -> str:
     return text
 
 
-def _one_run(value: "bytes | bytearray | memoryview") -> Any:
+def _one_run(value: bytes | bytearray | memoryview) -> Any:
     if not isinstance(value, memoryview) or (value.format == "B" and value.c_contiguous and value.ndim == 1):
         return value
     if value.format != "B" or value.ndim != 1:

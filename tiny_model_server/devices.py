@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _CUDA = re.compile(r"(?:cuda:)?(\d+)|(GPU-[0-9a-fA-F-]+|MIG-[0-9a-zA-Z/-]+)")
@@ -26,23 +26,58 @@ CORES: frozenset[int] = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched
 """The cores that the server was started with; empty where the system does not tell."""
 
 
-def cpus(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
-    """How many cores the server may use at once: those it has, or as many as its container is limited to."""
-    cores = float(len(CORES) or os.cpu_count() or 1)
+def cpus(root: Path = Path("/")) -> float:
+    """How many cores the server may use at once: those it has, or as many as its container is limited to.
+
+    ``root`` is where the system's ``proc`` and ``sys`` lie.
+    """
+    limits = [float(len(CORES) or os.cpu_count() or 1)]
+    for text in _limits(root, "cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        quota, _, period = text.partition(" ")
+        with suppress(ValueError, ZeroDivisionError):  # "max": no limit
+            limits.append(int(quota) / int(period))
+    return min(limit for limit in limits if limit > 0)  # cgroup v1 says -1 for no limit
+
+
+def memory(root: Path = Path("/")) -> int:
+    """How many bytes of memory the server may use: the machine's, or its container's limit; ``root`` as for cpus."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for text in _limits(root, "memory.max", "memory", "memory.limit_in_bytes"):
+        with suppress(ValueError):
+            limits.append(int(text))
+    return min(limit for limit in limits if limit > 0)
+
+
+def _limits(root: Path, unified: str, controller: str, *legacy: str) -> Iterator[str]:
+    """What this process' control groups say in these files, from its own group up: those of v2, then those of v1.
+
+    A container often sees its own group as the root, whatever ``/proc/self/cgroup`` names; so groups that are not there
+    are passed over, and the root is always looked at.
+    """
+    groups = {"": "/", controller: "/"}
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, names, path = [*line.split(":", 2), "", ""][:3]
+        groups.update(dict.fromkeys(names.split(","), path))
+    mounts = root / "sys/fs/cgroup"
+    for mount in (mounts, mounts / "unified"):
+        for folder in _upwards(mount, groups[""]):
+            yield _text(folder / unified)
+    for mount in {mounts / controller, *mounts.glob(f"{controller},*"), *mounts.glob(f"*,{controller}")}:
+        for folder in _upwards(mount, groups[controller]):
+            yield " ".join(_text(folder / name) for name in legacy)
+
+
+def _upwards(mount: Path, group: str) -> Iterator[Path]:
+    parts = [part for part in group.split("/") if part not in ("", ".", "..")]
+    for depth in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:depth])
+
+
+def _text(path: Path) -> str:
     try:
-        quota, period = limit.read_text().split()
+        return path.read_text().strip()
     except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else min(cores, int(quota) / int(period))
-
-
-def memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
-    """How many bytes of memory the server may use: the machine's, or its container's limit."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        return min(physical, int(limit.read_text()))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return physical
+        return ""
 
 
 def descriptors() -> int:

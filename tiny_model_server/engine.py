@@ -33,7 +33,7 @@ from tiny_model_server.errors import (
 )
 from tiny_model_server.load import Metrics
 from tiny_model_server.repository import Repository, ServedModel, State
-from tiny_model_server.settings import Settings
+from tiny_model_server.settings import Settings, check_option
 from tiny_model_server.shm import SharedBuffers
 
 log = logging.getLogger("tiny_model_server.engine")
@@ -166,8 +166,11 @@ class Engine:
 
     def load(self, name: str, workers: int = 0) -> ServedModel:
         """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
-        if workers < 0:
-            raise InvalidInput(f"the number of workers cannot be {workers}; 0 takes the model's own")
+        if workers:
+            try:
+                check_option("workers", workers)
+            except ValueError as error:
+                raise InvalidInput(f"{error}; 0 takes the model's own") from None
         self._repository.find()
         model = self.model(name)
         self._make_room(model)

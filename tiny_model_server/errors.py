@@ -1,5 +1,7 @@
 """The one tree of errors; each class carries the name of the gRPC status that a caller sees."""
 
+from __future__ import annotations
+
 _LONGEST = 2048
 """Bytes of a message on the wire. gRPC sends it in a header, which may be lost above 8 KB."""
 

@@ -23,6 +23,8 @@ The rules:
    its place in the server, however it ended.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import math
@@ -96,7 +98,7 @@ class Answer(NamedTuple):
 class Lane:
     """A client's end of one connection, for one call at a time."""
 
-    def __init__(self, port: int, metadata: dict[str, str], lent: "_OwnMemory | None" = None) -> None:
+    def __init__(self, port: int, metadata: dict[str, str], lent: _OwnMemory | None = None) -> None:
         """Connects; OSError if there is no such server, or it is another user's.
 
         With ``lent``, the calls are those of one ``shared_array``, which lies there.

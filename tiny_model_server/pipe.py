@@ -1,5 +1,7 @@
 """Messages between the front and one slot of a worker, in turns: a stream socket with pickles, and descriptors."""
 
+from __future__ import annotations
+
 import array
 import pickle
 import socket
@@ -29,6 +31,8 @@ class Pipe:
         self._read = memoryview(bytearray(_READ))
         self._begun = bytearray()  # of a message that was Incomplete
         self._closing = threading.Lock()
+        self.whole = True
+        """False if an error came in the middle of a message: nothing more can be understood then."""
 
     def fileno(self) -> int:
         """The descriptor, to be polled."""
@@ -38,11 +42,12 @@ class Pipe:
         """Sends a message, with copies of descriptors; OSError if the other end has gone."""
         data = pickle.dumps(message)
         header = _HEADER.pack(_MARK, len(data), len(fds))
-        if not fds:
-            return self._socket.sendall(header + data)
+        message = data if fds else header + data
+        self.whole = False
         for first in range(0, len(fds), _MOST_FDS):
             socket.send_fds(self._socket, [b"\0" if first else header], fds[first : first + _MOST_FDS])
-        self._socket.sendall(data)
+        self._socket.sendall(message)
+        self.whole = True
 
     def receive(self, *, wait: bool = True) -> tuple[Any, list[int]]:
         """The next message and its descriptors; EOFError or OSError if the other end has gone, else UnpicklingError.
@@ -50,6 +55,7 @@ class Pipe:
         Without ``wait``, where something is there and brings no descriptors: Incomplete if that is not all.
         """
         fds = array.array("i")
+        self.whole = False
         data: memoryview | bytearray = self._begun or self._read[: self._receive(fds)]
         if len(data) < _HEADER.size:
             data = self._complete(data, _HEADER.size, fds, wait)
@@ -61,9 +67,10 @@ class Pipe:
         if len(data) < _HEADER.size + size:
             data = self._complete(data, _HEADER.size + size, fds, wait)
         self._begun = bytearray()
+        self.whole = True
         return pickle.loads(memoryview(data)[_HEADER.size :]), fds.tolist()
 
-    def _complete(self, data: memoryview | bytearray, size: int, fds: "array.array[int]", wait: bool) -> bytearray:
+    def _complete(self, data: memoryview | bytearray, size: int, fds: array.array[int], wait: bool) -> bytearray:
         self._begun = bytearray(data)
         if not wait:
             raise Incomplete
@@ -71,7 +78,7 @@ class Pipe:
             self._begun += self._read[: self._receive(fds, min(size - len(self._begun), _READ))]
         return self._begun
 
-    def _receive(self, fds: "array.array[int]", most: int = _READ) -> int:
+    def _receive(self, fds: array.array[int], most: int = _READ) -> int:
         size, ancillary, *_ = self._socket.recvmsg_into([self._read[:most]], _SPACE, _FLAGS)
         for _, _, content in ancillary:
             fds.frombytes(content)

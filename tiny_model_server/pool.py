@@ -1,7 +1,9 @@
 """The workers of one model: spawn, watch, restart, stop. Each worker process has a thread that keeps it alive."""
 
+import errno
 import logging
 import os
+import pickle
 import select
 import signal
 import socket
@@ -18,11 +20,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server import devices
+from tiny_model_server import children, devices
 from tiny_model_server.awake import Waiter
 from tiny_model_server.batcher import Batcher, Item, Outcome, Seat, resolve
 from tiny_model_server.codec import Packed, Placed, dtype_of
-from tiny_model_server.errors import Cancelled, DeadlineExceeded, ModelError, ModelUnavailable, ServerError, from_status
+from tiny_model_server.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    ModelError,
+    ModelUnavailable,
+    Overloaded,
+    ServerError,
+    from_status,
+)
 from tiny_model_server.load import ModelLoad
 from tiny_model_server.pipe import Incomplete, Pipe
 from tiny_model_server.settings import ModelOptions, Settings
@@ -32,6 +42,12 @@ from tiny_model_server.tally import Tally
 log = logging.getLogger("tiny_model_server.pool")
 
 _ROOT = Path(__file__).resolve().parent.parent
+_WORKER = str(Path(__file__).resolve().parent / "worker_path")
+_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.ETOOMANYREFS}
+_LONGEST_LACK_BACKOFF_S = 1.0  # between attempts while the server itself lacks something
+_LACK_S = 1.0  # a model without a worker for want of such is FAILED after so long
+_RETRY_AFTER_MS = 100
+_LONGEST_FIRST_MESSAGE = 1 << 30  # of a worker that loads, in bytes
 _LONGEST_BACKOFF_S = 30.0  # between attempts to load
 _LONGEST_CRASH_BACKOFF_S = 0.2  # between deaths of workers that could be loaded: inputs that kill must not stop others
 _STUCK_S = 5  # a worker that begins a message and does not go on for so long is given up
@@ -79,24 +95,34 @@ class _Misplaced(Exception):
         self.options = options
 
 
+class Lacking(Exception):
+    """The server itself lacks descriptors, memory, threads or processes: nobody's fault, to be tried again."""
+
+
+def lacks(error: BaseException, also: int = 0) -> bool:
+    """True if an error says that the server lacks something, not that a worker or a model did something wrong."""
+    if isinstance(error, OSError):
+        return error.errno in _LACKS or error.errno == also
+    no_thread = isinstance(error, RuntimeError) and "can't start new thread" in str(error)
+    return no_thread or isinstance(error, (MemoryError, Lacking))
+
+
 class _Slot:
     """The front's end of a slot: sends a batch to the worker and waits for the outcomes."""
 
     def __init__(self, control: Connection) -> None:
-        with ExitStack() as undo:
-            ours, theirs = socket.socketpair()
-            undo.callback(ours.close)
-            with theirs:
-                for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # of one piece, not of a whole answer
-                    ours.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _STUCK_S, 0))
-                self.pipe = Pipe(ours)
-                self._inbox = Segment()
-                undo.callback(self._inbox.close)
-                self._outbox = Segment()
-                undo.callback(self._outbox.close)
-                for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
-                    reduction.send_handle(control, fd, 0)
-            undo.pop_all()  # from here on, ``close`` does it
+        ours, theirs = socket.socketpair()
+        self.pipe = Pipe(ours)
+        with theirs, ExitStack() as opened:
+            opened.callback(ours.close)
+            _limit_waits(ours)
+            self._inbox = Segment()
+            opened.callback(self._inbox.close)
+            self._outbox = Segment()
+            opened.callback(self._outbox.close)
+            for fd in (theirs.fileno(), self._inbox.fd, self._outbox.fd):
+                reduction.send_handle(control, fd, 0)
+            opened.pop_all()
         self._new_inbox = False
         self._known: set[int] = set()  # the callers' buffers that the worker maps, by name
         poll = select.poll()
@@ -104,11 +130,14 @@ class _Slot:
         self._waiter = Waiter(lambda seconds: poll.poll(None if seconds is None else seconds * 1000))
 
     def send(self, batch: list[Item]) -> None:
-        """Hands a batch, or one item that streams, to the worker; _WorkerDied if it is not there."""
+        """Hands a batch, or one item that streams, to the worker; _WorkerDied if it is not there.
+
+        Lacking if the server cannot do it now; the worker then is as it was, unless ``pipe.whole`` is False.
+        """
         try:
             self._send(batch)
-        except (EOFError, OSError) as error:
-            raise _WorkerDied from error
+        except (EOFError, OSError, MemoryError) as error:
+            raise _lack_or_death(error) from error
 
     def ready(self, seconds: float) -> bool:
         """True when the worker has answered, False if it has not within this time."""
@@ -122,7 +151,7 @@ class _Slot:
         try:
             answers, seconds, kept, tally = self._receive(timeout_s)
         except (EOFError, OSError) as error:
-            raise _WorkerDied from error
+            raise _lack_or_death(error) from error
         self._note_kept(kept, batch)
         return [self._outcome(answer, item.lane) for answer, item in zip(answers, batch, strict=True)], seconds, tally
 
@@ -134,7 +163,7 @@ class _Slot:
             _, seconds, kept, tally = answer
             self._note_kept(kept, [item])
         except (EOFError, OSError) as error:
-            raise _WorkerDied from error
+            raise _lack_or_death(error) from error
         return seconds, tally
 
     def _send(self, batch: list[Item]) -> None:
@@ -197,38 +226,34 @@ class _Process:
     """One worker process, from spawn to death."""
 
     def __init__(self, plugin: Plugin, settings: Settings, index: int, options: ModelOptions) -> None:
-        """Spawns the process for worker ``index`` under these options; OSError if that cannot be."""
+        """Spawns the process for worker ``index`` under these options; ModelUnavailable or OSError if it can't be."""
         self._plugin = plugin
         self._settings = settings
         self._index = index
         self._placed = _placement(index, options)
-        ours, theirs = socket.socketpair()
-        with theirs, devices.on_all_cores():
-            self.popen = subprocess.Popen(
-                [plugin.interpreter, "-m", "tiny_model_server.worker", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=_environment(settings) | self._placed,
-                start_new_session=True,  # a Ctrl-C in the terminal is for the front alone
-            )
-        self._control = Connection(ours.detach())
+        self.popen, self._control = _start(plugin, _environment(plugin, settings) | self._placed)
+        self.pid = 0
+        """The worker, once it has told; ``popen`` is its guardian."""
         self.slots: list[_Slot] = []
         self.ready = False
 
     def load(self) -> Loaded:
-        """Lets the process import, construct and warm up the model; ModelUnavailable says why that failed."""
+        """Lets the process import, construct and warm up the model; ModelUnavailable says why that failed.
+
+        Lacking, or an error of the same kind, if the server itself lacks something.
+        """
         plugin = self._plugin
         options = ModelOptions().with_overrides(plugin.overrides)
         spec = {
             "name": plugin.name,
             "path": str(plugin.path),
-            "front": os.getpid(),
             "log_level": self._settings.log_level,
             "log_format": self._settings.log_format,
         }
         try:
             self._control.send(spec)
             declared = self._hear("declared", options.load_timeout_s)
+            self.pid = declared["pid"]
             options = ModelOptions().declared(declared["options"]).with_overrides(plugin.overrides)
             facts = declared["metadata"], declared["example"], declared["stages"]
             if declared["stages"]:
@@ -239,20 +264,33 @@ class _Process:
             input_shape = self._hear("ready", options.load_timeout_s)
             for _ in range(options.concurrency):
                 self.slots.append(_Slot(self._control))
+        except (ModelUnavailable, _Misplaced):
+            raise
         except ValueError as error:
             raise ModelUnavailable(str(error)) from None
-        except (EOFError, OSError):
-            raise ModelUnavailable(f"its worker {self.end()} while loading") from None
-        self.ready = True
+        except (EOFError, OSError) as error:
+            if lacks(error):
+                raise
+            raise ModelUnavailable(self._end_of_loading(error)) from None
+        except (pickle.UnpicklingError, KeyError, TypeError, AttributeError, ImportError, IndexError) as error:
+            raise ModelUnavailable(self._end_of_loading(error)) from None
         return Loaded(options, input_shape, *facts)
 
     def _hear(self, expected: str, timeout_s: float) -> Any:
         if not self._control.poll(timeout_s):
             raise ModelUnavailable(f"it took longer than load_timeout_s={timeout_s:g} to load")
-        kind, content = self._control.recv()
+        kind, content = pickle.loads(self._control.recv_bytes(_LONGEST_FIRST_MESSAGE))
         if kind != expected:
-            raise ModelUnavailable(content)
+            raise ModelUnavailable(str(content))
         return content
+
+    def _end_of_loading(self, error: Exception) -> str:
+        """Why a worker that did not say anything sensible while loading failed."""
+        try:
+            self.popen.wait(_STUCK_S)
+        except subprocess.TimeoutExpired:
+            return f"its worker closed or spoilt the connection to the server while loading ({error!r})"
+        return f"its worker {self.end()} while loading"
 
     def end(self) -> str:
         """How the process ended, as "was killed by SIGSEGV" or "exited with code 3"; waits for it."""
@@ -263,24 +301,20 @@ class _Process:
         return f"was killed by {signal.Signals(-code).name}{hint}"
 
     def kill(self) -> None:
-        """Kills the process and what it has started."""
-        try:
-            os.killpg(self.popen.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # macOS forbids it for a process that has ended
-            pass
+        """Kills the worker and what it has started: its guardian does it, who may have been stopped by the model."""
+        for number in (signal.SIGTERM, signal.SIGCONT):
+            self.popen.send_signal(number)
 
     def hang_up(self) -> None:
-        """After death: ends what its slots wait for, and what the model may have left running."""
-        self.kill()
+        """Ends what its slots wait for, and the connection by which its guardian knows that the front is there."""
         for slot in self.slots:
             slot.pipe.shutdown()
+        self._control.close()
 
     def close(self) -> None:
-        """After death, when nobody uses its slots any more: closes all descriptors."""
-        self.kill()
+        """Closes its slots, after death, when nobody uses them any more."""
         for slot in self.slots:
             slot.close()
-        self._control.close()
 
 
 class Pool:
@@ -358,7 +392,7 @@ class Pool:
     @property
     def pids(self) -> list[int]:
         """The processes that serve now."""
-        return [process.popen.pid for process in self._running() if process.ready]
+        return [process.pid for process in self._running() if process.ready]
 
     def _running(self) -> list[_Process]:
         with self._lock:
@@ -379,101 +413,160 @@ class Pool:
             return result[0]
 
         keeper = threading.Thread(target=self._keep, args=(index, report), name=f"{self._plugin.name}-{index}")
+        try:
+            keeper.start()
+        except RuntimeError as error:
+            raise ModelUnavailable(f"the server cannot watch over a worker: {error}") from None
         self._keepers.append(keeper)
-        keeper.start()
         return wait
 
     def _keep(self, index: int, report: Callable[[Loaded | ModelUnavailable], None]) -> None:
         """The life of one worker: spawn, serve until it dies, again. Ends when stopped or when the first load fails."""
-        name = self._plugin.name
-        failures = 0
-        served = False
-        while process := self._spawn(index):
+        life = _Life()
+        while not self._leaving():
             try:
-                loaded = process.load()
-                if loaded.stages:
-                    self._bury(index, process)
-                    return report(loaded)
+                if self._live(index, life, report):
+                    return
             except _Misplaced as error:
                 self._options = error.options
-                self._bury(index, process)
-                continue
             except ModelUnavailable as error:
-                self._bury(index, process)
-                if not served:
+                if not life.served:
                     return report(error)
-                if self._stopping.is_set():
-                    break
-                failures += 1
-                log.error("model %s: a worker cannot be restarted: %s", name, error)
-                if not self.pids:
-                    self._changed(str(error))
-            else:
-                born = time.monotonic()
-                if served:
-                    self._changed(None)
-                else:
-                    report(loaded)
-                served = self._served = True
-                self._serve_until_death(process, loaded.options)
-                self._bury(index, process)
-                if not self._leaving():
-                    self.load.restarted()
-                    log.error("model %s: worker %d %s; restarting it", name, process.popen.pid, process.end())
-                    failures = 0 if time.monotonic() - born > _STABLE_S else failures + 1
-            longest = _LONGEST_CRASH_BACKOFF_S if process.ready else _LONGEST_BACKOFF_S
-            self._stopping.wait(min(longest, 0.05 * 2**failures) if failures > 1 else 0)
-        if not served:
+                self._failed(life, error)
+            except Exception as error:  # of the server itself; whatever it is, the model is to come back
+                if not life.served and not self._may_pass(life, error):
+                    reason = f"the server cannot start a worker: {type(error).__name__}: {error}"
+                    return report(ModelUnavailable(reason))
+                self._lacked(life, error)
+            self._stopping.wait(life.pause_s)
+        if not life.served:
             report(ModelUnavailable("the server is stopping"))
+
+    def _live(self, index: int, life: "_Life", report: Callable[[Loaded | ModelUnavailable], None]) -> bool:
+        """One process, from spawn to death; True if there shall be no other."""
+        process = self._spawn(index)
+        if process is None:
+            return False
+        loaded = None
+        try:
+            loaded = process.load()
+            if not loaded.stages:
+                self._serve_until_death(process, loaded, life, report)
+        finally:
+            self._bury(index, process)
+        if loaded.stages:
+            report(loaded)
+            return True
+        if not self._leaving():
+            self.load.restarted()
+            log.error("model %s: worker %d %s; restarting it", self.name, process.pid, process.end())
+            life.died()
+        return False
+
+    def _failed(self, life: "_Life", error: ModelUnavailable) -> None:
+        """Notes that a worker could not be restarted, as far as its model can tell."""
+        if self._stopping.is_set():
+            return
+        life.failed()
+        log.error("model %s: a worker cannot be restarted: %s", self.name, error)
+        if not self.pids:
+            self._tell(str(error))
+
+    def _may_pass(self, life: "_Life", error: Exception) -> bool:
+        """True if a first load is to be tried again after an error of the server itself."""
+        return lacks(error, errno.EAGAIN) and time.monotonic() - life.begun < self._options.load_timeout_s
+
+    def _lacked(self, life: "_Life", error: Exception) -> None:
+        """Notes an error of the server itself, which is nobody's failure and may pass at any moment."""
+        if lacks(error, errno.EAGAIN):
+            log.error("model %s: the server cannot run a worker now, and tries again: %s: %s", self.name,
+                      type(error).__name__, error)  # fmt: skip
+        else:
+            log.error("model %s: an error while a worker was looked after", self.name, exc_info=error)
+        life.lacked()
+        if life.served and not self.pids and time.monotonic() - life.lacks_since >= _LACK_S:
+            self._tell(f"the server cannot start a worker: {error}")
+
+    def _tell(self, reason: str | None) -> None:
+        try:
+            self._changed(reason)
+        except Exception:
+            log.exception("model %s: its state could not be told", self.name)
 
     def _spawn(self, index: int) -> _Process | None:
         """A new process, known to ``stop`` from the start; None when stopping."""
-        while True:
-            with self._lock:
-                if self._leaving():
-                    return None
-                try:
-                    process = _Process(self._plugin, self._settings, index, self._options)
-                except OSError as error:
-                    log.error("model %s: cannot spawn a worker: %s", self._plugin.name, error)
-                else:
-                    self._processes[index] = process
-                    return process
-            self._stopping.wait(1)
+        with self._lock:
+            if self._leaving():
+                return None
+            process = self._processes[index] = _Process(self._plugin, self._settings, index, self._options)
+            return process
 
     def _leaving(self) -> bool:
         return self._stopping.is_set() or (self._draining and self._batcher.depth == 0)
 
     def _bury(self, index: int, process: _Process) -> None:
         process.kill()
+        process.hang_up()
         process.popen.wait()
         process.close()
         with self._lock:
-            del self._processes[index]
+            self._processes.pop(index, None)
+        children.forget(process.popen)
 
-    def _serve_until_death(self, process: _Process, options: ModelOptions) -> None:
-        threads = [threading.Thread(target=self._serve, args=(process, slot, options)) for slot in process.slots]
-        for thread in threads:
-            thread.start()
-        process.popen.wait()
-        process.hang_up()
-        self._batcher.wake()
-        for thread in threads:
-            thread.join()
+    def _serve_until_death(
+        self, process: _Process, loaded: Loaded, life: "_Life", report: Callable[[Loaded | ModelUnavailable], None]
+    ) -> None:
+        threads = [threading.Thread(target=self._serve, args=(process, slot, loaded.options)) for slot in process.slots]
+        begun = []
+        try:
+            for thread in threads:
+                thread.start()
+                begun.append(thread)
+            process.ready = True
+            first = not life.served
+            life.serves()
+            self._served = True
+            if first:
+                report(loaded)
+            else:
+                self._tell(None)
+            process.popen.wait()
+        finally:
+            process.kill()
+            process.hang_up()
+            process.popen.wait()
+            self._batcher.wake()
+            for thread in begun:
+                thread.join()
 
     def _serve(self, process: _Process, slot: _Slot, options: ModelOptions) -> None:
         """Takes batches and runs them in one slot, until the worker is dead or the pool stops."""
         shift = _Shift(self, process, slot, options)
-        while (batch := self._batcher.take(options.max_wait_ms / 1000, shift)) is not None:
+        try:
+            while self._serve_once(shift, options):
+                pass
+        finally:
+            slot.pipe.shutdown()  # at which the worker ends
+
+    def _serve_once(self, shift: "_Shift", options: ModelOptions) -> bool:
+        batch: list[Item] | None = []
+        try:
+            batch = self._batcher.take(options.max_wait_ms / 1000, shift)
             if batch:
                 with self.suspects if batch[0].attempts else nullcontext():
                     shift.begin(batch)
                     resolve(shift.finish())
                     batch.clear()
-            else:
+            elif batch is not None:
                 resolve(shift.finish())
                 self._batcher.take_back(shift)
-        slot.pipe.shutdown()  # at which the worker ends
+            return batch is not None
+        except Exception as error:  # no caller is to wait for what this thread has dropped
+            log.exception("model %s: an error while a batch was looked after", self.name)
+            for item in batch or []:
+                item.resolve(ServerError(f"the server failed: {type(error).__name__}: {error}"))
+            shift.give_up()
+            return True
 
     def after_death(self, process: _Process, batch: list[Item]) -> None:
         """Queues the items that the worker held once more, each alone; one that has been alone twice fails."""
@@ -488,6 +581,44 @@ class Pool:
         self._batcher.put_back(again)
 
 
+class _Life:
+    """What has become of the processes of one worker so far, and how long to wait for the next attempt."""
+
+    def __init__(self) -> None:
+        self.begun = time.monotonic()
+        self.served = False
+        self.pause_s = 0.0
+        self.lacks_since = 0.0
+        self._failures = 0
+        self._lacks = 0
+
+    def serves(self) -> None:
+        """Notes that a process serves."""
+        self.served = True
+        self.begun = time.monotonic()
+        self._lacks = 0
+
+    def died(self) -> None:
+        """Notes that a process which served has died."""
+        self._failures = 0 if time.monotonic() - self.begun > _STABLE_S else self._failures + 1
+        self._wait(self._failures, _LONGEST_CRASH_BACKOFF_S)
+
+    def failed(self) -> None:
+        """Notes that a process could not load the model."""
+        self._failures += 1
+        self._wait(self._failures, _LONGEST_BACKOFF_S)
+
+    def lacked(self) -> None:
+        """Notes that the server itself could not do its part."""
+        if not self._lacks:
+            self.lacks_since = time.monotonic()
+        self._lacks += 1
+        self._wait(self._lacks + 1, _LONGEST_LACK_BACKOFF_S)
+
+    def _wait(self, times: int, longest_s: float) -> None:
+        self.pause_s = min(longest_s, 0.05 * 2 ** min(times, 30)) if times > 1 else 0.0
+
+
 class _Shift(Seat):
     """Runs batches in one slot, one after the other: in the thread that keeps it, or in that of who has borrowed it."""
 
@@ -496,7 +627,7 @@ class _Shift(Seat):
         self.most = options.max_batch_size
         self._batch: list[Item] = []
         self._started = 0.0
-        self._broken = False
+        self._broken = self._sent = False
 
     def fileno(self) -> int:
         """The descriptor of the socket to the worker."""
@@ -513,19 +644,21 @@ class _Shift(Seat):
             item.begun = now
         self._batch = batch = self._hold(batch)
         self._started, self.limit = now, now + self._options.timeout_s
+        self._sent = False
         if not batch:
             return
         try:
             self._slot.send(batch)
+            self._sent = True
         except Exception as error:
             self._fail(error)
         self._pool.load.started([now - item.enqueued for item in batch])
 
     def wait(self, deadline: float) -> bool:
         """Waits until ``finish`` will not, or not for long; False if ``deadline`` comes first."""
-        return (
-            self._broken or not self._batch or deadline >= self.limit or self._slot.ready(deadline - time.monotonic())
-        )
+        if self._broken or not self._batch or deadline >= self.limit:
+            return True
+        return self._slot.ready(deadline - time.monotonic())
 
     def finish(self, *, ready: bool = False) -> Iterable[tuple[Item, Outcome]]:
         """The items to be resolved and their outcomes; waits for the worker.
@@ -566,18 +699,34 @@ class _Shift(Seat):
             if item.buffers is not None:
                 item.buffers.release()
 
+    def give_up(self) -> None:
+        """Lets the worker be replaced, after an error that left nobody knowing what it does."""
+        self._broken = True
+        batch, self._batch = self._batch, []
+        self._release(batch)
+        self._process.kill()
+
     def _fail(self, error: Exception) -> None:
         """Gives the items of a batch that came to nothing their outcomes, or another chance."""
-        self._broken = True
         batch, self._batch, name = self._batch, [], self._pool.name
-        self._process.kill()
+        self.limit = 0.0  # who waits for the worker need not
+        lacking = lacks(error)
+        self._broken = not (lacking and self._slot.pipe.whole)
+        if self._broken:
+            self._process.kill()
         self._release(batch)
         if isinstance(error, _WorkerDied):
             return self._pool.after_death(self._process, batch)
         outcome: ServerError
         if isinstance(error, _WorkerHung):
             outcome = DeadlineExceeded(f"model {name!r} took longer than its timeout_s={self._options.timeout_s:g}")
-        else:  # no memory for the batch, an answer that cannot be read: nobody may hang on it
+        elif lacking and not self._sent:  # not run, so the caller may come again
+            log.error("model %s: the server lacks something to hand a batch over: %s", name, error)
+            outcome = Overloaded(f"the server cannot hand the input over now: {error}", _RETRY_AFTER_MS)
+        elif lacking:
+            log.error("model %s: the server lacks something to read an answer: %s", name, error)
+            outcome = ServerError(f"the server cannot read the model's answer now: {error}")
+        else:  # an answer that cannot be read: nobody may hang on it
             log.error("model %s: a batch could not be handed over or read back", name, exc_info=error)
             outcome = ModelError(f"the batch could not be handed over: {type(error).__name__}: {error}")
         for item in batch:
@@ -596,6 +745,41 @@ def _placement(index: int, options: ModelOptions) -> dict[str, str]:
     return devices.environment(index, options.workers, options.devices, os.environ, devices.gpus())
 
 
-def _environment(settings: Settings) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "OPENCV_IO_MAX_IMAGE_PIXELS": str(settings.max_image_pixels)}
+def _environment(plugin: Plugin, settings: Settings) -> dict[str, str]:
+    env = os.environ | {"OPENCV_IO_MAX_IMAGE_PIXELS": str(settings.max_image_pixels)}
+    if plugin.interpreter == sys.executable:  # a model's own has its own packages, and must not see the server's
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")]))
+    return env
+
+
+def _start(plugin: Plugin, env: dict[str, str]) -> tuple["subprocess.Popen[bytes]", Connection]:
+    """A guardian below which a worker starts, and the front's end of its control socket."""
+    ours, theirs = socket.socketpair()
+    with theirs, ExitStack() as opened:
+        opened.callback(ours.close)
+        _limit_waits(ours)
+        try:
+            with devices.on_all_cores():
+                popen = children.spawn(
+                    [plugin.interpreter, _WORKER, str(theirs.fileno())],
+                    env,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,  # a Ctrl-C in the terminal is for the front alone
+                )
+        except OSError as error:
+            if lacks(error, errno.EAGAIN):
+                raise
+            raise ModelUnavailable(f"its interpreter {plugin.interpreter} cannot be started: {error}") from None
+        opened.pop_all()
+        return popen, Connection(ours.detach())
+
+
+def _limit_waits(end: socket.socket) -> None:
+    """Lets no read or write of one piece (not of a whole message) take longer than _STUCK_S."""
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        end.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", _STUCK_S, 0))
+
+
+def _lack_or_death(error: Exception) -> Exception:
+    return Lacking(str(error) or type(error).__name__) if lacks(error) else _WorkerDied()

@@ -1,10 +1,12 @@
 """From folders to loaded models: discovery, and the state of each model."""
 
 import logging
+import os
 import re
+import stat
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +19,7 @@ from tiny_model_server.errors import (
     ModelUnavailable,
     NotLoaded,
     NowAPipeline,
+    Overloaded,
     ServerError,
     Stopping,
 )
@@ -28,6 +31,7 @@ from tiny_model_server.settings import (
     SettingsError,
     model_overrides,
     model_prefix,
+    service_links,
     stray_overrides,
 )
 
@@ -149,8 +153,12 @@ class ServedModel:
         self.wanted = True
         self._enter(State.LOADING)
         self.batcher.open()
-        # The thread releases the lock: nobody is to unload the model before it has been loaded.
-        threading.Thread(target=self._load_quietly, name=f"load-{self.name}").start()
+        try:  # the thread releases the lock: nobody is to unload the model before it has been loaded
+            threading.Thread(target=self._load_quietly, name=f"load-{self.name}").start()
+        except RuntimeError as error:  # too many threads just now
+            self._enter(State.UNLOADED)
+            self.batcher.close(Overloaded(f"the server cannot load the model now: {error}"), drain=False)
+            self._lock.release()
 
     @property
     def stages(self) -> list[str]:
@@ -222,7 +230,14 @@ class ServedModel:
         self._begin(self.loaded)
 
     def _load(self, pool: Pool) -> Loaded:
-        loaded = pool.start()
+        try:
+            loaded = pool.start()
+        except ModelUnavailable:
+            raise
+        except Exception as error:  # of the server itself; the state must not stay LOADING
+            log.exception("model %s: an error while its workers were started", self.name)
+            pool.stop(0)
+            raise ModelUnavailable(f"the server failed: {type(error).__name__}: {error}") from None
         for stage in loaded.stages:
             if not self._known(stage):
                 raise ModelUnavailable(f"it names the stage {stage!r}, and there is no such model")
@@ -286,19 +301,34 @@ class Repository:
         self._changed = changed
         self._models: dict[str, ServedModel] = {}
         self._lock = threading.Lock()  # of changes; readers take the dictionary as it is
-        self.find()
+        with self._lock:
+            for name, path, reason in self._folders(discover(settings.models_dir)):
+                self._add(name, path, reason)
+        if links := service_links():
+            log.info("variables that Kubernetes sets for Services are no settings: %s", ", ".join(links))
         for variable in stray_overrides(list(self._models)):
             log.warning("%s belongs to no model that was found, or names no option", variable)
 
     def find(self) -> None:
-        """Adds the model folders that are new, and the aliases of them."""
+        """Adds the model folders that are new, and the aliases of them; the log tells if that cannot be."""
         with self._lock:
-            folders = discover(self._settings.models_dir)
-            for name, path, reason in folders:
-                self._add(name, path, reason)
-            for alias, folder in self._settings.aliases:
-                known = next((path for name, path, _ in folders if name == folder), None)
-                self._add(alias, known or Path(folder), "" if known else f"there is no folder {folder!r}, its alias")
+            try:
+                found = discover(self._settings.models_dir)
+            except SettingsError as error:
+                log.error("no new models can be looked for: %s", error)
+                return
+            for name, path, reason in self._folders(found):
+                try:
+                    self._add(name, path, reason)
+                except SettingsError as error:
+                    self._add(name, path, str(error))
+
+    def _folders(self, found: list[tuple[str, Path, str]]) -> Iterator[tuple[str, Path, str]]:
+        """The folders found, and the aliases of them."""
+        yield from found
+        for alias, folder in self._settings.aliases:
+            known = next((path for name, path, _ in found if name == folder), None)
+            yield alias, known or Path(folder), "" if known else f"there is no folder {folder!r}, its alias"
 
     def add(self, name: str, path: Path) -> ServedModel:
         """The model of this name; if there is none, the folder ``path``, wherever it is, becomes it."""
@@ -337,24 +367,50 @@ class Repository:
 def discover(folder: Path) -> list[tuple[str, Path, str]]:
     """(name, path, reason) of each model folder by name; a reason says why it can't be loaded, "" that it may be.
 
-    Folders without ``__init__.py``, hidden ones and those that begin with "_" are no models.
+    Folders without ``__init__.py``, hidden ones and those that begin with "_" are no models. Nor is what cannot be
+    read, as the ``lost+found`` of a volume; the log tells of it. SettingsError if ``folder`` itself cannot be read.
     """
     try:
-        paths = sorted(path for path in folder.resolve().iterdir() if path.is_dir())
-    except OSError as error:
+        paths = sorted(folder.resolve().iterdir())
+    except (OSError, RuntimeError) as error:  # RuntimeError: links that point to each other
         raise SettingsError(f"TMS_MODELS_DIR={str(folder)!r} must be a readable folder: {error}") from None
     found: list[tuple[str, Path, str]] = []
     prefixes: dict[str, str] = {}
     for path in paths:
         if path.name.startswith((".", "_")):
             continue
-        if not (path / "__init__.py").is_file():
-            log.warning("%s is no model: it has no __init__.py", path)
+        if problem := _problem(path):
+            if problem != _FILE:
+                log.warning("%s is no model: %s", printable(str(path)), problem)
             continue
         reason = ""
         if not _NAME.fullmatch(path.name):
             reason = "a model's name is a letter, then up to 63 letters, digits, _ and -"
         elif (other := prefixes.setdefault(model_prefix(path.name), path.name)) != path.name:
             reason = f"its settings {model_prefix(path.name)}* would be those of model {other!r} too"
-        found.append((path.name, path, reason))
+        found.append((printable(path.name), path, reason))
     return found
+
+
+_FILE = "it is a file"
+
+
+def _problem(path: Path) -> str:
+    """Why this entry of the models folder is no model; "" if it is one."""
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return _FILE
+        names = os.listdir(path)
+        if "__init__.py" not in names:
+            return "it has no __init__.py"
+        if not stat.S_ISREG((path / "__init__.py").stat().st_mode):
+            return "its __init__.py is no file"
+        with (path / "__init__.py").open("rb"):
+            return ""
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+
+
+def printable(name: str) -> str:
+    """A file's name as it can be written into a log and sent, whatever bytes it has."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name)

@@ -1,5 +1,7 @@
 """All settings, frozen and checked; the only reader of the environment (``TMS_*``)."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -12,6 +14,12 @@ from tiny_model_server import devices
 
 PREFIX = "TMS_"
 MODEL_PREFIX = "TMS_MODEL_"
+_LONGEST_S = 1e6  # eleven days: more than that the system's calls do not take
+# What Kubernetes sets in a pod for each Service of its namespace; one may be called tms, tms-http or tms-model-x.
+_SERVICE_LINK = re.compile(
+    r"TMS_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
+)
+_SERVICE_PORT = re.compile(r"(?:tcp|udp|sctp)://\S+")
 _MODZY_PORT = "PSC_MODEL_PORT"  # Modzy's own name for what is TMS_PORT here
 Check = Callable[[str], Any]
 
@@ -32,6 +40,10 @@ def _number(kind: type[int] | type[float], low: float, high: float = float("inf"
         return value
 
     return check
+
+
+def _seconds(low: float) -> Check:
+    return _number(float, low, _LONGEST_S)
 
 
 def _flag(text: str) -> bool:
@@ -128,12 +140,16 @@ class Settings:
     lazy: bool = _setting(False, _flag, "1: a model is loaded at its first call")
     reload: bool = _setting(False, _flag, "1: a model is reloaded when its files change")
     drain_delay_s: float = _setting(
-        1.0, _number(float, 0), "seconds between NOT_SERVING and refusing calls when stopping, for clients to leave"
+        1.0,
+        _seconds(0),
+        "seconds between NOT_SERVING and refusing calls when stopping, for clients to leave",
     )
-    grace_s: float = _setting(30.0, _number(float, 0), "seconds that accepted calls have to finish when stopping")
+    grace_s: float = _setting(30.0, _seconds(0), "seconds that accepted calls have to finish when stopping")
     max_image_pixels: int = _setting(1 << 27, _number(int, 1), "largest encoded image that is decoded, in pixels")
     max_connection_age_s: float = _setting(
-        6.0, _number(float, 1), "seconds after which a connection is renewed, so that clients find new replicas"
+        6.0,
+        _seconds(1),
+        "seconds after which a connection is renewed, so that clients find new replicas",
     )
     tls_cert: Path | None = _setting(None, Path, "PEM file of the server's certificate chain; turns TLS on")
     tls_key: Path | None = _setting(None, Path, "PEM file of its key")
@@ -149,8 +165,10 @@ class Settings:
     )
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> "Settings":
+    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Reads the environment; SettingsError for a value that is not allowed or a variable that does not exist."""
+        links = service_links(env)
+        env = {name: value for name, value in env.items() if name not in links}
         known = {PREFIX + item.name.upper(): item for item in fields(cls)}
         for name in env:
             if name.startswith(PREFIX) and not name.startswith(MODEL_PREFIX) and name not in known | _ELSEWHERE:
@@ -183,8 +201,8 @@ class ModelOptions:
     workers: int = _setting(1, _number(int, 1, 256), "worker processes")
     max_workers: int = _setting(0, _number(int, 0, 4096), "on Ray: most worker processes when it scales; 0: workers")
     concurrency: int = _setting(1, _number(int, 1, 64), "threads in a worker that call run at once")
-    timeout_s: float = _setting(60.0, _number(float, 0.001), "longest time of one batch")
-    load_timeout_s: float = _setting(300.0, _number(float, 0.001), "longest time of import, __init__ and warm-up")
+    timeout_s: float = _setting(60.0, _seconds(0.001), "longest time of one batch")
+    load_timeout_s: float = _setting(300.0, _seconds(0.001), "longest time of import, __init__ and warm-up")
     queue_size: int = _setting(1024, _number(int, 1), "most items waiting")
     image_mode: str = _setting("rgb", _one_of("rgb", "bgr", "gray", "unchanged"), "what encoded images decode to")
     devices: tuple[str, ...] = _setting(("auto",), devices.parse, "auto, cpu, or a list such as cuda:0,cuda:1")
@@ -194,7 +212,7 @@ class ModelOptions:
         metadata={"check": _json_object, "doc": "keyword arguments of Model(), as JSON", "secret": False},
     )
 
-    def declared(self, attributes: Mapping[str, Any]) -> "ModelOptions":
+    def declared(self, attributes: Mapping[str, Any]) -> ModelOptions:
         """These options with a plug-in's class attributes as defaults; ValueError names a wrong one."""
         changes = {}
         for item in fields(self):
@@ -207,9 +225,32 @@ class ModelOptions:
                 raise ValueError(f"class attribute {item.name} = {value!r} must be {error}") from None
         return replace(self, **changes)
 
-    def with_overrides(self, overrides: Mapping[str, Any]) -> "ModelOptions":
-        """These options with values from ``model_overrides`` in the place of their own."""
+    def with_overrides(self, overrides: Mapping[str, Any]) -> ModelOptions:
+        """These options with values from ``model_overrides`` instead; ValueError names a wrong one."""
+        for name, value in overrides.items():
+            check_option(name, value)
         return replace(self, **overrides)
+
+
+def check_option(name: str, value: Any) -> None:
+    """ValueError unless this field of ModelOptions may have this value, wherever it comes from."""
+    (item,) = (item for item in fields(ModelOptions) if item.name == name)
+    if isinstance(value, (tuple, dict)):
+        return  # devices and args, which come parsed
+    try:
+        item.metadata["check"](str(int(value) if isinstance(value, bool) else value))
+    except ValueError as error:
+        raise ValueError(f"{name} = {value!r} must be {error}") from None
+
+
+def service_links(env: Mapping[str, str] = os.environ) -> list[str]:
+    """The ``TMS_*`` variables that Kubernetes has set for Services with such names, which are no settings."""
+    return sorted(
+        name
+        for name, value in env.items()
+        if _SERVICE_LINK.fullmatch(name)
+        or (name.startswith(PREFIX) and name.endswith("_PORT") and _SERVICE_PORT.fullmatch(value))
+    )
 
 
 def model_overrides(name: str, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
@@ -223,6 +264,7 @@ def stray_overrides(names: list[str], env: Mapping[str, str] = os.environ) -> li
     """The ``TMS_MODEL_*`` variables that no model of these names reads: misspelt, most likely."""
     keys = [item.name.upper() for item in fields(ModelOptions)]
     read = {model_prefix(name) + key for name in names for key in keys}
+    read.update(service_links(env))
     return sorted(variable for variable in env if variable.startswith(MODEL_PREFIX) and variable not in read)
 
 
@@ -231,7 +273,7 @@ def model_prefix(name: str) -> str:
     return f"{MODEL_PREFIX}{re.sub(r'[^A-Z0-9]', '_', name.upper())}_"
 
 
-def _checked(variable: str, text: str, item: "Field[Any]") -> Any:
+def _checked(variable: str, text: str, item: Field[Any]) -> Any:
     try:
         return item.metadata["check"](text)
     except ValueError as error:

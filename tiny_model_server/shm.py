@@ -3,6 +3,8 @@
 Unnamed (memfd) on purpose: a process that is killed leaves nothing behind, and no other process can find it.
 """
 
+from __future__ import annotations
+
 import ctypes
 import itertools
 import math
@@ -65,7 +67,7 @@ class Segment:
             return []
         places, end = layout(arrays)
         mapped = self._mapped(end, grow=True)
-        for (offset, *_), array in zip(places, arrays, strict=True):
+        for (offset, *_), array in zip(places, arrays):
             mapped[offset : offset + array.nbytes] = raw(array)
         return places
 
@@ -191,7 +193,7 @@ class SharedBuffers:
         if not closed:
             self.release()
 
-    def renewed(self) -> "SharedBuffers":
+    def renewed(self) -> SharedBuffers:
         """Buffers with a new file for requests, in the place of one that a model has retained."""
         return SharedBuffers(response=os.dup(self.response))
 

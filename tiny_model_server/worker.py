@@ -1,16 +1,17 @@
 """The child process: import, construct, warm up, run. No gRPC in here; it dies and is replaced alone.
 
-Started as ``python -m tiny_model_server.worker FD``; FD is the control socket. On it the front sends the plug-in to
+Started as ``python tiny_model_server/worker_path FD``; FD is the control socket. On it the front sends the plug-in to
 import, hears what its class declares, sends the options and one socket and two segments for each slot, and hears
 "ready" or "failed". Each slot then takes batches from its own socket until that is closed.
 """
 
-import ctypes
-import importlib.util
+from __future__ import annotations
+
+import atexit
+import importlib
 import logging
 import os
 import re
-import signal
 import socket
 import sys
 import threading
@@ -18,16 +19,17 @@ import time
 import types
 import weakref
 from collections.abc import Generator, Sequence
+from itertools import islice
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from model_interface import ModelInterface, Pipeline
-from tiny_model_server import codec, logs, tally
-from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
+from tiny_model_server import PLUGIN, codec, logs, tally
+from tiny_model_server.errors import CODES, InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.pipe import Pipe
 from tiny_model_server.settings import ModelOptions
 from tiny_model_server.shm import Place, Segment
@@ -36,6 +38,9 @@ log = logging.getLogger("tiny_model_server.worker")
 
 DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
+_CLOSE_S = 10.0  # that Model.close() has
+_EXIT_S = 2.0  # that functions of atexit have
+_MOST_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends must not take all memory
 
 
 def import_plugin(name: str, path: Path) -> type[ModelInterface]:
@@ -44,17 +49,8 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
     An alias may be any text, and so may the name of a folder that an orchestrator made.
     """
     name = re.sub(r"[^\w-]", "_", name)
-    package = types.ModuleType("models")
-    package.__path__ = [str(path.parent)]
-    sys.modules["models"] = package
-    spec = importlib.util.spec_from_file_location(
-        f"models.{name}", path / "__init__.py", submodule_search_locations=[str(path)]
-    )
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    os.environ[PLUGIN] = f"{name}={path}"  # by which the package ``models`` finds it, in this process and its children
+    module = importlib.import_module(f"models.{name}")
     plugin = getattr(module, "Model", None)
     if not (isinstance(plugin, type) and issubclass(plugin, ModelInterface)):
         raise TypeError(f"{path / '__init__.py'} must define class Model(ModelInterface)")
@@ -82,8 +78,12 @@ def describe(error: BaseException, path: Path) -> str:
     """Why a plug-in could not be loaded, in one line, with the requirements file to install if that may help."""
     reason = " ".join(message_of(error, named=True).split())
     needs = path / "requirements.txt"
-    if isinstance(error, ImportError) and needs.exists():
-        reason += f" (install what it needs: pip install -r {needs})"
+    if isinstance(error, ImportError):
+        first = (error.name or "").partition(".")[0]
+        if first and ((path / f"{first}.py").is_file() or (path / first).is_dir()):
+            reason += f" (it is in the model's folder: write 'from . import {first}' or 'from .{first} import ...')"
+        elif needs.exists():
+            reason += f" (install what it needs: pip install -r {needs})"
     return reason
 
 
@@ -116,7 +116,7 @@ class Runner:
             mixes = self._options.mix_shapes or not isinstance(value, np.ndarray)
             groups.setdefault(None if mixes else (value.shape, value.dtype.str), []).append(index)
         for indices in groups.values():
-            for index, outcome in zip(indices, self._run_group([values[i] for i in indices], args), strict=True):
+            for index, outcome in zip(indices, self._run_group([values[i] for i in indices], args)):
                 outcomes[index] = outcome
         return outcomes
 
@@ -127,8 +127,8 @@ class Runner:
             except BaseException as error:  # a model may raise anything, SystemExit too
                 if _is_out_of_device_memory(error):
                     return self._in_halves(values, args)
-                log.warning("model %s: run_batch raised, running its %d items one by one: %r", self._name,
-                            len(values), error)  # fmt: skip
+                log.warning("model %s: run_batch raised, running its %d items one by one: %s: %s", self._name,
+                            len(values), type(error).__name__, message_of(error))  # fmt: skip
             else:
                 return self._one_each(results, len(values))
         return [self._run_one(value, args) for value in values]
@@ -144,39 +144,73 @@ class Runner:
         """What the model yields for one item, or its only answer; a ServerError in the end if it fails."""
         try:
             result = self._model.run(codec.unpack(packed, self._decode_image), args)
-            if isinstance(result, types.GeneratorType):
-                yield from result
-            else:
-                yield result
-        except GeneratorExit:
-            raise
         except BaseException as error:
             yield self._error(error)
+            return
+        if not isinstance(result, types.GeneratorType):
+            yield self._outcome(result)
+            return
+        try:
+            while True:
+                try:
+                    value = self._outcome(next(result))
+                except StopIteration:
+                    return
+                except BaseException as error:  # a GeneratorExit of the model's own, too
+                    value = self._error(error)
+                yield value
+                if isinstance(value, ServerError):
+                    return
+        finally:
+            try:
+                result.close()
+            except BaseException as error:
+                self._error(error)  # which logs it; nobody waits for more
 
     def _one_each(self, results: Any, count: int) -> list[Any]:
         try:
-            listed = list(results)
-        except Exception as error:
+            listed = list(islice(results, count + 1))  # what never ends is too long, too
+        except BaseException as error:
+            self._error(error)
             return [
                 ModelError(f"run_batch of model {self._name!r} must return a sequence: {message_of(error)}")
             ] * count
         if len(listed) != count:
-            message = f"run_batch of model {self._name!r} returned {len(listed)} results for {count} items"
+            size = len(listed) if len(listed) < count else f"more than {count}"
+            message = f"run_batch of model {self._name!r} returned {size} results for {count} items"
             log.error(message)
             return [ModelError(message)] * count
-        return [self._error(item) if isinstance(item, BaseException) else item for item in listed]
+        return [self._outcome(item) for item in listed]
 
     def _run_one(self, value: Any, args: dict[str, Any]) -> Any:
         try:
             result = self._model.run(value, args)
-            return list(result) if isinstance(result, types.GeneratorType) else result
+            if isinstance(result, types.GeneratorType):
+                result = self._listed(result)
         except BaseException as error:
             return self._error(error)
+        return self._outcome(result)
+
+    def _listed(self, values: Generator[Any, None, None]) -> Any:
+        """All values of a generator; the first error among them stands for all."""
+        listed = list(islice(values, _MOST_VALUES + 1))
+        values.close()
+        if len(listed) > _MOST_VALUES:
+            return ModelError(f"model {self._name!r} yields more than {_MOST_VALUES} values; call it by RunStream")
+        return next((value for value in listed if isinstance(value, BaseException)), listed)
+
+    def _outcome(self, result: Any) -> Any:
+        """What the model answered, an exception that it returned being as good as one that it raised."""
+        return self._error(result) if isinstance(result, BaseException) else result
 
     def _error(self, error: BaseException) -> ServerError:
         if isinstance(error, InvalidInput):
             return error
-        log.error("model %s raised", self._name, exc_info=error)
+        try:
+            log.error("model %s raised", self._name, exc_info=error)
+        except BaseException as another:  # an exception that cannot even be logged must not cost the caller the answer
+            log.error("model %s raised %s, which cannot be logged: %s", self._name, type(error).__name__,
+                      type(another).__name__)  # fmt: skip
         return ModelError(f"model {self._name!r} raised {message_of(error, named=True)}")
 
     def _decode_image(self, data: bytes) -> Any:
@@ -226,13 +260,19 @@ class Slot:
 
     def serve(self) -> None:
         """Runs batches until the front closes the socket, or is gone."""
+        try:
+            self._serve()
+        finally:
+            self._pipe.close()  # so that the front does not wait for this slot
+
+    def _serve(self) -> None:
         while True:
             try:
                 (args, items, streams, new_inbox, fresh, gone), fds = self._pipe.receive()
                 if new_inbox:
                     self._inbox.close()
                     self._inbox = Segment(fds.pop(0))
-                for (name, owned), request, response in zip(fresh, fds[::2], fds[1::2], strict=True):
+                for (name, owned), request, response in zip(fresh, fds[::2], fds[1::2]):
                     self._callers[name] = _Caller(Segment(request), Segment(response), owned)
                 for name in gone:
                     self._callers.pop(name).close()
@@ -242,7 +282,7 @@ class Slot:
                 if streams:
                     self._stream(args, items, alive)
                 else:
-                    outcomes = self._run(args, items, alive)
+                    outcomes = self._outcomes(args, items, alive)
                 # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment,
                 # but for memory that an application fills. What is kept is alive, whenever the rest is collected.
                 kept = {name for name, reference in alive if reference() is not None}
@@ -254,13 +294,22 @@ class Slot:
             except (EOFError, OSError):
                 return
 
+    def _outcomes(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
+        """What ``_run`` makes of the batch; if it fails, for want of memory say, an error for each item."""
+        try:
+            return self._run(args, items, alive)
+        except Exception as error:
+            log.error("a batch could not be read, or its answer not be written", exc_info=error)
+            outcome = error if isinstance(error, ServerError) else ModelError(f"{type(error).__name__}: {error}")
+            return [self._pack(outcome, True) for _ in items]
+
     def _run(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
         received = self._receive(items, alive)
         readable = [one for one in received if isinstance(one, codec.Packed)]
         answers = iter(self._runner.run(readable, codec.parse_args(args)))
         results = [one if isinstance(one, ServerError) else next(answers) for one in received]
         del received, readable
-        encoded = [self._pack(result, item[2]) for result, item in zip(results, items, strict=True)]
+        encoded = [self._pack(result, item[2]) for result, item in zip(results, items)]
         try:
             return self._write(encoded, [item[4] for item in items])
         except OSError as error:
@@ -273,30 +322,42 @@ class Slot:
         """Puts the arrays of the answers where their callers look for them, or into the slot's own segment."""
         outcomes: list[tuple[str | None, str, list[Place]]] = []
         ours: list[tuple[list[Place], codec.Array]] = []
-        for (status, text, arrays), caller in zip(encoded, callers, strict=True):
+        for (status, text, arrays), caller in zip(encoded, callers):
             places = [] if caller is None or not arrays else self._callers[caller].response.write(arrays)
             if caller is None:
                 ours += [(places, array) for array in arrays]
             outcomes.append((status, text, places))
-        for (places, _), place in zip(ours, self._outbox.write([array for _, array in ours]), strict=True):
+        for (places, _), place in zip(ours, self._outbox.write([array for _, array in ours])):
             places.append(place)
         return outcomes
 
     def _stream(self, args: str, items: Sequence[Any], alive: list[Any]) -> None:
         """Sends each value as (status, text, places), and goes on when the front says so."""
-        (packed,) = self._receive(items, alive)
-        if isinstance(packed, ServerError):
-            self._pipe.send((packed.status, str(packed), []))
-            self._pipe.receive()
-            return
-        values = self._runner.stream(packed, codec.parse_args(args))
-        del packed
+        values = self._values(args, items, alive)
         for value in values:
-            status, text, arrays = self._pack(value, items[0][2])
-            self._pipe.send((status, text, self._outbox.write(arrays)))
+            self._pipe.send(self._written(value, items[0][2]))
             if not self._pipe.receive()[0]:
                 break
         values.close()
+
+    def _values(self, args: str, items: Sequence[Any], alive: list[Any]) -> Generator[Any, None, None]:
+        try:
+            (packed,) = self._receive(items, alive)
+            if isinstance(packed, ServerError):
+                raise packed
+            values = self._runner.stream(packed, codec.parse_args(args))
+            del packed
+        except Exception as error:
+            yield error if isinstance(error, ServerError) else ModelError(message_of(error, named=True))
+            return
+        yield from values
+
+    def _written(self, value: Any, plain: bool) -> tuple[str | None, str, list[Place]]:
+        status, text, arrays = self._pack(value, plain)
+        try:
+            return status, text, self._outbox.write(arrays)
+        except Exception as error:  # no memory for them
+            return ModelError.status, f"the answer cannot be handed over: {message_of(error, named=True)}", []
 
     def _receive(self, items: Sequence[Any], alive: list[Any]) -> list[codec.Packed | ServerError]:
         """The inputs, and an error in the place of one whose memory cannot be mapped."""
@@ -313,11 +374,12 @@ class Slot:
 
     def _pack(self, result: Any, plain: bool) -> tuple[str | None, str, list[codec.Array]]:
         """(None, JSON, arrays) of a value, (status, message, []) of an error."""
-        if isinstance(result, ServerError):
-            return result.status, message_of(result), []
+        if isinstance(result, ServerError):  # a model's own class of InvalidInput may have any status
+            known = isinstance(result.status, str) and CODES.get(result.status)
+            return result.status if known else ModelError.status, message_of(result), []
         try:
             packed = codec.Packed(codec.plain_json(result), []) if plain else codec.pack(result)
-        except Exception as error:  # a result may be of any class, with any behaviour
+        except BaseException as error:  # a result may be of any class, with any behaviour
             log.error("a result could not be encoded: %s", message_of(error))
             return ModelError.status, f"the model's answer cannot be encoded: {message_of(error)}", []
         return None, packed.text, packed.arrays
@@ -331,7 +393,8 @@ def _is_out_of_device_memory(error: BaseException) -> bool:
         "CUBLAS_STATUS_ALLOC_FAILED",
         "Failed to allocate memory",
     )
-    return type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
+    text = message_of(error)
+    return type(error).__name__ == "OutOfMemoryError" or any(word in text for word in words)
 
 
 def _owner(array: Any) -> Any:
@@ -340,19 +403,11 @@ def _owner(array: Any) -> Any:
     return array
 
 
-def _die_with_the_front(front: int) -> None:
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != front:
-        os._exit(1)
-
-
 def _load(control: Connection, spec: dict[str, Any]) -> tuple[Runner, ModelInterface, int] | None:
     name, path = spec["name"], Path(spec["path"])
     try:
         plugin = import_plugin(name, path)
-        control.send(("declared", declared(plugin)))
+        control.send(("declared", declared(plugin) | {"pid": os.getpid()}))
         options, threads = control.recv()
         plugin.threads = threads
         model = plugin(**options.args)
@@ -375,13 +430,20 @@ def _receive_slots(control: Connection, runner: Runner, count: int) -> list[Slot
 
 def main() -> None:
     """Serves one model until the front lets go."""
-    control = Connection(int(sys.argv[1]))
+    code = 1
+    try:
+        code = _serve(Connection(int(sys.argv[1])))
+    except BaseException:
+        log.exception("the worker fails")
+    _end(code)
+
+
+def _serve(control: Connection) -> int:
     spec = control.recv()
-    _die_with_the_front(spec["front"])
     logs.configure(spec["log_level"], spec["log_format"])
     loaded = _load(control, spec)
     if loaded is None:
-        sys.exit(1)
+        return 1
     runner, model, count = loaded
     slots = _receive_slots(control, runner, count)
     threads = [threading.Thread(target=slot.serve) for slot in slots[1:]]
@@ -390,8 +452,31 @@ def main() -> None:
     slots[0].serve()
     for thread in threads:
         thread.join()
+    _end_in(_CLOSE_S, f"close() of model {spec['name']!r}")
     model.close()
+    return 0
 
 
-if __name__ == "__main__":
-    main()
+def _end_in(seconds: float, what: str) -> None:
+    """Ends this process at the latest then."""
+
+    def end() -> None:
+        log.error("%s takes longer than %g s; the worker ends", what, seconds)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
+def _end(code: int) -> NoReturn:
+    """Ends this process, whatever threads the model has left running; Python itself would wait for them."""
+    try:
+        _end_in(_EXIT_S, "what the model has registered with atexit")
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BaseException:
+        log.exception("what the model left to be done at exit fails")
+    finally:
+        os._exit(code)
