@@ -78,6 +78,14 @@ def plain_json(value: Any) -> str:
         raise TypeError("the value is nested too deeply, or contains itself") from None
 
 
+def standard_json(value: Any) -> str:
+    """One JSON text of a JSON value, with null for the numbers that JSON lacks: NaN and the infinities."""
+    try:
+        return _to_json(value)
+    except ValueError:
+        return _to_json(json.loads(json.dumps(value), parse_constant=lambda name: None))
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text; InvalidInput says where it is malformed."""
     try:

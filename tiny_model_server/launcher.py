@@ -15,12 +15,13 @@ from tiny_model_server.devices import cpus, keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
+from tiny_model_server.http_server import HttpServer
 from tiny_model_server.lane_server import LaneServer
 from tiny_model_server.protocols import native
 from tiny_model_server.reload import watch
 from tiny_model_server.repository import State, discover
 from tiny_model_server.settings import Settings, SettingsError
-from tiny_model_server.web import WebServer
+from tiny_model_server.web import Web
 
 log = logging.getLogger("tiny_model_server")
 
@@ -59,7 +60,8 @@ def serve(settings: Settings) -> int:
     engine = Engine(settings)
     awake.calls, awake.few = lambda: engine.calls, max(2, int(cpus()) // 2)  # to each belong a caller and a worker
     grpc_server = GrpcServer(engine, settings)
-    web = WebServer(engine, settings) if settings.http_port is not None else None
+    web = HttpServer(Web(engine, settings), settings) if settings.http_port is not None else None
+    engine.ports = frozenset([grpc_server.port, *([web.port] if web else [])])
     lanes = open_lanes(engine, settings, grpc_server)
     hurry = threading.Event()
 
@@ -76,6 +78,8 @@ def serve(settings: Settings) -> int:
             if engine.stop_requested.is_set():
                 hurry.set()
                 grpc_server.stop(0)
+                if web:
+                    web.stop(0)
             engine.request_stop()
 
     threading.Thread(target=obey, name="signals", daemon=True).start()
@@ -84,22 +88,28 @@ def serve(settings: Settings) -> int:
         lanes.start()
     if web:
         web.start()
-    http = f", HTTP on {settings.host}:{web.port}" if web else ""
-    log.info("listening: gRPC on %s:%d%s, pid %d", settings.host, grpc_server.port, http, os.getpid())
+    host = settings.host.strip("[]")
+    host = f"[{host}]" if ":" in host else host
+    http = f", HTTP on {host}:{web.port}" if web else ""
+    log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port, http, os.getpid())
     log.info("doors: %s", ", ".join(settings.doors))
+    log.info("who may stop the server and change its models: %s", engine.who_may())
     failed = threading.Event()
     threading.Thread(target=_load, args=(engine, settings, failed), name="start").start()
     engine.stop_requested.wait()
     log.info("stopping")
     grpc_server.refuse_health()
     hurry.wait(settings.drain_delay_s)
-    ended = grpc_server.stop(0 if hurry.is_set() else settings.grace_s)
-    if lanes:
-        lanes.stop(0 if hurry.is_set() else settings.grace_s)
-    ended.wait()
-    engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
+    grace_s = 0 if hurry.is_set() else settings.grace_s
+    ended = grpc_server.stop(grace_s)
     if web:
-        web.stop()
+        web.stop(grace_s)
+    if lanes:
+        lanes.stop(grace_s)
+    ended.wait()
+    if web:
+        web.join(grace_s + _STOP_WORKERS_S)
+    engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
     log.info("stopped")
     return 1 if failed.is_set() else 0
 
