@@ -1,20 +1,23 @@
 """The life of a server process: settings, load, serve, drain, stop; and the commands ``check`` and ``list``."""
 
 import argparse
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-import urllib.request
 from dataclasses import replace
 
-from tiny_model_server import __version__, awake, codec, lane, logs
+import grpc
+
+from tiny_model_server import __version__, awake, codec, lane, logs, tls, wire
 from tiny_model_server.devices import cpus, keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
+from tiny_model_server.health import SERVICE as HEALTH_SERVICE
 from tiny_model_server.http_server import HttpServer
 from tiny_model_server.lane_server import LaneServer
 from tiny_model_server.protocols import native
@@ -26,6 +29,7 @@ from tiny_model_server.web import Web
 log = logging.getLogger("tiny_model_server")
 
 _STOP_WORKERS_S = 5.0
+_HEALTH_S = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -176,11 +180,26 @@ def list_models(settings: Settings) -> int:
 
 def health(settings: Settings) -> int:
     """Asks the server of these settings whether it is ready: 0 if it is, 1 if not. For containers' health checks."""
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(settings.host, settings.host)
+    address = f"unix:{settings.socket}" if settings.socket else _grpc_address(settings)
+    check = wire.methods("health", HEALTH_SERVICE)["Check"]
     try:
-        with urllib.request.urlopen(f"http://{host}:{settings.http_port or 0}/readyz", timeout=2) as answer:
-            print(answer.read().decode().strip())
-            return 0
-    except OSError as error:
-        print(f"not ready by TMS_HTTP_PORT={settings.http_port}: {error}", file=sys.stderr)
+        with tls.own_channel(settings, address, _HEALTH_S) as channel:
+            ask = channel.unary_unary(check.path, check.request.SerializeToString, check.response.FromString)
+            ready = ask(check.request(), timeout=_HEALTH_S).status == check.response.SERVING
+    except (OSError, grpc.RpcError) as error:
+        why = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else error
+        print(f"not ready by gRPC at {address}: {why}", file=sys.stderr)
         return 1
+    print(json.dumps({"ready": ready}))
+    return 0 if ready else 1
+
+
+def _grpc_address(settings: Settings) -> str:
+    """Where a process on this host finds the server; SettingsError if the settings do not say."""
+    if not settings.port:
+        raise SettingsError("TMS_PORT=0 takes a free port; for the health command, name one, or set TMS_SOCKET")
+    host = settings.host.strip("[]")
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1" if socket.has_dualstack_ipv6() else "127.0.0.1"}.get(
+        host, host
+    )
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"

@@ -196,6 +196,12 @@ class Settings:
 _ELSEWHERE = dict.fromkeys(["TMS_ADDRESS", "TMS_TLS", "TMS_TLS_CA", "TMS_CLIENT_CERT", "TMS_CLIENT_KEY"])
 
 
+def client_certificate(env: Mapping[str, str] = os.environ) -> tuple[Path, Path] | None:
+    """(key, certificate) that the environment names for clients, if it does."""
+    key, cert = env.get("TMS_CLIENT_KEY"), env.get("TMS_CLIENT_CERT")
+    return (Path(key), Path(cert)) if key and cert else None
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """What ``ModelInterface`` documents as class attributes, after ``TMS_MODEL_<NAME>_<KEY>`` had its say."""
