@@ -36,12 +36,12 @@ MESH = wire.methods("model_mesh", "mmesh.ModelRuntime")
 NOBODY = 65534
 
 
-def ask(server: Server, method: wire.Method, metadata: Any = (), channel: Any = None, **fields: Any) -> str:
+def ask(server: Server, rpc: wire.Method, metadata: Any = (), channel: Any = None, **fields: Any) -> str:
     """The name of the status that a call ends with."""
     made = channel or grpc.insecure_channel(server.address)
-    stub = made.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
+    stub = made.unary_unary(rpc.path, rpc.request.SerializeToString, rpc.response.FromString)
     try:
-        stub(method.request(**fields), timeout=20, metadata=metadata)
+        stub(rpc.request(**fields), timeout=20, metadata=metadata)
         return "OK"
     except grpc.RpcError as error:
         return str(error.code().name)
@@ -53,6 +53,7 @@ def ask(server: Server, method: wire.Method, metadata: Any = (), channel: Any = 
 @contextmanager
 def another_user() -> Iterator[None]:
     """Sockets made in here belong to another user."""
+    "localhost".encode("idna")  # which imports what that user may not read
     os.seteuid(NOBODY)
     try:
         yield
@@ -276,9 +277,7 @@ def health(server_settings: dict[str, Any], **more: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
-PROXIES = {
-    name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTPS_PROXY", "grpc_proxy", "all_proxy")
-}
+PROXIES = dict.fromkeys(("http_proxy", "https_proxy", "HTTPS_PROXY", "grpc_proxy", "all_proxy"), "http://127.0.0.1:9")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "[::]", "::", "[::1]", "localhost"])
