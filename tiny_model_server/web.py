@@ -99,7 +99,9 @@ class Web:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request, and closes the connection if its body was not read to the end."""
         headers, rest = Headers(scope=scope), _Incoming(receive)
-        rest.unread = "transfer-encoding" in headers or int(headers.get("content-length", 0)) > 0
+        # A POST whose headers do not say how long it is may be followed by what its sender takes for the body.
+        size = headers.get("content-length", "0" if scope["method"] != "POST" else "unknown")
+        rest.unread = "transfer-encoding" in headers or size == "unknown" or int(size) > 0
         scope["path"] = scope["path"].rstrip("/") or "/"
 
         async def answer(message: Message) -> None:
@@ -192,11 +194,9 @@ class Web:
                 self._engine.authorize(call)
             elif method == "ModelInfer":
                 self._engine.model(fields["model_name"])
-        return await self._inferred(request, partial(self._rest.answer, method, fields, request.headers))
-
-    async def _inferred(self, request: Request, answer: Callable[[bytes | bytearray, Call], Any]) -> Response:
+        answer = partial(self._rest.answer, method, fields, request.headers)
         if request.method == "POST":
-            async with self._body(request) as body:
+            async with self._body(request, method == "ModelInfer") as body:
                 found = await self._work(request, lambda call: answer(body, call))
         else:
             found = answer(b"", _call(request))
@@ -237,7 +237,7 @@ class Web:
         return callers.is_address(name) or name in self._own_names or "*" in self._own_names
 
     @asynccontextmanager
-    async def _body(self, request: Request) -> AsyncIterator[bytearray]:
+    async def _body(self, request: Request, needed: bool = True) -> AsyncIterator[bytearray]:
         """A request's body, which counts among the bytes under way from before it is read until it is let go."""
         budget, largest, clock = self._engine.inflight, self._engine.settings.max_message_mb << 20, time.monotonic
         taken, body, begun, more = 0, bytearray(), clock(), True
@@ -251,6 +251,8 @@ class Web:
                 budget.take(size - taken)
                 taken = size
 
+        if needed and not {"content-length", "transfer-encoding"} & set(request.headers):
+            raise _Refusal(411, f"send Content-Length, {largest} at most (TMS_MAX_MESSAGE_MB), or the body in chunks")
         try:
             take(int(request.headers.get("content-length", 0)))
             while more:
