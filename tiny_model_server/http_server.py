@@ -28,7 +28,7 @@ _HEADERS_S = 10.0  # time for a TLS handshake, and for a request's headers
 _KEEP_ALIVE_S = 30
 _UNSENT_S = 1.0  # time that a request has to arrive once the server stops
 _READ_S, _READ_BYTES = 30.0, 1 << 16  # a caller reads so many bytes of its answer in this time, or is cut off
-_LONGEST_HEADERS = 1 << 15
+_LONGEST_HEADERS, _MOST_HEADERS = 1 << 15, 100
 _MANY_CHUNKS, _SMALL_CHUNK = 10_000, 256  # more chunks must have so many bytes on average
 _MOST_CONNECTIONS = 1024
 _MALFORMED = b"""HTTP/1.1 400 Bad Request\r
@@ -269,7 +269,7 @@ class _Connection(H11Protocol):
 
 
 class _Parser(h11.Connection):
-    """Refuses bodies in tiny chunks, each of which costs as much time as a large one."""
+    """Refuses long headers also if they came at once, and bodies in tiny chunks, each of which costs time."""
 
     _chunks = _bytes = 0
 
@@ -277,6 +277,9 @@ class _Parser(h11.Connection):
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = self._bytes = 0
+            size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
+            if size > _LONGEST_HEADERS or len(event.headers) > _MOST_HEADERS:
+                raise h11.RemoteProtocolError("the headers are too long")
         elif isinstance(event, h11.Data):
             self._chunks += event.chunk_end
             self._bytes += len(event.data)
