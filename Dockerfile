@@ -25,8 +25,9 @@ COPY models/ models/
 # Nothing is written but to /tmp and memory: the container's root may be read-only.
 RUN useradd --system --uid 10001 --home-dir /tmp server
 USER 10001
-ENV HOME=/tmp
+# With TMS_ADMIN_TOKEN, its holders may stop the server and change its models; without one, nobody may.
+ENV HOME=/tmp TMS_ADMIN=token
 EXPOSE 50000 8080
 STOPSIGNAL SIGTERM
-HEALTHCHECK --start-period=60s --interval=10s --timeout=3s CMD ["python", "server.py", "health"]
+HEALTHCHECK --start-period=60s --interval=10s --timeout=5s CMD ["python", "server.py", "health"]
 CMD ["python", "server.py"]

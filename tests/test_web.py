@@ -92,14 +92,17 @@ def test_bad_posts_are_told(server: Server, path: str, body: bytes, kind: str, s
 
 def test_bodies_have_a_length_and_a_limit(start_server: StartServer) -> None:
     server = start_server(TMS_MAX_MESSAGE_MB=1)
-    for length in ("", "-1", "1e3", str((1 << 20) + 1)):
+    for length, status, message in [
+        *((length, 400, "malformed") for length in ("", "-1", "1e3")),
+        (str((1 << 20) + 1), 413, "TMS_MAX_MESSAGE_MB"),
+    ]:
         connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=10)
         connection.putrequest("POST", "/models/echo/run")
         connection.putheader("Content-Length", length)
         connection.endheaders()
         answer = connection.getresponse()
-        assert answer.status == 400
-        assert "TMS_MAX_MESSAGE_MB" in json.load(answer)["error"]
+        assert answer.status == status
+        assert message in json.load(answer)["error"]
         connection.close()
 
 
@@ -111,8 +114,9 @@ def test_who_may_do_what(start_server: StartServer, tmp_path: Path) -> None:
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/models", timeout=10)
     assert post(server, run, b"x", Authorization="Bearer sesame") == (200, "x")
-    assert post(server, reload, b"", Authorization="Bearer sesame")[0] == 200  # from the server's own host
-    assert post(server, "/models/one/unload", b"", Authorization="Bearer sesame")[1]["state"] == "UNLOADED"
+    assert post(server, reload, b"", Authorization="Bearer sesame")[0] == 403  # also from the server's own host
+    assert post(server, reload, b"", Authorization="Bearer admin")[0] == 200
+    assert post(server, "/models/one/unload", b"", Authorization="Bearer admin")[1]["state"] == "UNLOADED"
     assert post(server, run, b"x", Authorization="Bearer sesame")[0] == 409
     assert post(server, "/models/one/load", b"", Authorization="Bearer admin")[1]["state"] == "READY"
 

@@ -138,6 +138,14 @@ def plain_json(value: Any) -> str:
     return _encoded(value, arrays, lambda tree: _to_json(_plain(tree, arrays)))
 
 
+def standard_json(value: Any) -> str:
+    """One JSON text of a JSON value, with null for the numbers that JSON lacks: NaN and the infinities."""
+    try:
+        return _to_json(value)
+    except ValueError:
+        return _to_json(json.loads(json.dumps(value), parse_constant=lambda name: None))
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text that a caller sent; InvalidInput says where it is malformed, or that it is too much."""
     if len(text) > MOST_NODES and _nodes(text) > MOST_NODES:

@@ -9,12 +9,10 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote
 
-from tiny_model_server import devices, tracing
+from tiny_model_server import callers, devices, tracing
 from tiny_model_server.batcher import Batcher, Chunks, Item, Outcome, Seat
 from tiny_model_server.budget import Budget
 from tiny_model_server.codec import ARRAY, Packed, args_json, dtype_name, signature
@@ -100,6 +98,8 @@ class Engine:
         """How many are in work."""
         self.inflight = Budget((settings.max_inflight_mb << 20) or devices.memory() // 4)
         """Counts the bytes of requests under way; every transport takes from it before it reads or parses one."""
+        self.ports: frozenset[int] = frozenset()
+        """The TCP ports at which it is called; empty if they are not known."""
         self._counting = threading.Lock()
         self._room = threading.Lock()
         self._stopping = threading.Event()
@@ -141,13 +141,32 @@ class Engine:
             raise Unauthenticated("send the server's token (TMS_TOKEN) as metadata 'authorization: Bearer TOKEN'")
 
     def authorize(self, call: Call) -> None:
-        """PermissionDenied unless the caller is on this host or has the admin token."""
-        if _is_local(call.peer) or _offers(call.metadata, self.settings.admin_token):
+        """PermissionDenied unless the caller may stop the server and change its models (TMS_ADMIN)."""
+        rule = self.settings.admin_rule
+        if rule == "token" and _offers(call.metadata, self.settings.admin_token):
             return
-        raise PermissionDenied(
-            "only callers on the server's own host may do this, or those who send the admin token (TMS_ADMIN_TOKEN) "
-            "as metadata 'authorization: Bearer TOKEN'"
-        )
+        here = rule in ("local", "host") and callers.on_this_host(call.peer, call.metadata)
+        if here and (rule == "host" or callers.by_this_user(call.peer, self.ports)):
+            return
+        raise PermissionDenied(f"this call may not stop the server or change its models; {self.who_may()} may")
+
+    def authorize_load(self, model: ServedModel, call: Call) -> None:
+        """PermissionDenied if a call would bring back a model that was unloaded, and may not."""
+        if self.started and not self.settings.lazy and model.state is State.UNLOADED:
+            self.authorize(call)
+
+    def who_may(self) -> str:
+        """Who may stop the server and change its models, in words."""
+        if self.settings.admin_rule == "off":
+            missing = self.settings.admin == "token"
+            return f"nobody (TMS_ADMIN={self.settings.admin}{', and no TMS_ADMIN_TOKEN is set' if missing else ''})"
+        return {
+            "token": "only callers with the admin token (TMS_ADMIN_TOKEN) as metadata 'authorization: Bearer TOKEN'",
+            "local": "only the server's own user and root, on its host and not through a proxy (TMS_ADMIN=local; "
+            "set TMS_ADMIN_TOKEN to let others)",
+            "host": "only callers on the server's own host, and not through a proxy (TMS_ADMIN=host; "
+            "set TMS_ADMIN_TOKEN to let others)",
+        }[self.settings.admin_rule]
 
     def models(self) -> list[ServedModel]:
         """All models found, by name."""
@@ -527,14 +546,3 @@ def _check_declared(inputs: Sequence[Mapping[str, Any]], data: Packed) -> None:
 def _offers(metadata: Mapping[str, str | bytes], token: str) -> bool:
     offered = str(metadata.get("authorization", "")).encode()
     return bool(token) and hmac.compare_digest(offered, f"Bearer {token}".encode())
-
-
-def _is_local(peer: str) -> bool:
-    kind, _, address = unquote(peer).partition(":")
-    if kind == "unix":
-        return True
-    try:
-        host = ip_address(address.rpartition(":")[0].strip("[]"))
-    except ValueError:
-        return False
-    return (getattr(host, "ipv4_mapped", None) or host).is_loopback

@@ -1,6 +1,7 @@
 """Binds the protocols' handlers, health and reflection to grpcio's server; the only file that knows that server."""
 
 import logging
+import os
 import socket
 import threading
 import time
@@ -81,7 +82,8 @@ class GrpcServer:
         self.port = self._listen(address, tls_credentials, f"TMS_HOST={settings.host!r} TMS_PORT={settings.port}")
         if settings.socket:
             _refuse_taken(settings.socket)
-            self._listen(f"unix:{settings.socket}", tls_credentials, f"TMS_SOCKET={settings.socket!r}")
+            with _new_files_mode(int(settings.socket_mode, 8)):
+                self._listen(f"unix:{settings.socket}", tls_credentials, f"TMS_SOCKET={settings.socket!r}")
         name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # in a container, the pod's name
         self.replica = ascii(f"{name}:{self.port}")[1:-1]  # metadata is ASCII
         """The name that answers carry."""
@@ -190,3 +192,13 @@ def _refuse_taken(path: str) -> None:
         except OSError:
             return
     raise SettingsError(f"TMS_SOCKET={path!r}: another server listens there; choose another path")
+
+
+@contextmanager
+def _new_files_mode(mode: int) -> Iterator[None]:
+    """Lets files be made with this mode at most, so that nobody can open one before its mode was changed."""
+    before = os.umask(0o777 & ~mode)
+    try:
+        yield
+    finally:
+        os.umask(before)

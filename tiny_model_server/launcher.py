@@ -1,32 +1,37 @@
 """The life of a server process: settings, load, serve, drain, stop; and the commands ``check`` and ``list``."""
 
 import argparse
+import json
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
-import urllib.request
 from dataclasses import replace
 
-from tiny_model_server import __version__, awake, children, codec, ending, lane, logs
+import grpc
+
+from tiny_model_server import __version__, awake, children, codec, ending, lane, logs, tls, wire
 from tiny_model_server.devices import cpus, keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
 from tiny_model_server.guardian import adopt_orphans
+from tiny_model_server.health import SERVICE as HEALTH_SERVICE
+from tiny_model_server.http_server import HttpServer
 from tiny_model_server.lane_server import LaneServer
 from tiny_model_server.protocols import native
 from tiny_model_server.reload import watch
 from tiny_model_server.repository import State, discover
 from tiny_model_server.settings import Settings, SettingsError
-from tiny_model_server.web import WebServer
+from tiny_model_server.web import Web
 
 log = logging.getLogger("tiny_model_server")
 
 _STOP_WORKERS_S = 5.0
 _STOP_REST_S = 3.0
+_HEALTH_S = 2.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +68,8 @@ def serve(settings: Settings) -> int:
     engine = Engine(settings)
     awake.calls, awake.few = lambda: engine.calls, max(2, int(cpus()) // 2)  # to each belong a caller and a worker
     grpc_server = GrpcServer(engine, settings)
-    web = WebServer(engine, settings) if settings.http_port is not None else None
+    web = HttpServer(Web(engine, settings), settings) if settings.http_port is not None else None
+    engine.ports = frozenset([grpc_server.port, *([web.port] if web else [])])
     lanes = open_lanes(engine, settings, grpc_server)
     hurry = threading.Event()
 
@@ -81,6 +87,8 @@ def serve(settings: Settings) -> int:
                 hurry.set()
                 ending.within(_STOP_WORKERS_S + _STOP_REST_S)
                 grpc_server.stop(0)
+                if web:
+                    web.stop(0)
             engine.request_stop()
 
     threading.Thread(target=obey, name="signals", daemon=True).start()
@@ -89,9 +97,12 @@ def serve(settings: Settings) -> int:
         lanes.start()
     if web:
         web.start()
-    http = f", HTTP on {settings.host}:{web.port}" if web else ""
-    log.info("listening: gRPC on %s:%d%s, pid %d", settings.host, grpc_server.port, http, os.getpid())
+    host = settings.host.strip("[]")
+    host = f"[{host}]" if ":" in host else host
+    http = f", HTTP on {host}:{web.port}" if web else ""
+    log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port, http, os.getpid())
     log.info("doors: %s", ", ".join(settings.doors))
+    log.info("who may stop the server and change its models: %s", engine.who_may())
     failed = threading.Event()
     threading.Thread(target=_load, args=(engine, settings, failed), name="start").start()
     engine.stop_requested.wait()
@@ -99,13 +110,16 @@ def serve(settings: Settings) -> int:
     ending.within(settings.drain_delay_s + settings.grace_s + _STOP_WORKERS_S + _STOP_REST_S)
     grpc_server.refuse_health()
     hurry.wait(settings.drain_delay_s)
-    ended = grpc_server.stop(0 if hurry.is_set() else settings.grace_s)
-    if lanes:
-        lanes.stop(0 if hurry.is_set() else settings.grace_s)
-    ended.wait()
-    engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
+    grace_s = 0 if hurry.is_set() else settings.grace_s
+    ended = grpc_server.stop(grace_s)
     if web:
-        web.stop()
+        web.stop(grace_s)
+    if lanes:
+        lanes.stop(grace_s)
+    ended.wait()
+    if web:
+        web.join(grace_s + _STOP_WORKERS_S)
+    engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
     log.info("stopped")
     return ending.leave(1 if failed.is_set() else 0)
 
@@ -172,11 +186,26 @@ def list_models(settings: Settings) -> int:
 
 def health(settings: Settings) -> int:
     """Asks the server of these settings whether it is ready: 0 if it is, 1 if not. For containers' health checks."""
-    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(settings.host, settings.host)
+    address = f"unix:{settings.socket}" if settings.socket else _grpc_address(settings)
+    check = wire.methods("health", HEALTH_SERVICE)["Check"]
     try:
-        with urllib.request.urlopen(f"http://{host}:{settings.http_port or 0}/readyz", timeout=2) as answer:
-            print(answer.read().decode().strip())
-            return 0
-    except OSError as error:
-        print(f"not ready by TMS_HTTP_PORT={settings.http_port}: {error}", file=sys.stderr)
+        with tls.own_channel(settings, address, _HEALTH_S) as channel:
+            ask = channel.unary_unary(check.path, check.request.SerializeToString, check.response.FromString)
+            ready = ask(check.request(), timeout=_HEALTH_S).status == check.response.SERVING
+    except (OSError, grpc.RpcError) as error:
+        why = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else error
+        print(f"not ready by gRPC at {address}: {why}", file=sys.stderr)
         return 1
+    print(json.dumps({"ready": ready}))
+    return 0 if ready else 1
+
+
+def _grpc_address(settings: Settings) -> str:
+    """Where a process on this host finds the server; SettingsError if the settings do not say."""
+    if not settings.port:
+        raise SettingsError("TMS_PORT=0 takes a free port; for the health command, name one, or set TMS_SOCKET")
+    host = settings.host.strip("[]")
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1" if socket.has_dualstack_ipv6() else "127.0.0.1"}.get(
+        host, host
+    )
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"

@@ -1,9 +1,23 @@
-"""How the server and its workers log: one line a record, as text or as JSON, to standard error."""
+"""How the server and its workers log: one line a record, as text or as JSON, to standard error.
+
+Callers send much of what is logged, so no message can end its line or move a terminal's cursor: characters that are
+not printable are escaped. The lines of a traceback are indented, so that none of them can pass for a record.
+"""
 
 import json
 import logging
 import sys
 from datetime import datetime, timezone
+from typing import Any
+
+
+class _Text(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = escaped(record.message)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        return "\n".join(f"  {escaped(line)}" for line in super().formatException(ei).split("\n"))
 
 
 class _Json(logging.Formatter):
@@ -19,9 +33,16 @@ class _Json(logging.Formatter):
         return json.dumps(entry)
 
 
+def escaped(text: str) -> str:
+    """A text with every character that is not printable written as in a Python string: a line's end as two letters."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
 def configure(level: str, style: str) -> None:
     """Sends every record of ``level`` ("debug", "info", ...) and above to standard error, as "text" or "json"."""
     handler = logging.StreamHandler(sys.stderr)
-    text = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    text = _Text("%(asctime)s %(levelname)s %(name)s: %(message)s")
     handler.setFormatter(_Json() if style == "json" else text)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -77,6 +77,16 @@ def _port_or_off(text: str) -> int | None:
     return None if text.lower() == "off" else int(_number(int, 0, 65535)(text))
 
 
+def _folder(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
+def _mode(text: str) -> str:
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise ValueError("a file's mode in octal, such as 0600 or 0660")
+    return text
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -99,6 +109,12 @@ class Settings:
     port: int = _setting(50000, _number(int, 0, 65535), "gRPC port; 0 takes a free one")
     http_port: int | None = _setting(8080, _port_or_off, "HTTP port; 0 takes a free one, off opens none")
     socket: str = _setting("", str, "path of a unix socket to listen on as well")
+    socket_mode: str = _setting("0600", _mode, "mode of its file: who may connect, and so counts as a local caller")
+    allowed_hosts: tuple[str, ...] = _setting(
+        (),
+        _names,
+        "more names by which this host's callers may ask the HTTP port, as a proxy that keeps Host does; *: any",
+    )
     doors: tuple[str, ...] = _setting(
         ("native", "open_inference"), _names, "protocols that are answered on the gRPC port"
     )
@@ -158,10 +174,19 @@ class Settings:
         0, _number(int, 0), "ModelMesh: memory for models, in MiB; 0: three quarters of the machine's or container's"
     )
     mesh_default_mb: int = _setting(256, _number(int, 1), "ModelMesh: a model's size until it was measured, in MiB")
+    mesh_models_dir: Path | None = _setting(
+        None, _folder, "ModelMesh: its sidecar, on this host, may load what is in this folder, whatever TMS_ADMIN says"
+    )
     modzy_model: str = _setting("", str, "Modzy: the model that is served, where there are several")
     token: str = _setting("", str, "token that every call must bring; health needs none", secret=True)
+    admin: str = _setting(
+        "local",
+        _one_of("local", "host", "token", "off"),
+        "who may stop the server and change its models: local (this user and root, on this host), host (every user of "
+        "this host), token (who sends TMS_ADMIN_TOKEN), off (nobody)",
+    )
     admin_token: str = _setting(
-        "", str, "token that lets other hosts stop the server and change its models", secret=True
+        "", str, "token for stopping the server and changing its models; if set, everybody needs it", secret=True
     )
 
     @classmethod
@@ -178,6 +203,13 @@ class Settings:
             given.setdefault("port", _checked(_MODZY_PORT, env[_MODZY_PORT], known["TMS_PORT"]))
         return cls(**given)
 
+    @property
+    def admin_rule(self) -> str:
+        """Who may change the server in effect: "local", "host", "token" or "off"."""
+        if self.admin == "off" or (self.admin == "token" and not self.admin_token):
+            return "off"
+        return "token" if self.admin_token else self.admin
+
     def describe(self) -> str:
         """All settings in one line, for the log at start; secrets only as set or not."""
         hidden = {item.name for item in fields(self) if item.metadata["secret"]}
@@ -190,6 +222,12 @@ class Settings:
 
 # Read by the client, and allowed to stand in the same environment.
 _ELSEWHERE = dict.fromkeys(["TMS_ADDRESS", "TMS_TLS", "TMS_TLS_CA", "TMS_CLIENT_CERT", "TMS_CLIENT_KEY"])
+
+
+def client_certificate(env: Mapping[str, str] = os.environ) -> tuple[Path, Path] | None:
+    """(key, certificate) that the environment names for clients, if it does."""
+    key, cert = env.get("TMS_CLIENT_KEY"), env.get("TMS_CLIENT_CERT")
+    return (Path(key), Path(cert)) if key and cert else None
 
 
 @dataclass(frozen=True)

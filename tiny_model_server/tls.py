@@ -1,57 +1,125 @@
 """The server's certificates: checked at the start, and read again when their files were renewed."""
 
 import logging
+import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-from tiny_model_server.settings import Settings, SettingsError
+from tiny_model_server.settings import Settings, SettingsError, client_certificate
 
 log = logging.getLogger("tiny_model_server.tls")
 
 
 def credentials(settings: Settings) -> grpc.ServerCredentials | None:
     """What grpcio's server needs for TLS, None without TMS_TLS_CERT; SettingsError if the files will not do."""
-    if not (settings.tls_cert and settings.tls_key):
-        if settings.tls_cert or settings.tls_key or settings.tls_client_ca:
-            raise SettingsError("TLS needs both TMS_TLS_CERT and TMS_TLS_KEY; TMS_TLS_CLIENT_CA works only with them")
+    if not (files := Files.of(settings)):
         return None
-    files = _Files(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-    try:
-        first = files.read()
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"TMS_TLS_CERT, TMS_TLS_KEY or TMS_TLS_CLIENT_CA cannot be used: {error}") from None
-    return grpc.dynamic_ssl_server_credentials(first, files.renewed, settings.tls_client_ca is not None)  # type: ignore[arg-type]
+    return grpc.dynamic_ssl_server_credentials(files.configuration(), files.renewed, files.client_ca is not None)  # type: ignore[arg-type]
 
 
-class _Files:
+def own_channel(settings: Settings, address: str, timeout_s: float) -> grpc.Channel:
+    """A channel to the server that was started with these settings, past all proxies; OSError if it is not there.
+
+    With TLS, nothing is trusted but the server's own certificate. A server that asks for a client's is shown the one
+    that the environment names for clients (TMS_CLIENT_CERT), or the server's own.
+    """
+    options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
+    files = Files.of(settings)
+    if not files:
+        return grpc.insecure_channel(address, options)
+    options += [("grpc.ssl_target_name_override", files.name_at(address, timeout_s))]
+    own = (files.key, files.cert)
+    key, cert = (client_certificate() or own) if files.client_ca else (None, None)
+    pair = [file.read_bytes() if file else None for file in (files.cert, key, cert)]
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(*pair), options)
+
+
+class Files:
+    """The certificate's files, of which a new content is used by the next handshake."""
+
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
-        self._cert, self._key, self._client_ca = cert, key, client_ca
+        """Reads the files; OSError or ValueError if they cannot be read or do not belong together."""
+        self.cert, self.key, self.client_ca = cert, key, client_ca
         self._seen: list[int] = []
+        self._context = self._read()
 
-    def read(self) -> grpc.ServerCertificateConfiguration:
-        """The files' content; OSError or ValueError if they cannot be read or do not belong together."""
-        self._seen = self._times()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(self._cert, self._key)  # an ssl.SSLError is an OSError
-        if self._client_ca:
-            context.load_verify_locations(self._client_ca)
-        client_ca = self._client_ca.read_bytes() if self._client_ca else None
-        pair = (self._key.read_bytes(), self._cert.read_bytes())
+    @classmethod
+    def of(cls, settings: Settings) -> "Files | None":
+        """The files that the settings name, None without TMS_TLS_CERT; SettingsError if they will not do."""
+        if not (settings.tls_cert and settings.tls_key):
+            if settings.tls_cert or settings.tls_key or settings.tls_client_ca:
+                raise SettingsError(
+                    "TLS needs both TMS_TLS_CERT and TMS_TLS_KEY; TMS_TLS_CLIENT_CA works only with them"
+                )
+            return None
+        try:
+            return cls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"TMS_TLS_CERT, TMS_TLS_KEY or TMS_TLS_CLIENT_CA cannot be used: {error}") from None
+
+    def context(self) -> ssl.SSLContext:
+        """For the handshake of the HTTP port: of the files as they are now, or as they were last good."""
+        self._renew()
+        return self._context
+
+    def configuration(self) -> grpc.ServerCertificateConfiguration:
+        """The files' content as gRPC takes it."""
+        client_ca = self.client_ca.read_bytes() if self.client_ca else None
+        pair = (self.key.read_bytes(), self.cert.read_bytes())
         return grpc.ssl_server_certificate_configuration([pair], client_ca)
 
     def renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """Called by gRPC at each handshake: the new content if the files have changed and are good, else None."""
+        return self.configuration() if self._renew() else None
+
+    def name_at(self, address: str, timeout_s: float) -> str:
+        """A name in the certificate that a server at "host:port" or "unix:path" shows, which must be of these files."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, not its authority
+        context.load_verify_locations(self.cert)
+        with _connect(address, timeout_s) as plain, context.wrap_socket(plain) as secured:
+            shown: Any = secured.getpeercert()
+        names = [name for kind, name in sorted(shown.get("subjectAltName", ())) if kind in ("DNS", "IP Address")]
+        names += [value for part in shown["subject"] for kind, value in part if kind == "commonName"]
+        return next(iter(names), "").replace("*", "any")
+
+    def _renew(self) -> bool:
         try:
             if self._times() == self._seen:
-                return None
-            renewed = self.read()
+                return False
+            self._context = self._read()
         except (OSError, ValueError) as error:
             log.error("the renewed certificate is not used, the old one stays: %s", error)
-            return None
+            return False
         log.info("the certificate was renewed")
-        return renewed
+        return True
+
+    def _read(self) -> ssl.SSLContext:
+        self._seen = self._times()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.cert, self.key)  # an ssl.SSLError is an OSError
+        if self.client_ca:
+            context.load_verify_locations(self.client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     def _times(self) -> list[int]:
-        return [path.stat().st_mtime_ns for path in (self._cert, self._key, self._client_ca) if path]
+        return [path.stat().st_mtime_ns for path in (self.cert, self.key, self.client_ca) if path]
+
+
+def _connect(address: str, timeout_s: float) -> socket.socket:
+    if address.startswith("unix:"):
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.settimeout(timeout_s)
+            connection.connect(address.removeprefix("unix:"))
+            return connection
+        except OSError:
+            connection.close()
+            raise
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout_s)

@@ -1,33 +1,43 @@
-"""The HTTP port: probes, metrics, a page for people, and a plain POST that runs a model."""
+"""The HTTP port's answers as an ASGI application: probes, metrics, a page for people, a plain POST that runs a model.
 
-import base64
-import email
-import ipaddress
-import json
+A request is refused before its body is read, where the rest of it says enough. What may take time is done in threads;
+health is answered by the loop itself, so also while every thread is busy.
+"""
+
+import asyncio
 import logging
+import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from email.utils import formatdate
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import urlsplit
 
-import numpy as np
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
-from tiny_model_server import codec, pictures
-from tiny_model_server.codec import EncodedImage
+from tiny_model_server import callers, codec
 from tiny_model_server.engine import Call, Engine
-from tiny_model_server.errors import InvalidInput, PermissionDenied, ServerError
+from tiny_model_server.errors import Cancelled, InvalidInput, PermissionDenied, ServerError, Stopping
+from tiny_model_server.forms import read_input, view
 from tiny_model_server.protocols import open_inference
 from tiny_model_server.protocols.open_inference_rest import Rest
-from tiny_model_server.settings import Settings, SettingsError
+from tiny_model_server.settings import Settings
 
 log = logging.getLogger("tiny_model_server.web")
 
 _PAGE = Path(__file__).with_name("page.html")
-_HTTP_STATUS = {
+_STATUS = {
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
     "PERMISSION_DENIED": 403,
@@ -38,222 +48,325 @@ _HTTP_STATUS = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+_KNOWN = "get /, /livez, /readyz, /models, /metrics or /v2, or post to /models/NAME/run, load, unload or reload"
 _TIMEOUT_S = 60.0
-_LONGEST_LIST = 32  # items of an array that the page shows as they are
+_BODY_S, _SLOWEST = 30.0, 1 << 16  # time for a body, and bytes for which it gets a second more
+_DRAIN_S, _MOST_DRAINED = (
+    2.0,
+    1 << 26,
+)  # time and bytes in which a caller may still send what nobody reads, so that it reads why
+_SPARE_THREADS = 8  # more than the engine admits, so that some are always left for refusals and admin calls
+_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'",
+}
 
 
-class WebServer:
+class _Refusal(InvalidInput):
+    """An error that HTTP has a status of its own for."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class Web:
     """Answers GET /, /livez, /readyz, /models and /metrics, POST /models/NAME/ACTION, and /v2 (Open Inference)."""
 
     def __init__(self, engine: Engine, settings: Settings) -> None:
-        """Binds the port; SettingsError if it cannot be had."""
+        self._engine = engine
+        self._own_names = {"localhost", socket.gethostname().lower(), *map(str.lower, settings.allowed_hosts)}
+        self._rest = Rest(open_inference.handlers(engine)) if "open_inference" in settings.doors else None
+        self._threads = ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="http")
+        self._few_threads = ThreadPoolExecutor(2, thread_name_prefix="http-get")  # what is read while all are busy
+        routes = [
+            self._route("GET", "/", self._page),
+            self._route("GET", "/livez", self._live),
+            self._route("GET", "/readyz", self._ready),
+            self._route("GET", "/models", self._models),
+            self._route("GET", "/metrics", self._metrics),
+            self._route("POST", "/models/{name:path}/run", self._run),
+        ]
+        routes += [
+            self._route("POST", f"/models/{{name:path}}/{action}", partial(self._change, action))
+            for action in ("load", "unload", "reload")
+        ]
+        if self._rest:
+            routes += [self._route("GET POST", path, self._open_inference) for path in ("/v2", "/v2/{rest:path}")]
+        self._app = Starlette(routes=routes, exception_handlers={404: _no_route, 405: _no_method})
+        self._app.router.redirect_slashes = False
 
-        rest = Rest(open_inference.handlers(engine)) if "open_inference" in settings.doors else None
-        handler = type("Handler", (_Handler,), {"engine": engine, "rest": rest})
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request, and closes the connection if its body was not read to the end."""
+        headers, rest = Headers(scope=scope), _Incoming(receive)
+        # A POST whose headers do not say how long it is may be followed by what its sender takes for the body.
+        size = headers.get("content-length", "0" if scope["method"] != "POST" else "unknown")
+        rest.unread = "transfer-encoding" in headers or size == "unknown" or int(size) > 0
+        scope["path"] = scope["path"].rstrip("/") or "/"
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                rest.answered = True
+                told = MutableHeaders(raw=message["headers"])
+                told.update(_HEADERS | {"Date": formatdate(usegmt=True)})
+                if rest.unread:
+                    told["Connection"] = "close"
+            elif rest.unread and not message.get("more_body"):
+                await send({**message, "more_body": True})
+                await rest.drain()
+                message = {"type": "http.response.body", "body": b""}
+            await send(message)
+
+        if "content-length" in headers and "transfer-encoding" in headers:
+            response = _refused(_Refusal(400, "send Content-Length or Transfer-Encoding, not both"))
+            return await response(scope, receive, answer)
         try:
-            self._server = ThreadingHTTPServer((settings.host, settings.http_port or 0), handler)
-        except OSError as error:
-            raise SettingsError(
-                f"TMS_HTTP_PORT={settings.http_port} cannot be listened on: {error.strerror}; "
-                "choose another, 0 for a free one, or off"
-            ) from None
-        self._server.daemon_threads = True
-        self.port: int = self._server.server_address[1]
+            await self._app(scope, rest.receive, answer)
+        except asyncio.CancelledError:  # the server stops, and this task ends with it
+            if not rest.answered:
+                await _refused(Stopping("the server is stopping"))(scope, receive, send)
 
-    def start(self) -> None:
-        """Answers requests, in threads of its own."""
-        threading.Thread(target=self._server.serve_forever, name="http", daemon=True).start()
+    def _route(self, methods: str, path: str, answer: Callable[[Request], Awaitable[Response]]) -> Route:
+        async def endpoint(request: Request) -> Response:
+            try:
+                return await answer(request)
+            except ServerError as error:
+                return _refused(error)
+            except Exception as error:
+                log.exception("%s %s failed", request.method, request.scope["path"])
+                return _json(500, {"error": f"a fault in the server: {type(error).__name__}: {error}"})
 
-    def stop(self) -> None:
-        """Closes the port."""
-        self._server.shutdown()
-        self._server.server_close()
+        return Route(path, endpoint, methods=methods.split())
 
+    async def _live(self, request: Request) -> Response:
+        return _json(200, {"live": True})
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 30  # seconds that a silent connection is kept
-    disable_nagle_algorithm = True
-    engine: Engine
-    rest: Rest | None
+    async def _ready(self, request: Request) -> Response:
+        ready = self._engine.ready and not self._engine.stopping
+        return _json(200 if ready else 503, {"ready": ready})
 
-    def do_GET(self) -> None:
-        try:
-            self._get() if self.command == "GET" else self._post()
-        except ServerError as error:
-            later = getattr(error, "retry_after_ms", None)
-            more = {"Retry-After": str(-(-later // 1000))} if later else {}
-            self._answer(_HTTP_STATUS.get(error.status, 500), {"error": str(error), "status": error.status}, more)
-        except Exception as error:
-            log.exception("%s %s failed", self.command, self.path)
-            self._answer(500, {"error": f"a fault in the server: {type(error).__name__}: {error}"})
+    async def _page(self, request: Request) -> Response:
+        self._refuse_other_sites(request)
+        return Response(_PAGE.read_bytes(), media_type="text/html; charset=utf-8")
 
-    do_POST = do_GET
+    async def _metrics(self, request: Request) -> Response:
+        self._refuse_other_sites(request)
+        text = await self._in_thread(self._few_threads, self._engine.metrics.text)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
-    def _get(self) -> None:
-        path = urlsplit(self.path).path.rstrip("/")
-        engine = self.engine
-        if self._is_rest():
-            self._answer_rest(b"")
-        elif path == "":
-            self._send(200, "text/html; charset=utf-8", _PAGE.read_bytes())
-        elif path == "/livez":
-            self._answer(200, {"live": True})
-        elif path == "/readyz":
-            ready = engine.ready and not engine.stopping
-            self._answer(200 if ready else 503, {"ready": ready})
-        elif path == "/models":
-            engine.authenticate(self._metadata())
-            self._answer(200, {"models": [model.describe() for model in engine.models()]})
-        elif path == "/metrics":
-            self._send(200, CONTENT_TYPE_LATEST, engine.metrics.text())
-        else:
-            known = "/, /livez, /readyz, /models, /metrics, /v2, and POST /models/NAME/run"
-            self._answer(404, {"error": f"there is no {path}; there are {known}"})
+    async def _models(self, request: Request) -> Response:
+        self._admit(request)
+        found = await self._in_thread(self._few_threads, lambda: [model.describe() for model in self._engine.models()])
+        return _json(200, {"models": found})
 
-    def _post(self) -> None:
-        body, metadata = self._body(), self._metadata()
-        if self._is_rest():
-            return self._answer_rest(body)
-        parts = [unquote(part) for part in urlsplit(self.path).path.split("/")]
-        if len(parts) != 4 or parts[1] != "models" or parts[3] not in ("run", "load", "unload", "reload"):
-            return self._answer(404, {"error": "post to /models/NAME/run, or load, unload, reload"})
-        self._refuse_other_sites()
-        call = self._call(metadata)
-        self.engine.authenticate(metadata)
-        if parts[3] == "run":
-            return self._run(parts[2], body, call)
-        self.engine.authorize(call)
-        self._answer(200, getattr(self.engine, parts[3])(parts[2]).describe())
+    async def _change(self, action: str, request: Request) -> Response:
+        self._engine.authorize(self._admit(request))
+        model = await self._work(request, lambda call: getattr(self._engine, action)(request.path_params["name"]))
+        return _json(200, model.describe())
 
-    def _is_rest(self) -> bool:
-        return self.rest is not None and (self.path + "/").startswith("/v2/")
+    async def _run(self, request: Request) -> Response:
+        self._admit(request)
+        name, kind = request.path_params["name"], request.headers.get("content-type", "")
+        self._engine.model(name)
+        answer = self._viewed if "view" in request.query_params else self._plain
+        async with self._body(request) as body:
+            found: Response = await self._work(request, lambda call: answer(name, *read_input(kind, body), call))
+            return found
 
-    def _answer_rest(self, body: bytes) -> None:
-        assert self.rest
-        metadata, path = self._metadata(), unquote(urlsplit(self.path).path)
-        if not path.startswith("/v2/health/"):
-            self.engine.authenticate(metadata)
-        if self.command == "POST":
-            self._refuse_other_sites()
-        answer = self.rest.answer(self.command, path, metadata, body, self._call(metadata))
-        self._send(answer.status, answer.kind, answer.body, answer.headers)
+    def _plain(self, name: str, data: Any, args: dict[str, Any], call: Call) -> Response:
+        packed = self._engine.run(name, codec.pack(data), args, call, plain=True)
+        return Response(packed.text.encode() + b"\n", media_type="application/json")
 
-    def _call(self, metadata: Mapping[str, str]) -> Call:
-        host, port = self.client_address[:2]
-        peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-        return Call(time.monotonic() + _TIMEOUT_S, peer, metadata)
-
-    def _metadata(self) -> dict[str, str]:
-        return {name.lower(): value for name, value in self.headers.items()}
-
-    def _run(self, name: str, body: bytes, call: Call) -> None:
-        data, args = _input(self.headers.get("Content-Type", ""), body)
-        if "view" not in parse_qs(urlsplit(self.path).query, keep_blank_values=True):
-            answer = self.engine.run(name, codec.pack(data), args, call, plain=True)
-            return self._send(200, "application/json", answer.text.encode() + b"\n")
+    def _viewed(self, name: str, data: Any, args: dict[str, Any], call: Call) -> Response:
         begun = time.monotonic()
-        value = codec.unpack(self.engine.run(name, codec.pack(data), args, call))
-        self._answer(200, {"ms": 1000 * (time.monotonic() - begun), "answer": _view(value)})
+        value = codec.unpack(self._engine.run(name, codec.pack(data), args, call))
+        return _json(200, {"ms": 1000 * (time.monotonic() - begun), "answer": view(value)})
 
-    def _body(self) -> bytes:
-        length = self.headers.get("Content-Length", "")
-        limit = self.engine.settings.max_message_mb << 20
-        if not (length.isascii() and length.isdigit() and int(length) <= limit):
-            self.close_connection = True  # what follows cannot be told from the next request
-            raise InvalidInput(f"send Content-Length, of {limit} bytes at most (TMS_MAX_MESSAGE_MB), not {length!r}")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            self.close_connection = True
-            raise InvalidInput(f"the body has {len(body)} bytes, but Content-Length says {length}")
-        return body
+    async def _open_inference(self, request: Request) -> Response:
+        assert self._rest
+        path: str = request.scope["path"]
+        method, fields = self._rest.find("POST" if request.method == "POST" else "GET", path)
+        if not method:
+            raise _Refusal(404, f"there is no {request.method} {path}; see Open Inference Protocol v2")
+        if method not in ("ServerLive", "ServerReady"):
+            call = self._admit(request)
+            if method in ("RepositoryModelLoad", "RepositoryModelUnload"):
+                self._engine.authorize(call)
+            elif method == "ModelInfer":
+                self._engine.model(fields["model_name"])
+        answer = partial(self._rest.answer, method, fields, request.headers)
+        if request.method == "POST":
+            async with self._body(request, method == "ModelInfer") as body:
+                found = await self._work(request, lambda call: answer(body, call))
+        else:
+            found = answer(b"", _call(request))
+        return Response(found.body, found.status, found.headers, found.kind)
 
-    def _refuse_other_sites(self) -> None:
-        """PermissionDenied if another site's page sent this, or a page whose name was made to stand for this host."""
-        host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        foreign = self.headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none")
-        if origin is not None:  # a browser; a name that leads to this host must be this host's own
-            renamed = _is_local(self.client_address[0]) and not _is_local(urlsplit(f"//{host}").hostname)
-            foreign = foreign or urlsplit(origin).netloc != host or renamed
-        if foreign:
+    def _admit(self, request: Request) -> Call:
+        """The call of a request; PermissionDenied or Unauthenticated if it may not be answered."""
+        self._refuse_other_sites(request)
+        call = _call(request)
+        self._engine.authenticate(call.metadata)
+        return call
+
+    def _refuse_other_sites(self, request: Request) -> None:
+        """PermissionDenied if another site's page sent this, or a page whose name was made to stand for this host.
+
+        A page of a site whose name its owner let point to this host may ask anything there in the user's browser; but
+        the browser sends that name as Host. It sends an Origin with each POST, and none with a GET of the own site.
+        """
+        headers = request.headers
+        host, origin = headers.get("host", ""), headers.get("origin")
+        foreign = False
+        if request.method not in ("GET", "HEAD"):
+            foreign = headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+            foreign = foreign or (origin is not None and urlsplit(origin).netloc != host)
+        here = request.client is not None and callers.is_loopback(request.client.host)
+        asked_by_browser = origin is not None or request.method in ("GET", "HEAD")
+        if foreign or (host and here and asked_by_browser and not self._is_own_name(host)):
             raise PermissionDenied(
-                "another site's page may not do this; from this host, ask for localhost or 127.0.0.1"
+                "another site's page may not do this; from this host, ask for localhost or 127.0.0.1, or name the host "
+                "that you ask for in TMS_ALLOWED_HOSTS"
             )
 
-    def _answer(self, status: int, value: Any, headers: Mapping[str, str] | None = None) -> None:
-        self._send(status, "application/json", json.dumps(value).encode() + b"\n", headers)
+    def _is_own_name(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        return callers.is_address(name) or name in self._own_names or "*" in self._own_names
 
-    def _send(self, status: int, kind: str, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-        policy = "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'"
-        more = {"X-Content-Type-Options": "nosniff", "Content-Security-Policy": policy} | dict(headers or {})
-        self.send_response(status)
-        for name, value in ({"Content-Type": kind, "Content-Length": str(len(body))} | more).items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
+    @asynccontextmanager
+    async def _body(self, request: Request, needed: bool = True) -> AsyncIterator[bytearray]:
+        """A request's body, which counts among the bytes under way from before it is read until it is let go."""
+        budget, largest, clock = self._engine.inflight, self._engine.settings.max_message_mb << 20, time.monotonic
+        taken, body, begun, more = 0, bytearray(), clock(), True
 
-    def log_message(self, format: str, *args: Any) -> None:
-        log.debug("%s %s", self.address_string(), format % args)
+        def take(size: int) -> None:
+            nonlocal taken
+            if size > min(largest, budget.limit):
+                limit = f"{largest} bytes at most (TMS_MAX_MESSAGE_MB)"
+                raise _Refusal(413, f"a body may have {limit} and {budget.limit} (TMS_MAX_INFLIGHT_MB), not {size}")
+            if size > taken:
+                budget.take(size - taken)
+                taken = size
 
+        if needed and not {"content-length", "transfer-encoding"} & set(request.headers):
+            raise _Refusal(411, f"send Content-Length, {largest} at most (TMS_MAX_MESSAGE_MB), or the body in chunks")
+        try:
+            take(int(request.headers.get("content-length", 0)))
+            while more:
+                try:
+                    async with asyncio.timeout(max(0, begun + _BODY_S + len(body) / _SLOWEST - clock())):
+                        message = await request.receive()
+                except TimeoutError:
+                    raise _Refusal(408, f"the body did not arrive in time; {len(body)} bytes of it did") from None
+                if message["type"] == "http.disconnect":
+                    raise Cancelled("the caller went away")
+                take(len(body) + len(message["body"]))
+                body += message["body"]
+                more = message["more_body"]
+            yield body
+        finally:
+            budget.give(taken)
 
-def _is_local(host: str | None) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
-    except ValueError:
-        return False
+    async def _work(self, request: Request, function: Callable[[Call], Any]) -> Any:
+        """What a function returns that may block, in a thread; if the caller goes away, its call ends."""
+        ending = _Ending()
+        work = self._in_thread(self._threads, partial(function, _call(request, ending.add)))
+        gone = asyncio.ensure_future(_disconnected(request))
+        try:
+            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+            ending.end()
+            return await work
+        finally:
+            gone.cancel()
+            work.cancel()
+            ending.end()
 
-
-def _input(kind: str, body: bytes) -> tuple[Any, dict[str, Any]]:
-    """(data, args) of a form with image=@file, text= or data= (JSON), and args= (JSON); or of a body of one kind."""
-    fields: dict[str, Any] = {}
-    message = email.message_from_bytes(b"Content-Type: " + kind.encode("latin-1") + b"\r\n\r\n" + body)
-    if message.get_content_type() == "multipart/form-data" and message.is_multipart():
-        for part in message.get_payload():
-            name = part.get_param("name", header="content-disposition")  # type: ignore[union-attr]
-            fields[str(name)] = part.get_payload(decode=True)  # type: ignore[union-attr]
-    elif message.get_content_type() == "application/x-www-form-urlencoded":
-        fields = {name: value[-1].encode() for name, value in parse_qs(body.decode(errors="replace")).items()}
-    elif message.get_content_maintype() == "image":
-        fields = {"image": body}
-    elif message.get_content_type() in ("application/json", "text/plain"):
-        fields = {"data" if kind.startswith("application/json") else "text": body}
-    args = codec.parse_args(_text(fields.pop("args", b"")))
-    parsers: dict[str, Callable[[bytes], Any]] = {"image": EncodedImage, "text": _text, "data": _json}
-    field, content = fields.popitem() if len(fields) == 1 else ("", b"")
-    if parse := parsers.get(field):
-        return parse(content), args
-    raise InvalidInput(
-        "send one of image (a file), text or data (JSON), and args (a JSON object) if you like, as a form; "
-        "or a body of type image/*, text/plain or application/json"
-    )
-
-
-def _text(data: bytes) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        raise InvalidInput("text must be UTF-8") from None
-
-
-def _json(data: bytes) -> Any:
-    return codec.parse_json(_text(data))
+    def _in_thread(self, threads: ThreadPoolExecutor, function: Callable[[], Any]) -> asyncio.Future[Any]:
+        return asyncio.get_running_loop().run_in_executor(threads, function)
 
 
-def _view(value: Any) -> Any:
-    """An answer as the page shows it: small arrays as lists, others by their facts, a picture if they may be one."""
-    if isinstance(value, dict):
-        return {key: _view(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_view(item) for item in value]
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    if not isinstance(value, np.ndarray) or value.size <= _LONGEST_LIST:
-        return json.loads(codec.plain_json(value))
-    facts: dict[str, Any] = {"array": f"{codec.dtype_name(value.dtype)} {'x'.join(map(str, value.shape))}"}
-    if value.dtype.kind in "biuf":
-        with np.errstate(all="ignore"):
-            facts |= {"min": float(np.nanmin(value)), "max": float(np.nanmax(value)), "mean": float(np.nanmean(value))}
-        facts = json.loads(codec.plain_json(facts))
-        if value.ndim == 2 or (value.ndim == 3 and value.shape[2] in (1, 3)):
-            facts["png"] = "data:image/png;base64," + base64.b64encode(pictures.image_file(value)).decode()
-    return facts
+class _Incoming:
+    """What a caller still has to send of a request."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self.unread = False
+        """True if there is a body that was not read to its end."""
+        self.answered = False
+        """True once the answer has begun."""
+
+    async def receive(self) -> Message:
+        """The next message from the caller."""
+        message = await self._receive()
+        self.unread = message.get("more_body", False)
+        return message
+
+    async def drain(self) -> None:
+        """Drops what still comes, for a moment: if bytes are unread when a connection is closed, the answer is lost."""
+        dropped = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while self.unread and dropped < _MOST_DRAINED:
+                    dropped += len((await self.receive()).get("body", b""))
+
+
+class _Ending:
+    """Tells the parts of a call that it has ended."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._ended = False
+        self._callbacks: list[Callable[[], None]] = []
+
+    def add(self, callback: Callable[[], None]) -> bool:
+        """Registers a function to be called at the end; False if that was before. Threads may share this."""
+        with self._lock:
+            if not self._ended:
+                self._callbacks.append(callback)
+            return not self._ended
+
+    def end(self) -> None:
+        """Calls what was registered, once."""
+        with self._lock:
+            self._ended = True
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+
+def _call(request: Request, on_end: Callable[[Callable[[], None]], bool] = lambda callback: True) -> Call:
+    peer = ""
+    if request.client:
+        host, port = request.client
+        peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+    return Call(time.monotonic() + _TIMEOUT_S, peer, dict(request.headers), on_end)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    return _json(404, {"error": f"there is no {request.scope['path']}; {_KNOWN}"})
+
+
+async def _no_method(request: Request, error: Any) -> Response:
+    return _json(405, {"error": f"{request.method} is not for {request.scope['path']}; {_KNOWN}"}, error.headers)
+
+
+def _refused(error: ServerError) -> Response:
+    code, headers = _STATUS.get(error.status, 500), {}
+    if isinstance(error, _Refusal):
+        code = error.code
+    later = getattr(error, "retry_after_ms", None)
+    if later and later > 0:
+        headers["Retry-After"] = str(-(-later // 1000))
+    return _json(code, {"error": str(error), "status": error.status}, headers)
+
+
+def _json(code: int, value: Any, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(codec.standard_json(value).encode() + b"\n", code, headers, "application/json")

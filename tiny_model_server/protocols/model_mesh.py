@@ -1,5 +1,6 @@
 """mmesh.ModelRuntime: ModelMesh's sidecar loads models from any path by ids of its own, and routes calls by these ids.
 
+The sidecar has no token. It may load what TMS_ADMIN lets it or, from this host, what is in TMS_MESH_MODELS_DIR.
 Loads and unloads of one id come one after the other. A load whose caller has gone ends, and leaves nothing behind.
 """
 
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server import __version__, devices, wire
+from tiny_model_server import __version__, callers, devices, wire
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ModelNotFound, ServerError
 from tiny_model_server.repository import ServedModel, State
@@ -54,13 +55,13 @@ class _ModelMesh:
             )
 
     def loadModel(self, request: Any, call: Call) -> Any:
-        self._engine.authorize(call)
+        self._authorize(call, path := Path(request.modelPath).resolve())
         if not request.modelId or not request.modelPath:
             raise InvalidInput("send modelId, and modelPath: a folder with an __init__.py that holds class Model")
         with self._turn(request.modelId):
             if (known := self._find(request.modelId)) and known.state is State.READY:
                 return self._loaded(request, known)
-            model = self._engine.adopt(request.modelId, Path(request.modelPath))
+            model = self._engine.adopt(request.modelId, path)
             self._adopted.add(request.modelId)
             gone, loaded = threading.Event(), threading.Event()
 
@@ -84,7 +85,7 @@ class _ModelMesh:
                 raise ModelError(str(error)) from None  # other codes say that no load was tried
 
     def unloadModel(self, request: Any, call: Call) -> Any:
-        self._engine.authorize(call)
+        self._authorize(call)
         with self._turn(request.modelId):
             self._unload(request.modelId)
         return self._answer("unloadModel")
@@ -100,7 +101,7 @@ class _ModelMesh:
         return self._answer("modelSize", sizeInBytes=model.memory or self._default)
 
     def runtimeStatus(self, request: Any, call: Call) -> Any:
-        self._engine.authorize(call)
+        self._authorize(call)
         if not self._engine.started:
             return self._answer("runtimeStatus", status="STARTING")
         for model in self._engine.models():
@@ -121,6 +122,14 @@ class _ModelMesh:
             runtimeVersion=__version__,
             methodInfos=calls,
         )
+
+    def _authorize(self, call: Call, path: Path | None = None) -> None:
+        """PermissionDenied if the caller may not load from this path, or may not be the sidecar."""
+        folder = self._engine.settings.mesh_models_dir
+        within = folder and (path is None or path.is_relative_to(folder.resolve()))
+        if within and callers.on_this_host(call.peer, call.metadata):
+            return
+        self._engine.authorize(call)
 
     def _answer(self, method: str, **fields: Any) -> Any:
         return self._methods[method].response(**fields)

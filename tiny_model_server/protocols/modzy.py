@@ -36,7 +36,7 @@ class _Modzy:
 
     def Status(self, request: Any, call: Call) -> Any:
         try:
-            model = self._loaded()
+            model = self._loaded(call)
         except ServerError as error:
             return self._answer("Status", 500, message_of(error))
         return self._answer("Status", 200, "The model is ready.", **_described(model))
@@ -44,7 +44,7 @@ class _Modzy:
     def Run(self, request: Any, call: Call) -> Any:
         asked = {"explain": request.explain, "detect_drift": request.detect_drift}
         try:
-            model = self._loaded()
+            model = self._loaded(call)
             kinds = _media_types(model)
             items = [_item(index, one.input, kinds) for index, one in enumerate(request.inputs)]
             args = {name: True for name, wanted in asked.items() if wanted}
@@ -68,12 +68,15 @@ class _Modzy:
     def _answer(self, method: str, code: int, message: str, **fields: Any) -> Any:
         return self._methods[method].response(status_code=code, status=_WORDS[code], message=message, **fields)
 
-    def _loaded(self) -> ServedModel:
+    def _loaded(self, call: Call) -> ServedModel:
         models, name = self._engine.models(), self._engine.settings.modzy_model
         if not name and len(models) != 1:
             raise ModelUnavailable(f"there are {len(models)} models; TMS_MODZY_MODEL must name the one to serve")
         model = self._engine.model(name) if name else models[0]
-        return model if model.state is State.READY else self._engine.load(model.name)
+        if model.state is State.READY:
+            return model
+        self._engine.authorize_load(model, call)
+        return self._engine.load(model.name)
 
 
 def _described(model: ServedModel) -> dict[str, Any]:

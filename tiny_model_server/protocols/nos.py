@@ -62,7 +62,8 @@ class _Nos:
         kind = "text_request" if request.method.startswith("txt") else "image_request"
         if request.WhichOneof("request") != kind:
             raise InvalidInput(f"{request.method} takes a {kind}")
-        if self._engine.model(request.model_name).state is State.UNLOADED:
+        if (model := self._engine.model(request.model_name)).state is State.UNLOADED:
+            self._engine.authorize_load(model, call)
             self._engine.load(request.model_name)
         if kind == "text_request":
             answer = self._one(request, request.text_request.text, call)

@@ -3,7 +3,6 @@
 A request becomes a message of the gRPC form, whose handlers answer it; tensors travel raw in it.
 """
 
-import json
 import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tiny_model_server import codec, wire
+from tiny_model_server.codec import Buffer
 from tiny_model_server.engine import Call
-from tiny_model_server.errors import InvalidInput, ModelNotFound
+from tiny_model_server.errors import InvalidInput
 
 METHODS = wire.methods("open_inference", "inference.GRPCInferenceService")
 LENGTH = "Inference-Header-Content-Length"
@@ -58,17 +58,21 @@ class Rest:
     def __init__(self, handlers: Mapping[str, Callable[[Any, Call], Any]]) -> None:
         self._handlers = handlers
 
-    def answer(self, command: str, path: str, headers: Mapping[str, str], body: bytes, call: Call) -> Answer:
-        """Answers one request; ServerError says what was wrong. ``headers`` have names in lower case."""
+    def find(self, command: str, path: str) -> tuple[str, dict[str, str]]:
+        """(method of the gRPC form, its fields that the path names) of a request; "" if there is no such method."""
         asked = f"{command} {path.rstrip('/')}"
-        method, found = next(
-            ((name, match) for route, name in _ROUTES if (match := route.fullmatch(asked))), ("", None)
-        )
-        if not found:
-            raise ModelNotFound(f"there is no {command} {path}; see Open Inference Protocol v2")
+        for route, method in _ROUTES:
+            if match := route.fullmatch(asked):
+                return method, {name: value for name, value in match.groupdict().items() if value}
+        return "", {}
+
+    def answer(
+        self, method: str, fields: dict[str, str], headers: Mapping[str, str], body: Buffer, call: Call
+    ) -> Answer:
+        """Answers what ``find`` found; ServerError says what was wrong. ``headers`` have names in lower case."""
         if method == "ModelInfer":
-            return self._infer(found["model_name"], headers, body, call)
-        request = METHODS[method].request(**{key: value for key, value in found.groupdict().items() if value})
+            return self._infer(fields["model_name"], headers, body, call)
+        request = METHODS[method].request(**fields)
         if method == "RepositoryIndex":
             request.ready = _header(body or b"{}").get("ready") is True
         answer = _plain(self._handlers[method](request, call))
@@ -77,15 +81,15 @@ class Rest:
         elif method == "ModelConfig":
             answer = answer["config"]
         ok = method not in ("ServerReady", "ModelReady") or answer["ready"]
-        return Answer(200 if ok else 503, "application/json", {}, json.dumps(answer).encode())
+        return Answer(200 if ok else 503, "application/json", {}, codec.standard_json(answer).encode())
 
-    def _infer(self, name: str, headers: Mapping[str, str], body: bytes, call: Call) -> Answer:
+    def _infer(self, name: str, headers: Mapping[str, str], body: Buffer, call: Call) -> Answer:
         if headers.get("content-encoding", "identity") != "identity":
             raise InvalidInput(f"Content-Encoding {headers['content-encoding']!r} is not taken; send the body as it is")
         length = headers.get(LENGTH.lower(), str(len(body)))
         if not (length.isascii() and length.isdigit() and int(length) <= len(body)):
             raise InvalidInput(f"{LENGTH} is {length!r}; it must be the bytes of JSON in a body of {len(body)}")
-        header = _header(body[: int(length)])
+        header = _header(memoryview(body)[: int(length)])
         parameters = _object(header, "parameters")
         all_binary = parameters.pop("binary_data_output", False) is True
         request = METHODS["ModelInfer"].request(model_name=name, id=_of(header, "id", str, ""))
@@ -127,7 +131,7 @@ def _inferred(answer: Any, as_binary: Mapping[str, bool], all_binary: bool) -> A
             output["data"] = list(_texts(raw)) if tensor.datatype == "BYTES" else _numbers(tensor.datatype, raw)
         outputs.append(output)
     told = {"model_name": answer.model_name, "model_version": answer.model_version, "outputs": outputs}
-    header = json.dumps(told | ({"id": answer.id} if answer.id else {})).encode()
+    header = codec.standard_json(told | ({"id": answer.id} if answer.id else {})).encode()
     if not tail:
         return Answer(200, "application/json", {}, header)
     return Answer(200, "application/octet-stream", {LENGTH: str(len(header))}, b"".join([header, *tail]))
@@ -190,9 +194,9 @@ def _flat(data: list[Any]) -> list[Any]:
     raise InvalidInput(f"data are lists in lists, at most {_DEEPEST} deep")
 
 
-def _header(text: bytes) -> dict[str, Any]:
+def _header(text: Buffer) -> dict[str, Any]:
     try:
-        header = codec.parse_json(text.decode())
+        header = codec.parse_json(str(text, "utf-8"))
     except UnicodeDecodeError:
         raise InvalidInput(
             f"the JSON must be UTF-8; where tensors follow it, {LENGTH} must say where it ends"
