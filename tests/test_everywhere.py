@@ -88,7 +88,8 @@ def test_the_client_on_other_systems(server: Server, system: str) -> None:
 def test_every_module_can_be_imported_on_macos() -> None:
     modules = ["server", "model_client", "model_interface"]
     for file in sorted((ROOT / "tiny_model_server").rglob("[!_]*.py")):
-        modules.append(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        if file.parent.name != "worker_path":  # what stands there for others is imported by their names
+            modules.append(".".join(file.relative_to(ROOT).with_suffix("").parts))
     python("-W", "error", "-c", f"import {', '.join(modules)}", **simulated("macos"))
 
 

@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from tiny_model_server import guardian
 from tiny_model_server.guardian import kill, parents, read
 
 _MARK = "TINY_MODEL_SERVER_FRONT"  # in the environment of all that a front starts
 _ORPHAN_S = 1.0  # a child that has ended and that nobody has waited for in this time is nobody's
 
+_PATIENCE_S = 2.0  # with orphans that a SIGKILL does not end
+
+_adopts = False
 _spawning = threading.Lock()
 _ours: set[int] = set()  # children that somebody waits for
 
@@ -29,14 +33,24 @@ def forget(started: "subprocess.Popen[bytes]") -> None:
     """Ends what a guardian that was killed itself has left to the front."""
     with _spawning:
         _ours.discard(started.pid)
-        known = set(_ours)
-    mark = f"{_MARK}={os.getpid()}".encode()
-    for pid in _children() - known:
-        if mark in read(pid, "environ").split(b"\0"):
+    end = time.monotonic() + _PATIENCE_S
+    # When an orphan has ended its own children are orphans, too.
+    while (orphans := [pid for pid in _orphans() if _is_of_a_worker(pid)]) and time.monotonic() < end:
+        for pid in orphans:
             kill(pid)
+        time.sleep(0.01)
 
 
-def reap_orphans() -> None:
+def adopt_orphans() -> None:
+    """Makes this process, which must have no other children than guardians, the parent of what they leave."""
+    global _adopts
+    _adopts = os.getpid() != 1  # to process 1 come also orphans of those whom an operator has started in its container
+    guardian.adopt_orphans()
+    if hasattr(os, "waitid"):  # macOS has no orphans for us
+        threading.Thread(target=_reap_orphans, name="orphans", daemon=True).start()
+
+
+def _reap_orphans() -> None:
     """Waits for ended processes that nobody else waits for, for ever: they come to process 1, and to subreapers."""
     while True:
         try:
@@ -50,6 +64,15 @@ def reap_orphans() -> None:
             for pid in (before & _ended_children()) - _ours:
                 with suppress(ChildProcessError):
                     os.waitpid(pid, os.WNOHANG)
+
+
+def _is_of_a_worker(pid: int) -> bool:
+    return _adopts or f"{_MARK}={os.getpid()}".encode() in read(pid, "environ").split(b"\0")
+
+
+def _orphans() -> set[int]:
+    with _spawning:
+        return _children() - _ended_children() - _ours
 
 
 def _children() -> set[int]:

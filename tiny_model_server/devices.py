@@ -62,9 +62,16 @@ def _limits(root: Path, unified: str, controller: str, *legacy: str) -> Iterator
     for mount in (mounts, mounts / "unified"):
         for folder in _upwards(mount, groups[""]):
             yield _text(folder / unified)
-    for mount in {mounts / controller, *mounts.glob(f"{controller},*"), *mounts.glob(f"*,{controller}")}:
+    for mount in {mounts / name for name in [controller, *_names(mounts)] if controller in name.split(",")}:
         for folder in _upwards(mount, groups[controller]):
             yield " ".join(_text(folder / name) for name in legacy)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _upwards(mount: Path, group: str) -> Iterator[Path]:

@@ -17,7 +17,6 @@ from tiny_model_server.devices import cpus, keep_memory, keep_to_one_core
 from tiny_model_server.engine import Call, Engine
 from tiny_model_server.errors import ServerError
 from tiny_model_server.grpc_server import GrpcServer
-from tiny_model_server.guardian import adopt_orphans
 from tiny_model_server.health import SERVICE as HEALTH_SERVICE
 from tiny_model_server.http_server import HttpServer
 from tiny_model_server.lane_server import LaneServer
@@ -60,8 +59,7 @@ def serve(settings: Settings) -> int:
     """Serves until SIGTERM, SIGINT or StopServer; a second signal hurries the stop."""
     log.info("settings: %s", settings.describe())
     keep_memory()
-    adopt_orphans()
-    threading.Thread(target=children.reap_orphans, name="orphans", daemon=True).start()
+    children.adopt_orphans()
     awake.seconds = settings.awake_us / 1e6 if cpus() >= 2 else 0
     if settings.one_core:
         keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
