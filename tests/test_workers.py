@@ -1,6 +1,5 @@
 """Workers as processes: what models start, leave behind and break, and what the server itself may lack."""
 
-import contextlib
 import json
 import os
 import resource

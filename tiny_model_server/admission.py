@@ -71,6 +71,7 @@ class Waits:
         """Once more than ``most`` threads wait, the oldest of them are ended early."""
         self._most = most
         self._waits: dict[Any, _Wait] = {}  # the oldest first; changed by single operations only
+        self._some = threading.Event()  # set while there may be waits; an idle server sleeps
         threading.Thread(target=self._watch, name="waits", daemon=True).start()
 
     def begin(self, key: Any, seconds: float, crowded_s: float, end: Callable[[ServerError], None], why: str) -> None:
@@ -80,6 +81,8 @@ class Waits:
         """
         now = time.monotonic()
         self._waits[key] = (now + seconds, now + crowded_s, end, why)
+        if not self._some.is_set():
+            self._some.set()
 
     def over(self, key: Any) -> None:
         """The call goes on, or has ended."""
@@ -87,6 +90,10 @@ class Waits:
 
     def _watch(self) -> None:
         while True:
+            if not self._waits:
+                self._some.clear()
+                if not self._waits:  # none has begun meanwhile, so whoever begins one will see that it must set this
+                    self._some.wait()
             time.sleep(_TICK_S)
             waits = list(self._waits.items())
             crowd = sum(crowded < math.inf for _, (_, crowded, _, _) in waits) - self._most
