@@ -192,6 +192,23 @@ def test_memory_that_grows_beyond_all_bounds(server: Server, raw: lane.Lane) -> 
         assert client.model_info()[0]["worker_pids"] == [before]
 
 
+def test_places_over_each_other_count_each_time(start_server: Callable[..., Server]) -> None:
+    """Many images that name the same bytes are not copied without end."""
+    server = start_server(TMS_MAX_MESSAGE_MB=4)
+    with contextlib.closing(lane.Lane(server.port, {})) as one:
+        one.place([IMAGE])
+        place = {"length": IMAGE.nbytes}
+        plain = {"height": 480, "width": 640, "channels": 3, "dtype": "uint8", "place": place}
+        array = {"dtype": "uint8", "shape": [480, 640, 3], "place": place}
+        for image in (plain, {"encoded": True, "place": place}):
+            code, text = send(one, "RunBatchImage", images=[image] * 5, model="echo")
+            assert code & ~lane.FINAL == CODES["RESOURCE_EXHAUSTED"]
+            assert "TMS_MAX_MESSAGE_MB" in text
+        items = [{"json": '{"$bytes": 0}', "arrays": [array]}] * 5
+        assert send(one, "RunBatch", items=items, model="echo")[0] & ~lane.FINAL == CODES["RESOURCE_EXHAUSTED"]
+        assert send(one, "RunBatchImage", images=[plain] * 4, model="describe", accept_arrays=True)[0] == 0
+
+
 @given(noise=st.binary(max_size=80), greeted=st.booleans())
 def test_noise_on_the_socket(server: Server, noise: bytes, greeted: bool) -> None:
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:

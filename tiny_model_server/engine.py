@@ -77,6 +77,8 @@ class Call:
     """The memory that the caller shares with the workers, if it does."""
     largest: int = 1 << 31
     """Bytes of arrays that a request may have in the memory shared."""
+    placed: int = 0
+    """How many it has named so far."""
     tail: memoryview | None = None
     """The bytes of the request's image or last array, if the transport has left them out of the message."""
     loop: "Loop | None" = None

@@ -195,7 +195,6 @@ def _value(value: Any, call: Call) -> Packed:
     if value.arrays and call.tail is None and all(one.HasField("place") for one in value.arrays):
         packed = _placed(value.json, [(one.dtype, one.shape, one.place) for one in value.arrays], call)
     else:
-        _check_total([one.place for one in value.arrays if one.HasField("place")], call)
         found = [_read(one.place, call) if one.HasField("place") else one.data for one in value.arrays]
         if call.tail is not None:
             found[-1] = call.tail
@@ -208,28 +207,19 @@ def _value(value: Any, call: Call) -> Packed:
 def _placed(text: str, described: Sequence[tuple[str, Sequence[int], Any]], call: Call) -> Packed:
     """A packed value whose arrays, each (dtype, shape, place), stay in the memory that the caller shares."""
     buffers = _buffers(call)
-    _check_total([place for _, _, place in described], call)
     arrays: list[Placed] = []
     places: list[Place] = []
     for dtype, shape, place in described:
-        _check(place, buffers)
+        _check(place, call)
         arrays.append(codec.placed(dtype, shape, place.length))
         places.append((place.offset, codec.dtype_name(arrays[-1].dtype), arrays[-1].shape))
     return Packed(text, arrays, (buffers, places))
 
 
-def _check_total(places: Sequence[Any], call: Call) -> None:
-    """Overloaded if the arrays at these places, which may lie over each other, have more bytes than a request may."""
-    if (total := sum(place.length for place in places)) > call.largest:
-        raise Overloaded(f"{total} bytes of arrays, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
-
-
 def _read(place: Any, call: Call) -> bytes:
     """A copy of bytes in the memory that the caller shares."""
-    buffers = _buffers(call)
-    _check(place, buffers)
-    _check_total([place], call)
-    return buffers.read(place.offset, place.length)
+    _check(place, call)
+    return _buffers(call).read(place.offset, place.length)
 
 
 def _buffers(call: Call) -> SharedBuffers:
@@ -238,11 +228,15 @@ def _buffers(call: Call) -> SharedBuffers:
     return call.lane
 
 
-def _check(place: Any, buffers: SharedBuffers) -> None:
+def _check(place: Any, call: Call) -> None:
+    """InvalidInput if the bytes are not there; Overloaded if a request names too many: places may lie over each other."""
     try:
-        buffers.check(place.offset, place.length)
+        _buffers(call).check(place.offset, place.length)
     except ValueError as error:
         raise InvalidInput(str(error)) from None
+    call.placed += place.length
+    if call.placed > call.largest:
+        raise Overloaded(f"{call.placed} bytes of arrays, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
 
 
 def _named(convert: Callable[[Any, Call], Packed], index: int, message: Any, call: Call) -> Packed:
