@@ -423,7 +423,8 @@ EVILS = ["close all", "close some", "garbage", "group", "parent", "stop parent",
 
 def test_a_model_that_breaks_its_process_harms_nobody_else(start_server: StartServer, tmp_path: Path) -> None:
     write_model(tmp_path, "good", ANSWERS.format("good"))
-    server = start_server(models=write(tmp_path, "evil", EVIL))
+    # By gRPC: a worker may have the sockets of local callers, and then what it writes there is that caller's loss.
+    server = start_server(models=write(tmp_path, "evil", EVIL), TMS_LANE=0)
     evil, good = server.client("evil", timeout=30), server.client("good")
     with Load(lambda number: good.run(number), callers=2) as load:
         for what in EVILS:
@@ -454,7 +455,6 @@ def test_a_brief_lack_of_descriptors_is_got_over(start_server: StartServer, tmp_
         free = [number for number in range(2000) if number not in used]
         os.kill(worker, signal.SIGKILL)
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (free[more], hard))
-        psutil.wait_procs([psutil.Process(worker)] if psutil.pid_exists(worker) else [], timeout=10)
         time.sleep(0.4)  # in which it tries
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
         gone = [worker]
@@ -661,8 +661,7 @@ def test_a_python_that_cannot_be_started_is_named(tmp_path: Path, broken: str) -
 def test_an_installed_server_leaves_a_models_own_packages_to_it(wheel: Path, tmp_path: Path) -> None:  # noqa: F811
     programs = environment(tmp_path / "venv", f"{wheel}[server]")
     version = ".".join(map(str, sys.version_info[:2]))
-    write(tmp_path / "models", "own", WHERE + "            return json.dumps(1)\n")
-    (tmp_path / "models" / "own" / "__init__.py").write_text(textwrap.dedent(WHERE).replace('"array": data, ', ""))
+    write(tmp_path / "models", "own", WHERE.replace('"array": data, ', ""))
     own_interpreter(tmp_path / "models" / "own", version, "numpy<2.3" if version >= "3.10" else "numpy<2")
     ran = run(programs / "tiny-model-server", "check", "own", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
