@@ -229,7 +229,7 @@ def _buffers(call: Call) -> SharedBuffers:
 
 
 def _check(place: Any, call: Call) -> None:
-    """InvalidInput if the bytes are not there; Overloaded if a request names too many: places may lie over each other."""
+    """InvalidInput if the bytes are not there; Overloaded if a request names too many, as places may overlap."""
     try:
         _buffers(call).check(place.offset, place.length)
     except ValueError as error:
