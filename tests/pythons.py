@@ -80,7 +80,10 @@ class Python:
             self._program, "-m", "venv", str(BUILD / self.version), limit_s=60
         ):
             return None
-        return program if self.run(*install, *needed, limit_s=_INSTALL_S) else None
+        twice = (
+            self.run(*install, *needed, limit_s=_INSTALL_S) for _ in range(2)
+        )  # a registry may fail to answer once
+        return program if any(twice) else None
 
     def have_wheels(self, program: str, files: Sequence[str]) -> bool:
         """True if the versions pinned in these files can be had without a compiler."""

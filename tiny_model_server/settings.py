@@ -14,7 +14,7 @@ from tiny_model_server import devices
 
 PREFIX = "TMS_"
 MODEL_PREFIX = "TMS_MODEL_"
-_LONGEST_S = 1e6  # eleven days: more than that the system's calls do not take
+_LONGEST_S = 1_000_000  # eleven days: more than that the system's calls do not take
 # What Kubernetes sets in a pod for each Service of its namespace; one may be called tms, tms-http or tms-model-x.
 _SERVICE_LINK = re.compile(
     r"TMS_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
