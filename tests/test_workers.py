@@ -171,7 +171,9 @@ FAMILY = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="orphans can be found on Linux only")
-@pytest.mark.parametrize("end", ["kill the front", "kill the worker", "kill the guardian", "unload", "stop", "stuck"])
+@pytest.mark.parametrize(
+    "end", ["kill the front", "kill the worker", "kill the guardian", "unload", "stop", "stuck", "deaf"]
+)
 def test_what_a_worker_has_started_ends_with_it(start_server: StartServer, tmp_path: Path, end: str) -> None:
     server = start_server(models=write(tmp_path, "family", FAMILY))
     client = server.client("family")
@@ -182,6 +184,10 @@ def test_what_a_worker_has_started_ends_with_it(start_server: StartServer, tmp_p
         server.process.kill()
     elif end == "stuck":
         os.kill(pids[0], signal.SIGSTOP)
+        server.process.kill()
+    elif end == "deaf":
+        for child in psutil.Process(server.process.pid).children():
+            child.suspend()
         server.process.kill()
     elif end == "kill the worker":
         os.kill(pids[0], signal.SIGKILL)

@@ -31,6 +31,7 @@ def guard(control: int) -> None:
     it hears SIGTERM.
     """
     adopt_orphans()
+    _ask_for_signal_at_parents_death(signal.SIGCONT)  # for a guardian that the model has stopped
     heard, wakeup = os.pipe()
     for fd in (heard, wakeup):
         os.set_blocking(fd, False)
@@ -50,8 +51,7 @@ def guard(control: int) -> None:
     os.close(heard)
     os.close(wakeup)
     os.setsid()  # what it sends to its process group does not reach the guardian
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGKILL)
+    _ask_for_signal_at_parents_death(signal.SIGKILL)
     if os.getppid() != guardian:
         os._exit(1)
 
@@ -60,6 +60,11 @@ def adopt_orphans() -> None:
     """Makes the orphans among this process' descendants its children, where the system can do that."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def _ask_for_signal_at_parents_death(number: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, number)
 
 
 def _fork() -> int | None:
