@@ -427,10 +427,12 @@ EVIL = """
 EVILS = ["close all", "close some", "garbage", "group", "parent", "stop parent", "stop", "block"]
 
 
-def test_a_model_that_breaks_its_process_harms_nobody_else(start_server: StartServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("local", [0, 1])
+def test_a_model_that_breaks_its_process_harms_nobody_else(
+    start_server: StartServer, tmp_path: Path, local: int
+) -> None:
     write_model(tmp_path, "good", ANSWERS.format("good"))
-    # By gRPC: a worker may have the sockets of local callers, and then what it writes there is that caller's loss.
-    server = start_server(models=write(tmp_path, "evil", EVIL), TMS_LANE=0)
+    server = start_server(models=write(tmp_path, "evil", EVIL), TMS_LANE=local)
     evil, good = server.client("evil", timeout=30), server.client("good")
     with Load(lambda number: good.run(number), callers=2) as load:
         for what in EVILS:
