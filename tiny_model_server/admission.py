@@ -31,15 +31,16 @@ from tiny_model_server.errors import (
 
 log = logging.getLogger("tiny_model_server.admission")
 
+CROWDED_S = 0.25
+"""A call that has waited for so long may lose its thread to others, if too many wait."""
+NOTHING_READ = "the caller read nothing for too long (TMS_STREAM_IDLE_S)"
 _TICK_S = 0.1
 _RETRY_AFTER_MS = 100
 _LAST_RETRY_MS = 5000
-_CROWDED_S = 0.25  # a call that has waited for so long may lose its thread to others, if too many wait
 _SLOWEST = 1 << 20  # bytes a second that a caller must take of an answer, after the first seconds
 _NO_DEADLINE_S = 1e9
 _CROWDED = "too many calls wait for their callers"
 _NOTHING_SENT = "the caller sent nothing for too long (TMS_STREAM_IDLE_S)"
-_NOTHING_READ = "the caller read nothing for too long (TMS_STREAM_IDLE_S)"
 _NO_REQUEST = "the method takes exactly one request message"
 _UPLOAD = 10  # a message with a deadline may take this many times stream_idle_s; its bytes on the way cannot be seen
 
@@ -289,7 +290,7 @@ class GuardedCall:
         """The next request, None after the last; ``only`` says that there is but one."""
         remaining = self._context.time_remaining() if only else math.inf
         patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD * self._idle_s)
-        self._waits.begin(self, patience, _CROWDED_S, self.end, _NOTHING_SENT)
+        self._waits.begin(self, patience, CROWDED_S, self.end, _NOTHING_SENT)
         try:
             data = next(requests, None)
         except grpc.RpcError as error:
@@ -311,13 +312,16 @@ class GuardedCall:
     def send(self, answer: Any) -> bool:
         """Sends one answer, and returns when the caller's window has taken it; False if nothing more can be sent."""
         assert self._send
-        self._waits.begin(self, self._seconds(answer), self._idle_s, self.end, _NOTHING_READ)
+        self._wait_for_reader(answer)
         try:
             self._send(answer)
         finally:
             self._waits.over(self)
         active: bool = self._context.is_active()
         return active
+
+    def _wait_for_reader(self, answer: Any) -> None:
+        self._waits.begin(self, self._seconds(answer), self._idle_s, self.end, NOTHING_READ)
 
     def finish(self) -> None:
         """Sends the status, unless the call has ended."""
@@ -331,7 +335,7 @@ class GuardedCall:
 
     def hand_over(self, answer: Any) -> None:
         """Cancels the call if its caller does not read the only answer, whose memory grpcio would keep for ever."""
-        self._waits.begin(self, self._seconds(answer), math.inf, self._cancel, _NOTHING_READ)
+        self._waits.begin(self, self._seconds(answer), math.inf, self._cancel, NOTHING_READ)
         if not self._context.add_callback(self._over):
             self._over()
 
@@ -352,7 +356,7 @@ class GuardedCall:
         set_status(self._context, error)
         self.finish()
         # It waits behind the values that the caller does not read. After as long again, the call ends without it.
-        self._waits.begin(self, self._idle_s, _CROWDED_S, self._cancel, _NOTHING_READ)
+        self._waits.begin(self, self._idle_s, CROWDED_S, self._cancel, NOTHING_READ)
         if not self.on_end(self._over):
             self._over()
 

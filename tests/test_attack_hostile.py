@@ -1,0 +1,102 @@
+"""What a hostile caller tries who speaks the protocols himself: nobody else waits for him."""
+
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import grpc
+import pytest
+
+from tests.conftest import Server
+
+StartServer = Callable[..., Server]
+CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
+
+
+class Raw:
+    """A connection of HTTP/2 by hand, whose window says how many bytes of answers the server may send."""
+
+    def __init__(self, port: int, window: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=20)
+        settings = self._frame(4, 0, 0, struct.pack(">HI", 4, window)) + self._frame(4, 1, 0, b"")
+        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        self._next = 1
+
+    def call(self, path: str, message: bytes | None = b"") -> None:
+        """Begins a call; it stays half-open if there is no message."""
+        names = {":method": "POST", ":scheme": "http", ":path": path, ":authority": "x", "te": "trailers"}
+        names |= {"content-type": "application/grpc"}
+        head = b"".join(
+            b"\0" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+            for name, value in names.items()
+        )
+        sent = self._frame(1, 4, self._next, head)
+        if message is not None:
+            body = struct.pack(">?I", False, len(message)) + message
+            parts = [body[at : at + (1 << 14)] for at in range(0, len(body), 1 << 14)]
+            sent += b"".join(self._frame(0, part is parts[-1], self._next, part) for part in parts)
+        self._next += 2
+        self.socket.sendall(sent)
+
+    def _frame(self, kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+        return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
+
+
+@contextmanager
+def raw(server: Server, connections: int, window: int = 0) -> Iterator[list[Raw]]:
+    with ExitStack() as stack:
+        made = [Raw(server.port, window) for _ in range(connections)]
+        for one in made:
+            stack.enter_context(one.socket)
+        yield made
+
+
+def seconds_of_health(server: Server, times: int = 5) -> float:
+    """The longest that a caller with a connection of its own waits for Check, or for the first answer of Watch."""
+    longest = 0.0
+    for path in [CHECK, WATCH] * times:
+        begun = time.monotonic()
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        with grpc.insecure_channel(server.address, options=options) as channel:
+            assert next(channel.unary_stream(path)(b"", timeout=30)) == b"\x08\x01"
+        longest = max(longest, time.monotonic() - begun)
+    return longest
+
+
+@pytest.mark.parametrize(("path", "connections"), [(WATCH, 4), (CHECK, 40)])
+def test_callers_of_health_who_read_nothing_hold_nobody_up(
+    start_server: StartServer, path: str, connections: int
+) -> None:
+    server = start_server()
+    with raw(server, connections) as hostile:
+        for one in hostile:
+            for _ in range(1000 // connections):
+                one.call(path)
+        assert seconds_of_health(server) < 2
+
+
+def test_half_open_calls_of_health_hold_nobody_up_for_long(start_server: StartServer) -> None:
+    server = start_server()
+    with raw(server, 100) as hostile:
+        for one in hostile:
+            for _ in range(10):
+                one.call(CHECK, None)
+        time.sleep(1)  # their connections are known as slow by now
+        assert seconds_of_health(server) < 1.5
+
+
+def test_those_who_watch_health_are_bounded(start_server: StartServer) -> None:
+    """Each may hold a connection, and so a descriptor: the oldest watch ends, and is begun anew by an honest caller."""
+    server = start_server(command=("bash", "-c", 'ulimit -n 1024; exec "$0" server.py', sys.executable))
+    with grpc.insecure_channel(server.address) as channel, raw(server, 1, 1 << 16) as (hostile,):
+        first = channel.unary_stream(WATCH)(b"", timeout=30)
+        assert next(first) == b"\x08\x01"
+        for _ in range(256):
+            hostile.call(WATCH)
+        with pytest.raises(grpc.RpcError) as caught:
+            next(first)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert seconds_of_health(server) < 2
