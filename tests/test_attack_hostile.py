@@ -4,6 +4,9 @@ import socket
 import struct
 import sys
 import time
+import tracemalloc
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -11,6 +14,7 @@ import grpc
 import pytest
 
 from tests.conftest import Server
+from tiny_model_server import forms
 
 StartServer = Callable[..., Server]
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
@@ -100,3 +104,38 @@ def test_those_who_watch_health_are_bounded(start_server: StartServer) -> None:
             next(first)
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert seconds_of_health(server) < 2
+
+
+def test_requests_that_stay_half_sent_leave_room_for_others(start_server: StartServer) -> None:
+    server = start_server(TMS_MAX_INFLIGHT_MB=16)
+    url = f"http://127.0.0.1:{server.http_port}/models/echo/run"
+    with ExitStack() as stack:
+        for _ in range(4):
+            half = stack.enter_context(socket.create_connection(("127.0.0.1", server.http_port)))
+            half.sendall(b"POST /models/echo/run HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (4 << 20))
+        time.sleep(0.5)
+        large = "x" * (1 << 20)
+        with server.client("echo") as client:
+            assert client.run_text(large, timeout=10, retry=False) == large
+        small = urllib.request.Request(url, b"x", {"Content-Type": "text/plain"})
+        with urllib.request.urlopen(small, timeout=10) as answer:
+            assert answer.read() == b'"x"\n'
+
+
+def test_escapes_in_forms_take_memory_in_proportion() -> None:
+    body = bytearray(b"text=" + b"%41+" * 500_000)
+    tracemalloc.start()
+    try:
+        assert forms.read_input("application/x-www-form-urlencoded", body) == ("A " * 500_000, {})
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 4 * len(body) + (16 << 20)  # what a part needs beside
+
+
+@pytest.mark.parametrize("at_once", [3, 4, 7, 1 << 20])
+def test_escapes_are_read_as_ever(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr(forms, "_AT_ONCE", at_once)
+    for escaped in ("%C3%A9", "a%", "%4", "%%41", "%zz%41", "%2541", "a+b%2Bc", "", "%e2%82%ac" * 3):
+        found = forms.read_input("application/x-www-form-urlencoded", bytearray(b"text=" + escaped.encode()))
+        assert found == (urllib.parse.unquote_plus(escaped), {})
