@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import grpc
+import psutil
 import pytest
 
 from tests.conftest import Server
-from tiny_model_server import forms
+from tiny_model_server import forms, wire
 
 StartServer = Callable[..., Server]
+RUN_TEXT = wire.methods("server", "server.Server")["RunText"]
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 
 
@@ -139,3 +141,30 @@ def test_escapes_are_read_as_ever(monkeypatch: pytest.MonkeyPatch, at_once: int)
     for escaped in ("%C3%A9", "a%", "%4", "%%41", "%zz%41", "%2541", "a+b%2Bc", "", "%e2%82%ac" * 3):
         found = forms.read_input("application/x-www-form-urlencoded", bytearray(b"text=" + escaped.encode()))
         assert found == (urllib.parse.unquote_plus(escaped), {})
+
+
+def test_answers_that_nobody_reads_take_bounded_memory(start_server: StartServer) -> None:
+    server = start_server(TMS_MAX_INFLIGHT_MB=32, TMS_THREADS=16)
+    process = psutil.Process(server.process.pid)
+    request = RUN_TEXT.request(text="x" * (2 << 20), model="echo").SerializeToString()
+    before = process.memory_info().rss
+    with raw(server, 4) as hostile:
+        for _ in range(40):
+            for one in hostile:
+                one.call(RUN_TEXT.path, request)
+            time.sleep(0.05)
+        assert seconds_of_health(server, 1) < 2
+        with server.client("echo") as client:
+            assert client.run_text("x", timeout=10) == "x"
+        assert process.memory_info().rss - before < 600 << 20  # twice as much without a bound
+        server.wait_for_log("too many calls wait for their callers")
+
+
+def test_a_message_that_is_compressed_is_refused(server: Server) -> None:
+    """Before it becomes large: a thousand times as large, while its caller sent next to nothing."""
+    with grpc.insecure_channel(server.address, compression=grpc.Compression.Gzip) as channel:
+        bomb = RUN_TEXT.request(text="x" * (1 << 20), model="echo").SerializeToString()
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary(RUN_TEXT.path)(bomb, timeout=20)
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert "gzip" in caught.value.details()

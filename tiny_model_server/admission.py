@@ -61,27 +61,36 @@ class AtOnce(ThreadPoolExecutor):
 AT_ONCE = AtOnce(1)
 
 
-_Wait = tuple[float, float, Callable[[ServerError], None], str]
-"""Its limit on the monotonic clock; the limit while too many wait (infinite if no thread waits); ``end``; ``why``."""
+_Wait = tuple[float, float, Callable[[ServerError], None], str, int]
+"""Its limit on the monotonic clock; the limit while too many wait (infinite if no thread waits); ``end``; ``why``;
+``weight``."""
 
 
 class Waits:
     """What calls wait for. Each wait has a limit, after which its call is ended."""
 
     def __init__(self, most: int) -> None:
-        """Once more than ``most`` threads wait, the oldest of them are ended early."""
+        """Once waits of more than this weight in all are crowded, the oldest of them are ended early."""
         self._most = most
         self._waits: dict[Any, _Wait] = {}  # the oldest first; changed by single operations only
         self._some = threading.Event()  # set while there may be waits; an idle server sleeps
         threading.Thread(target=self._watch, name="waits", daemon=True).start()
 
-    def begin(self, key: Any, seconds: float, crowded_s: float, end: Callable[[ServerError], None], why: str) -> None:
+    def begin(
+        self,
+        key: Any,
+        seconds: float,
+        crowded_s: float,
+        end: Callable[[ServerError], None],
+        why: str,
+        weight: int = 1,
+    ) -> None:
         """Calls ``end`` after ``seconds``, or while too many wait after ``crowded_s``, unless ``over`` comes before.
 
         ``why`` is the text of its DeadlineExceeded.
         """
         now = time.monotonic()
-        self._waits[key] = (now + seconds, now + crowded_s, end, why)
+        self._waits[key] = (now + seconds, now + crowded_s, end, why, weight)
         if not self._some.is_set():
             self._some.set()
 
@@ -97,12 +106,12 @@ class Waits:
                     self._some.wait()
             time.sleep(_TICK_S)
             waits = list(self._waits.items())
-            crowd = sum(crowded < math.inf for _, (_, crowded, _, _) in waits) - self._most
+            crowd = sum(weight for _, (_, crowded, _, _, weight) in waits if crowded < math.inf) - self._most
             now = time.monotonic()
-            for key, (limit, crowded, end, why) in waits:
+            for key, (limit, crowded, end, why, weight) in waits:
                 late = limit <= now
                 if (late or (crowd > 0 and crowded <= now)) and self._waits.pop(key, None) is not None:
-                    crowd -= 1
+                    crowd -= weight
                     log.warning("a call is ended: %s", why if late else _CROWDED)
                     _end(end, DeadlineExceeded(why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS))
 
@@ -176,6 +185,7 @@ class Admission(grpc.ServerInterceptor):
         self._idle_s = engine.settings.stream_idle_s
         self._callers = Callers(max(2, engine.settings.threads // 4))
         self._waits = Waits(waiting_threads(engine.settings.threads))
+        self._unread = Waits(engine.inflight.limit // 2)  # of answers; bytes
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Refuses a call without the server's token before it gets a thread. Probes of health bring none."""
@@ -216,7 +226,7 @@ class Admission(grpc.ServerInterceptor):
                     self._callers.leave(peer, entered)
             except ServerError as error:
                 abort(context, error)
-            call.hand_over(made)
+            call.hand_over(made, self._unread)
             return made
 
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
@@ -233,7 +243,7 @@ class Admission(grpc.ServerInterceptor):
                     self._callers.leave(peer, entered)
             except ServerError as error:
                 abort(context, error)
-            call.hand_over(made)
+            call.hand_over(made, self._unread)
             return made
 
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
@@ -333,11 +343,12 @@ class GuardedCall:
         added: bool = self._context.add_callback(callback)
         return added
 
-    def hand_over(self, answer: Any) -> None:
+    def hand_over(self, answer: Any, unread: Waits) -> None:
         """Cancels the call if its caller does not read the only answer, whose memory grpcio would keep for ever."""
-        self._waits.begin(self, self._seconds(answer), math.inf, self._cancel, NOTHING_READ)
-        if not self._context.add_callback(self._over):
-            self._over()
+        weight = len(answer) if isinstance(answer, bytes) else 0
+        unread.begin(self, self._seconds(answer), CROWDED_S, self._cancel, NOTHING_READ, weight)
+        if not self._context.add_callback(lambda: unread.over(self)):
+            unread.over(self)
 
     def _over(self) -> None:
         self._waits.over(self)
