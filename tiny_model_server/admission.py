@@ -31,15 +31,16 @@ from tiny_model_server.errors import (
 
 log = logging.getLogger("tiny_model_server.admission")
 
+CROWDED_S = 0.25
+"""A call that has waited for so long may lose its thread to others, if too many wait."""
+NOTHING_READ = "the caller read nothing for too long (TMS_STREAM_IDLE_S)"
 _TICK_S = 0.1
 _RETRY_AFTER_MS = 100
 _LAST_RETRY_MS = 5000
-_CROWDED_S = 0.25  # a call that has waited for so long may lose its thread to others, if too many wait
 _SLOWEST = 1 << 20  # bytes a second that a caller must take of an answer, after the first seconds
 _NO_DEADLINE_S = 1e9
 _CROWDED = "too many calls wait for their callers"
 _NOTHING_SENT = "the caller sent nothing for too long (TMS_STREAM_IDLE_S)"
-_NOTHING_READ = "the caller read nothing for too long (TMS_STREAM_IDLE_S)"
 _NO_REQUEST = "the method takes exactly one request message"
 _UPLOAD = 10  # a message with a deadline may take this many times stream_idle_s; its bytes on the way cannot be seen
 
@@ -60,27 +61,36 @@ class AtOnce(ThreadPoolExecutor):
 AT_ONCE = AtOnce(1)
 
 
-_Wait = tuple[float, float, Callable[[ServerError], None], str]
-"""Its limit on the monotonic clock; the limit while too many wait (infinite if no thread waits); ``end``; ``why``."""
+_Wait = tuple[float, float, Callable[[ServerError], None], str, int]
+"""Its limit on the monotonic clock; the limit while too many wait (infinite if no thread waits); ``end``; ``why``;
+``weight``."""
 
 
 class Waits:
     """What calls wait for. Each wait has a limit, after which its call is ended."""
 
     def __init__(self, most: int) -> None:
-        """Once more than ``most`` threads wait, the oldest of them are ended early."""
+        """Once waits of more than this weight in all are crowded, the oldest of them are ended early."""
         self._most = most
         self._waits: dict[Any, _Wait] = {}  # the oldest first; changed by single operations only
         self._some = threading.Event()  # set while there may be waits; an idle server sleeps
         threading.Thread(target=self._watch, name="waits", daemon=True).start()
 
-    def begin(self, key: Any, seconds: float, crowded_s: float, end: Callable[[ServerError], None], why: str) -> None:
+    def begin(
+        self,
+        key: Any,
+        seconds: float,
+        crowded_s: float,
+        end: Callable[[ServerError], None],
+        why: str,
+        weight: int = 1,
+    ) -> None:
         """Calls ``end`` after ``seconds``, or while too many wait after ``crowded_s``, unless ``over`` comes before.
 
         ``why`` is the text of its DeadlineExceeded.
         """
         now = time.monotonic()
-        self._waits[key] = (now + seconds, now + crowded_s, end, why)
+        self._waits[key] = (now + seconds, now + crowded_s, end, why, weight)
         if not self._some.is_set():
             self._some.set()
 
@@ -96,12 +106,12 @@ class Waits:
                     self._some.wait()
             time.sleep(_TICK_S)
             waits = list(self._waits.items())
-            crowd = sum(crowded < math.inf for _, (_, crowded, _, _) in waits) - self._most
+            crowd = sum(weight for _, (_, crowded, _, _, weight) in waits if crowded < math.inf) - self._most
             now = time.monotonic()
-            for key, (limit, crowded, end, why) in waits:
+            for key, (limit, crowded, end, why, weight) in waits:
                 late = limit <= now
                 if (late or (crowd > 0 and crowded <= now)) and self._waits.pop(key, None) is not None:
-                    crowd -= 1
+                    crowd -= weight
                     log.warning("a call is ended: %s", why if late else _CROWDED)
                     _end(end, DeadlineExceeded(why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS))
 
@@ -175,6 +185,7 @@ class Admission(grpc.ServerInterceptor):
         self._idle_s = engine.settings.stream_idle_s
         self._callers = Callers(max(2, engine.settings.threads // 4))
         self._waits = Waits(waiting_threads(engine.settings.threads))
+        self._unread = Waits(engine.inflight.limit // 2)  # of answers; bytes
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Refuses a call without the server's token before it gets a thread. Probes of health bring none."""
@@ -215,7 +226,7 @@ class Admission(grpc.ServerInterceptor):
                     self._callers.leave(peer, entered)
             except ServerError as error:
                 abort(context, error)
-            call.hand_over(made)
+            call.hand_over(made, self._unread)
             return made
 
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
@@ -232,7 +243,7 @@ class Admission(grpc.ServerInterceptor):
                     self._callers.leave(peer, entered)
             except ServerError as error:
                 abort(context, error)
-            call.hand_over(made)
+            call.hand_over(made, self._unread)
             return made
 
         return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
@@ -289,7 +300,7 @@ class GuardedCall:
         """The next request, None after the last; ``only`` says that there is but one."""
         remaining = self._context.time_remaining() if only else math.inf
         patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD * self._idle_s)
-        self._waits.begin(self, patience, _CROWDED_S, self.end, _NOTHING_SENT)
+        self._waits.begin(self, patience, CROWDED_S, self.end, _NOTHING_SENT)
         try:
             data = next(requests, None)
         except grpc.RpcError as error:
@@ -311,13 +322,16 @@ class GuardedCall:
     def send(self, answer: Any) -> bool:
         """Sends one answer, and returns when the caller's window has taken it; False if nothing more can be sent."""
         assert self._send
-        self._waits.begin(self, self._seconds(answer), self._idle_s, self.end, _NOTHING_READ)
+        self._wait_for_reader(answer)
         try:
             self._send(answer)
         finally:
             self._waits.over(self)
         active: bool = self._context.is_active()
         return active
+
+    def _wait_for_reader(self, answer: Any) -> None:
+        self._waits.begin(self, self._seconds(answer), self._idle_s, self.end, NOTHING_READ)
 
     def finish(self) -> None:
         """Sends the status, unless the call has ended."""
@@ -329,11 +343,12 @@ class GuardedCall:
         added: bool = self._context.add_callback(callback)
         return added
 
-    def hand_over(self, answer: Any) -> None:
+    def hand_over(self, answer: Any, unread: Waits) -> None:
         """Cancels the call if its caller does not read the only answer, whose memory grpcio would keep for ever."""
-        self._waits.begin(self, self._seconds(answer), math.inf, self._cancel, _NOTHING_READ)
-        if not self._context.add_callback(self._over):
-            self._over()
+        weight = len(answer) if isinstance(answer, bytes) else 0
+        unread.begin(self, self._seconds(answer), CROWDED_S, self._cancel, NOTHING_READ, weight)
+        if not self._context.add_callback(lambda: unread.over(self)):
+            unread.over(self)
 
     def _over(self) -> None:
         self._waits.over(self)
@@ -352,7 +367,7 @@ class GuardedCall:
         set_status(self._context, error)
         self.finish()
         # It waits behind the values that the caller does not read. After as long again, the call ends without it.
-        self._waits.begin(self, self._idle_s, _CROWDED_S, self._cancel, _NOTHING_READ)
+        self._waits.begin(self, self._idle_s, CROWDED_S, self._cancel, NOTHING_READ)
         if not self.on_end(self._over):
             self._over()
 

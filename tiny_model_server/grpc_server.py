@@ -56,6 +56,8 @@ class GrpcServer:
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mb << 20),
                 ("grpc.max_send_message_length", -1),  # checked before it is sent, with an error that is not retried
+                # A compressed message may become a thousand times as large before its bytes can be counted.
+                ("grpc.compression_enabled_algorithms_bitset", 1),  # none
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 500),  # clients ping to notice a frozen server

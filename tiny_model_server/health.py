@@ -6,7 +6,8 @@ non-blocking form was seen to deadlock when a client leaves while a status chang
 
 import logging
 import threading
-from collections import Counter, defaultdict, deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -15,47 +16,98 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from tiny_model_server import wire
-from tiny_model_server.admission import AT_ONCE, GuardedCall, Waits
-from tiny_model_server.errors import InvalidInput, ModelNotFound, ServerError
+from tiny_model_server import devices, wire
+from tiny_model_server.admission import AT_ONCE, CROWDED_S, NOTHING_READ, GuardedCall, Waits
+from tiny_model_server.errors import InvalidInput, ModelNotFound, Overloaded, ServerError
 
 log = logging.getLogger("tiny_model_server.health")
 
 SERVICE = "grpc.health.v1.Health"
-_READERS = 16
-"""Threads that read the requests of health."""
+_THREADS = 64
+"""How many wait for callers of health: for their requests, and until they take an answer."""
 _SHARE = 2
 """How many of them one connection may hold."""
 _PATIENCE_S = 2.0
 """How long a caller of health may take to send its request or to read an answer."""
+_SLOW_S = CROWDED_S * 0.8
+"""A connection that is waited for so long comes after all others from then on."""
+_MOST_SLOW = 4096
+_MOST_WATCHERS = 8192
 
 
-class _Watcher:
-    def __init__(self, service: str, call: GuardedCall) -> None:
-        self.service = service
-        self.call = call
-        self.last: int | None = None
+class _Probe(GuardedCall):
+    """A call of health. Its answers are a few bytes; who does not take them is cut off."""
+
+    def _wait_for_reader(self, answer: Any) -> None:
+        self._waits.begin(self, _PATIENCE_S, CROWDED_S, self._cancel, NOTHING_READ)
 
 
-class _Readers:
-    """Reads requests in a few threads, of which callers that send nothing cannot hold all."""
+class _Threads:
+    """A few threads that wait for callers, of which those that send or read nothing cannot hold all.
+
+    Slow connections may hold half of them, and come after all others.
+    """
 
     def __init__(self) -> None:
-        self._waits = Waits(_READERS // 2)
-        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="health")
+        self.waits = Waits(_THREADS // 2)
+        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="health")
         self._lock = threading.Lock()
-        self._queues: defaultdict[str, deque[Callable[[], None]]] = defaultdict(deque)  # by connection
-        self._reading: Counter[str] = Counter()
+        self._queues: tuple[dict[str, deque[Callable[[], None]]], ...] = (
+            {},
+            {},
+        )  # by connection: the others', slow ones'
+        self._slow: dict[str, None] = {}  # the last connections that were waited for
+        self._busy = [0, 0]
+        self._held: Counter[str] = Counter()
 
-    def reads(self, then: Callable[[bytes, GuardedCall], None]) -> Any:
-        """A behaviour for grpcio that calls ``then`` with the request."""
+    def submit(self, peer: str, do: Callable[[], None]) -> None:
+        """Calls ``do`` in a thread when it is this connection's turn."""
+        with self._lock:
+            self._queues[peer in self._slow].setdefault(peer, deque()).append(do)
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Begins what there are threads for; called with the lock."""
+        for slow, most in enumerate((_THREADS, _THREADS // 2)):
+            queues = self._queues[slow]
+            while self._busy[slow] < most and sum(self._busy) < _THREADS:
+                # At most _THREADS / _SHARE connections have their share, so this does not look at many.
+                peer = next((peer for peer in queues if self._held[peer] < _SHARE), None)
+                if peer is None:
+                    break
+                queue = queues.pop(peer)
+                do = queue.popleft()
+                if queue:
+                    queues[peer] = queue  # behind all others
+                self._busy[slow] += 1
+                self._held[peer] += 1
+                self._pool.submit(self._do, do, peer, slow)
+
+    def _do(self, do: Callable[[], None], peer: str, slow: int) -> None:
+        begun = time.monotonic()
+        try:
+            do()
+        except Exception:  # of one call; the others go on
+            log.exception("a call of health failed")
+        with self._lock:
+            if time.monotonic() - begun > _SLOW_S:
+                self._slow[peer] = self._slow.pop(peer, None)
+                if len(self._slow) > _MOST_SLOW:
+                    del self._slow[next(iter(self._slow))]
+                if moved := self._queues[0].pop(peer, None):
+                    self._queues[1].setdefault(peer, deque()).extend(moved)
+            self._busy[slow] -= 1
+            self._held[peer] -= 1
+            if not self._held[peer]:
+                del self._held[peer]
+            self._go_on()
+
+    def reads(self, then: Callable[[bytes, "_Probe", str], None]) -> Any:
+        """A behaviour for grpcio that calls ``then`` with the request, the call and its connection."""
 
         def begin(requests: Iterator[bytes], context: Any, send: Callable[[Any], None]) -> None:
-            call = GuardedCall(context, self._waits, _PATIENCE_S, send)
-            peer = context.peer()
-            with self._lock:
-                self._queues[peer].append(partial(self._read, requests, call, peer, then))
-                self._go_on(peer)
+            call, peer = _Probe(context, self.waits, _PATIENCE_S, send), context.peer()
+            self.submit(peer, partial(self._read, requests, call, peer, then))
 
         # grpcio calls a behaviour with these attributes by this executor, so in the thread that heard of the call,
         # and leaves the sending to it.
@@ -63,31 +115,28 @@ class _Readers:
         begin.experimental_non_blocking = True  # type: ignore[attr-defined]
         return begin
 
-    def _go_on(self, peer: str) -> None:
-        """Reads what waits of this connection, as far as it may have threads; called with the lock."""
-        queue = self._queues[peer]
-        while queue and self._reading[peer] < _SHARE:
-            self._reading[peer] += 1
-            self._pool.submit(queue.popleft())
-        if not self._reading[peer]:
-            del self._queues[peer], self._reading[peer]
-
     def _read(
-        self, requests: Iterator[bytes], call: GuardedCall, peer: str, then: Callable[[bytes, GuardedCall], None]
+        self, requests: Iterator[bytes], call: _Probe, peer: str, then: Callable[[bytes, _Probe, str], None]
     ) -> None:
         try:
             if (request := call.receive(requests, only=True)) is None:
                 raise InvalidInput("the method takes exactly one request message")
-            then(request, call)
+            then(request, call, peer)
         except ServerError as error:
             call.end(error)
         except Exception as error:
             log.exception("a call of health failed")
             call.end(ServerError(f"a fault in the server: {type(error).__name__}"))
-        finally:
-            with self._lock:
-                self._reading[peer] -= 1
-                self._go_on(peer)
+
+
+class _Watcher:
+    def __init__(self, service: str, call: _Probe, peer: str) -> None:
+        self.service = service
+        self.call = call
+        self.peer = peer
+        self.last: int | None = None
+        self.busy = False
+        """True while a thread tells it what is new, or will."""
 
 
 class Health:
@@ -95,34 +144,34 @@ class Health:
 
     def __init__(self) -> None:
         """Starts out knowing no service."""
-        self._readers = _Readers()
+        self._threads = _Threads()
         self._response = wire.message("health", f"{SERVICE.rpartition('.')[0]}.HealthCheckResponse")
         self._request = wire.methods("health", SERVICE)["Check"].request
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._serving: dict[str, bool] = {}
-        self._watchers: set[_Watcher] = set()
-        self._dirty = False
+        self._watchers: dict[_Watcher, None] = {}  # the oldest first
+        # A watch holds its connection open, and that a descriptor; others need some too.
+        self._most_watchers = min(_MOST_WATCHERS, devices.descriptors() // 4)
         self._shut = False
-        threading.Thread(target=self._notify_watchers, name="health", daemon=True).start()
 
     def set(self, serving: Mapping[str, bool]) -> None:
         """Says for each service name whether it serves; without effect once shut down."""
-        with self._changed:
+        with self._lock:
             if not self._shut:
                 self._serving = dict(serving)
-                self._wake()
+                self._tell_all()
 
     def shut_down(self) -> None:
         """Says that nothing serves any more."""
-        with self._changed:
+        with self._lock:
             self._serving = dict.fromkeys(self._serving, False)
             self._shut = True
-            self._wake()
+            self._tell_all()
 
     def end_watches(self) -> None:
         """Ends the streams of all who watch, which would otherwise hold up the server's stop."""
-        with self._changed:
-            watchers, self._watchers = self._watchers, set()
+        with self._lock:
+            watchers, self._watchers = self._watchers, {}
         for watcher in watchers:
             watcher.call.finish()
 
@@ -130,25 +179,31 @@ class Health:
         """What grpcio's server is given."""
         handler = partial(grpc.stream_stream_rpc_method_handler, response_serializer=self._response.SerializeToString)
         table: dict[str, Any] = {
-            "Check": handler(self._readers.reads(self._check)),
-            "Watch": handler(self._readers.reads(self._watch)),
+            "Check": handler(self._threads.reads(self._check)),
+            "Watch": handler(self._threads.reads(self._watch)),
         }
         return grpc.method_handlers_generic_handler(SERVICE, table)
 
-    def _check(self, request: bytes, call: GuardedCall) -> None:
+    def _check(self, request: bytes, call: _Probe, peer: str) -> None:
         service = self._service(request)
         status = self._status(service)
         if status == self._response.SERVICE_UNKNOWN:
             raise ModelNotFound(f"there is no service {service[:80]!r}")
         call.send_all([self._response(status=status)])
 
-    def _watch(self, request: bytes, call: GuardedCall) -> None:
-        watcher = _Watcher(self._service(request), call)
-        with self._changed:
-            self._watchers.add(watcher)
-            self._wake()
+    def _watch(self, request: bytes, call: _Probe, peer: str) -> None:
+        watcher, oldest = _Watcher(self._service(request), call, peer), None
+        with self._lock:
+            if len(self._watchers) >= self._most_watchers:
+                oldest = next(iter(self._watchers))
+                del self._watchers[oldest]
+            self._watchers[watcher] = None
+            watcher.busy = True
+        if oldest:
+            oldest.call.end(Overloaded("too many callers watch health; watch again"))
         if not call.on_end(lambda: self._forget(watcher)):
             self._forget(watcher)
+        self._tell(watcher)
 
     def _service(self, request: bytes) -> str:
         try:
@@ -163,22 +218,23 @@ class Health:
             return int(self._response.SERVICE_UNKNOWN)
         return int(self._response.SERVING if serving else self._response.NOT_SERVING)
 
-    def _wake(self) -> None:
-        self._dirty = True
-        self._changed.notify()
+    def _tell_all(self) -> None:
+        """Lets threads tell each watcher what is new; called with the lock."""
+        for watcher in self._watchers:
+            if not watcher.busy and watcher.last != self._status(watcher.service):
+                watcher.busy = True
+                self._threads.submit(watcher.peer, partial(self._tell, watcher))
+
+    def _tell(self, watcher: _Watcher) -> None:
+        while True:
+            with self._lock:
+                status = self._status(watcher.service)
+                if status == watcher.last or watcher not in self._watchers:
+                    watcher.busy = False
+                    return
+                watcher.last = status
+            watcher.call.send(self._response(status=status))  # without the lock: it waits for the caller
 
     def _forget(self, watcher: _Watcher) -> None:
-        with self._changed:
-            self._watchers.discard(watcher)
-
-    def _notify_watchers(self) -> None:
-        while True:
-            with self._changed:
-                while not self._dirty:
-                    self._changed.wait()
-                self._dirty = False
-                news = [(watcher, self._status(watcher.service)) for watcher in self._watchers]
-            for watcher, status in news:  # never while holding the lock: a send waits for gRPC's own threads
-                if status != watcher.last:
-                    watcher.last = status
-                    watcher.call.send(self._response(status=status))
+        with self._lock:
+            self._watchers.pop(watcher, None)

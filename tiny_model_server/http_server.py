@@ -44,8 +44,11 @@ _REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nRetry-Afte
 class HttpServer:
     """An ASGI application at TMS_HTTP_PORT."""
 
-    def __init__(self, app: Any, settings: Settings) -> None:
-        """Binds the port; SettingsError if it cannot be had."""
+    def __init__(self, app: Any, settings: Settings, most_unread: int) -> None:
+        """Binds the port; SettingsError if it cannot be had.
+
+        If callers leave more than ``most_unread`` bytes of answers unread, those who do so for longest are cut off.
+        """
         files = tls.Files.of(settings)
         try:
             listeners = _listen(settings.host.strip("[]"), settings.http_port or 0)
@@ -71,7 +74,7 @@ class HttpServer:
             timeout_keep_alive=_KEEP_ALIVE_S,
             h11_max_incomplete_event_size=_LONGEST_HEADERS,
         )
-        self._server = _Server(config, listeners, files)
+        self._server = _Server(config, listeners, files, most_unread)
         self._thread = threading.Thread(target=self._run, name="http", daemon=True)
 
     def start(self) -> None:
@@ -97,7 +100,9 @@ class HttpServer:
 class _Server(uvicorn.Server):
     """Uvicorn, but for how it accepts connections and waits for its end: it would poll, and bound neither."""
 
-    def __init__(self, config: uvicorn.Config, listeners: list[socket.socket], files: tls.Files | None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, listeners: list[socket.socket], files: tls.Files | None, most_unread: int
+    ) -> None:
         super().__init__(config)
         self.ready = threading.Event()
         """Set when connections are accepted."""
@@ -105,6 +110,7 @@ class _Server(uvicorn.Server):
         self._listeners = listeners
         self._files = files
         self._most = _most_connections()
+        self._unread = _Unread(most_unread)
         self._open: dict[asyncio.Task[None], _Connection] = {}
         self._leaving: set[asyncio.Task[None]] = set()
 
@@ -157,7 +163,7 @@ class _Server(uvicorn.Server):
                     accepted.send(_REFUSAL if not self._files else b"")
                 accepted.close()
                 continue
-            connection = _Connection(self.config, self.server_state, {}, self._loop)
+            connection = _Connection(self.config, self.server_state, self._loop, self._unread)
             task = asyncio.create_task(self._serve_one(accepted, connection))
             self._open[task] = connection
             task.add_done_callback(self._forget)
@@ -199,11 +205,35 @@ class _Server(uvicorn.Server):
         self._leaving.discard(task)
 
 
+class _Unread:
+    """The connections whose callers have not read their answers yet, and a bound on the bytes of these."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._connections: dict[_Connection, None] = {}  # who waits for longest comes first
+
+    def add(self, connection: "_Connection") -> None:
+        """Counts a connection, and ends those before it as far as all have too many bytes."""
+        self._connections[connection] = None
+        over = sum(one.transport.get_write_buffer_size() for one in self._connections) - self._most
+        for one in list(self._connections)[:-1]:
+            if over <= 0:
+                return
+            over -= one.transport.get_write_buffer_size()
+            self.remove(one)
+            log.warning("a connection is ended: too many bytes of answers wait for their callers")
+            one.transport.abort()
+
+    def remove(self, connection: "_Connection") -> None:
+        """Forgets a connection."""
+        self._connections.pop(connection, None)
+
+
 class _Connection(H11Protocol):
     """A caller's connection, which bounds the time for headers and for reading an answer."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, app_state: dict[str, Any], loop: Any) -> None:
-        super().__init__(config, state, app_state, loop)
+    def __init__(self, config: uvicorn.Config, state: ServerState, loop: Any, unread: _Unread) -> None:
+        super().__init__(config, state, {}, loop)
         self.conn = _Parser(h11.SERVER, _LONGEST_HEADERS)
         self.closed = asyncio.Event()
         self.since = time.monotonic()
@@ -211,6 +241,7 @@ class _Connection(H11Protocol):
         self._headers_due: asyncio.TimerHandle | None = None
         self._reading_due: asyncio.TimerHandle | None = None
         self._unread = 0
+        self._all_unread = unread
 
     @property
     def unsent(self) -> bool:
@@ -231,6 +262,7 @@ class _Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._all_unread.remove(self)
         for timer in (self._headers_due, self._reading_due, self.timeout_keep_alive_task):
             if timer:
                 timer.cancel()
@@ -240,9 +272,11 @@ class _Connection(H11Protocol):
         super().pause_writing()
         self._unread = 1 << 63
         self._watch_reading()
+        self._all_unread.add(self)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self._all_unread.remove(self)
         if self._reading_due:
             self._reading_due.cancel()
 

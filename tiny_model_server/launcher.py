@@ -66,7 +66,9 @@ def serve(settings: Settings) -> int:
     engine = Engine(settings)
     awake.calls, awake.few = lambda: engine.calls, max(2, int(cpus()) // 2)  # to each belong a caller and a worker
     grpc_server = GrpcServer(engine, settings)
-    web = HttpServer(Web(engine, settings), settings) if settings.http_port is not None else None
+    web = None
+    if settings.http_port is not None:
+        web = HttpServer(Web(engine, settings), settings, engine.inflight.limit // 2)
     engine.ports = frozenset([grpc_server.port, *([web.port] if web else [])])
     lanes = open_lanes(engine, settings, grpc_server)
     hurry = threading.Event()

@@ -50,7 +50,7 @@ _STATUS = {
 }
 _KNOWN = "get /, /livez, /readyz, /models, /metrics or /v2, or post to /models/NAME/run, load, unload or reload"
 _TIMEOUT_S = 60.0
-_BODY_S, _SLOWEST = 30.0, 1 << 16  # time for a body, and bytes for which it gets a second more
+_BODY_S, _SLOWEST = 30.0, 1 << 16  # time for a body, and bytes for which it gets a second more, never more than that
 _DRAIN_S, _MOST_DRAINED = (
     2.0,
     1 << 26,
@@ -240,7 +240,7 @@ class Web:
     async def _body(self, request: Request, needed: bool = True) -> AsyncIterator[bytearray]:
         """A request's body, which counts among the bytes under way from before it is read until it is let go."""
         budget, largest, clock = self._engine.inflight, self._engine.settings.max_message_mb << 20, time.monotonic
-        taken, body, begun, more = 0, bytearray(), clock(), True
+        taken, coming, body, more, due = 0, True, bytearray(), True, clock() + _BODY_S
 
         def take(size: int) -> None:
             nonlocal taken
@@ -248,7 +248,7 @@ class Web:
                 limit = f"{largest} bytes at most (TMS_MAX_MESSAGE_MB)"
                 raise _Refusal(413, f"a body may have {limit} and {budget.limit} (TMS_MAX_INFLIGHT_MB), not {size}")
             if size > taken:
-                budget.take(size - taken)
+                budget.expect(size - taken, taken)
                 taken = size
 
         if needed and not {"content-length", "transfer-encoding"} & set(request.headers):
@@ -257,7 +257,7 @@ class Web:
             take(int(request.headers.get("content-length", 0)))
             while more:
                 try:
-                    async with asyncio.timeout(max(0, begun + _BODY_S + len(body) / _SLOWEST - clock())):
+                    async with asyncio.timeout(max(0, due - clock())):
                         message = await request.receive()
                 except TimeoutError:
                     raise _Refusal(408, f"the body did not arrive in time; {len(body)} bytes of it did") from None
@@ -266,8 +266,13 @@ class Web:
                 take(len(body) + len(message["body"]))
                 body += message["body"]
                 more = message["more_body"]
+                due = min(due + len(message["body"]) / _SLOWEST, clock() + _BODY_S)
+            budget.arrived(taken)
+            coming = False
             yield body
         finally:
+            if coming:
+                budget.arrived(taken)
             budget.give(taken)
 
     async def _work(self, request: Request, function: Callable[[Call], Any]) -> Any:
