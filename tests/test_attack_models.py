@@ -1,5 +1,7 @@
 """Models that are real programs: they fork, break what they find in their process, and answer with any class."""
 
+import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 
 import model_client
-from tests.conftest import Server, wait_for
+from tests.conftest import ROOT, Server, wait_for
+from tests.test_package import run
 from tests.test_workers import write
 
 StartServer = Callable[..., Server]
@@ -158,3 +161,37 @@ def test_an_answer_without_a_class_is_one_items_affair(programs: Server) -> None
     answers = programs.client("program").run_batch([1, 2, 3], {"whole": "proxy"}, return_exceptions=True)
     assert isinstance(answers[0], model_client.ModelFailed)
     assert answers[1:] == [2, 3]
+
+
+LOADS = {
+    "no dict": ("metadata = [1]", "metadata must be a dict, not list"),
+    "number": ("metadata = {'inputs': 7}", "must be a list of dicts"),
+    "numbers": ("metadata = {'inputs': [3]}", "must be a list of dicts"),
+    "one": ("metadata = {'outputs': {'name': 'x'}}", "must be a list of dicts"),
+    "size": ("metadata = {'inputs': [{'shape': 5}]}", "must be a list of whole numbers"),
+    "text": ("metadata = {'inputs': [{'shape': 'abc'}]}", "must be a list of whole numbers"),
+    "dtype": ("metadata = {'inputs': [{'dtype': [1]}]}", "the dtype in .* must be a text"),
+    "shape": ("def get_input_shape(self): return [10**30]", "must return whole numbers"),
+    "end": ("def warmup(self): raise EOFError('the file of weights ends')", "EOFError: the file of weights ends"),
+}
+
+
+@pytest.mark.parametrize("case", LOADS)
+def test_what_is_wrong_with_a_model_is_told_when_it_loads(tmp_path: Path, case: str) -> None:
+    line, why = LOADS[case]
+    code = f"from model_interface import ModelInterface\nclass Model(ModelInterface):\n    {line}\n"
+    write(tmp_path, "odd", code + "    def run(self, data, args): return data\n")
+    ran = run(sys.executable, ROOT / "server.py", "check", "odd", cwd=tmp_path, TMS_MODELS_DIR=str(tmp_path))
+    assert re.search(f"error: model 'odd' could not be loaded: .*{why}", ran.stderr), ran.stderr
+
+
+def test_a_model_may_set_options_to_none(start_server: StartServer, tmp_path: Path) -> None:
+    code = """
+        from model_interface import ModelInterface
+        class Model(ModelInterface):
+            devices = timeout_s = workers = image_mode = metadata = None
+            def run(self, data, args):
+                return data
+    """
+    client = start_server(models=write(tmp_path, "none", code)).client("none")
+    assert client.run(np.arange(3)).tolist() == [0, 1, 2]

@@ -66,6 +66,7 @@ DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
 _CLOSE_S = 10.0  # that Model.close() has
 _EXIT_S = 2.0  # that functions of atexit have
+_LARGEST_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
 _MOST_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends must not take all memory
 
 
@@ -90,11 +91,11 @@ def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
     }
     if options["max_batch_size"] is None:
         options["max_batch_size"] = 1 if plugin.run_batch is ModelInterface.run_batch else DEFAULT_BATCH
-    if not isinstance(plugin.devices, str):
+    if not isinstance(plugin.devices, (str, type(None))):
         options["devices"] = ",".join(plugin.devices)
     return {
         "options": options,
-        "metadata": codec.parse_json(codec.plain_json(plugin.metadata)),
+        "metadata": _checked_metadata(codec.parse_json(codec.plain_json(plugin.metadata))),
         "example": None if plugin.example is None else codec.pack(plugin.example),
         "stages": [_plain(stage) for stage in plugin.stages] if issubclass(plugin, Pipeline) else [],
     }
@@ -106,6 +107,31 @@ def _plain(value: Any) -> Any:
         if isinstance(value, kind):
             return str.__str__(value) if isinstance(value, str) else kind(value)
     return None if value is None else str(value)
+
+
+def _checked_metadata(metadata: Any) -> dict[str, Any]:
+    """The metadata, if protocols and the engine can read in it what they look for; TypeError says what is wrong."""
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict):
+        raise TypeError(f"class attribute metadata must be a dict, not {type(metadata).__name__}")
+    for kind in ("inputs", "outputs"):
+        described = metadata.get(kind) or []
+        if not (isinstance(described, list) and all(isinstance(one, dict) for one in described)):
+            raise TypeError(f"metadata[{kind!r}] must be a list of dicts with name, dtype and shape")
+        for one in described:
+            if not _is_shape(one.get("shape")):
+                raise TypeError(f"the shape in metadata[{kind!r}] must be a list of whole numbers from -1, not "
+                                f"{one['shape']!r}")  # fmt: skip
+            for key in ("name", "dtype"):
+                if not isinstance(one.get(key), (str, type(None))):
+                    raise TypeError(f"the {key} in metadata[{kind!r}] must be a text, not {one[key]!r}")
+    return metadata
+
+
+def _is_shape(shape: Any) -> bool:
+    return shape is None or (
+        isinstance(shape, list) and all(type(size) is int and -1 <= size < _LARGEST_SIZE for size in shape)
+    )
 
 
 def describe(error: BaseException, path: Path) -> str:
@@ -462,15 +488,18 @@ def _load(control: Connection, spec: dict[str, Any]) -> tuple[Runner, ModelInter
         plugin = import_plugin(name, path)
         end_if_forked(pid)
         control.send(("declared", declared(plugin) | {"pid": os.getpid()}))
-        options, threads = control.recv()
+        try:
+            options, threads = control.recv()
+        except EOFError:  # the front has no use for this process
+            return None
         plugin.threads = threads
         model = plugin(**options.args)
         model.warmup()
         shape = model.get_input_shape()
         input_shape = None if shape is None else [int(size) for size in shape]
+        if not _is_shape(input_shape):
+            raise ValueError(f"get_input_shape() must return whole numbers from -1, not {input_shape}")
         end_if_forked(pid)
-    except EOFError:
-        return None
     except BaseException as error:  # a plug-in may raise anything, SystemExit too
         end_if_forked(pid)
         log.error("model %s could not be loaded", name, exc_info=error)
