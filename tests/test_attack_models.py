@@ -1,7 +1,11 @@
 """Models that are real programs: they fork, break what they find in their process, and answer with any class."""
 
 import re
+import shutil
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -195,3 +199,66 @@ def test_a_model_may_set_options_to_none(start_server: StartServer, tmp_path: Pa
     """
     client = start_server(models=write(tmp_path, "none", code)).client("none")
     assert client.run(np.arange(3)).tolist() == [0, 1, 2]
+
+
+def test_a_worker_whose_model_leaks_descriptors_is_replaced(start_server: StartServer, tmp_path: Path) -> None:
+    code = """
+        from model_interface import ModelInterface
+        kept = []
+        class Model(ModelInterface):
+            def run(self, data, args):
+                if args.get("leak"):
+                    kept.append(data)
+                    try:
+                        while True:
+                            kept.append(open("/dev/null"))
+                    except OSError:
+                        pass
+                return data
+    """
+    server = start_server(models=write(tmp_path, "leaks", code))
+    for address in (server.address, f"localhost:{server.port}"):
+        client = model_client.ModelClient("leaks", addresses=[address], timeout=30)
+        for size in (10, 100_000):
+            small, large = np.arange(size), np.arange(4 * size)
+            try:
+                client.run(small, {"leak": True})
+            except model_client.ModelFailed:
+                pass  # there may be no descriptor for the answer
+            for array in (small, large, small):
+                assert np.array_equal(client.run(array), array)
+    server.wait_for_log("the model has left no descriptor free")
+
+
+def test_a_folder_that_was_there_for_a_moment_does_not_spoil_health(start_server: StartServer, tmp_path: Path) -> None:
+    write(tmp_path, "good", LEAN)
+    server = start_server(models=tmp_path, TMS_RELOAD=1)
+    client = server.client("good")
+    assert client.run(1) == 1
+    time.sleep(0.5)  # in which the watch begins
+    write(tmp_path, "half", "raise ImportError('not all files are there')")
+    server.wait_for_log("model half FAILED")
+    assert readyz(server) == 503
+    shutil.rmtree(tmp_path / "half")
+    wait_for(lambda: readyz(server) == 200, "the server to be ready")
+    assert [model["name"] for model in client.list_models()] == ["good"]
+    write(tmp_path, "half", LEAN)
+    wait_for(lambda: any(model["name"] == "half" for model in client.list_models()), "the model")
+    assert server.client("half").run(2) == 2
+
+
+LEAN = """
+    from model_interface import ModelInterface
+    class Model(ModelInterface):
+        def run(self, data, args):
+            return data
+"""
+
+
+def readyz(server: Server) -> int:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/readyz", timeout=10) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code

@@ -8,6 +8,7 @@ import, hears what its class declares, sends the options and one socket and two 
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import logging
 import os
@@ -363,7 +364,11 @@ class Slot:
                     kept.remove(name)
                 seconds = time.monotonic() - started
                 self._pipe.send((outcomes, seconds, kept, tally.drain()))
-            except (EOFError, OSError):
+            except EOFError:
+                return
+            except OSError as error:
+                if error.errno == errno.EMFILE:
+                    log.error("the model has left no descriptor free; the worker ends")
                 return
 
     def _outcomes(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
@@ -371,6 +376,7 @@ class Slot:
         try:
             return self._run(args, items, alive)
         except Exception as error:
+            _end_without_descriptors(error)
             log.error("a batch could not be read, or its answer not be written", exc_info=error)
             outcome = error if isinstance(error, ServerError) else ModelError(message_of(error, named=True))
             return [self._pack(outcome, True) for _ in items]
@@ -385,6 +391,7 @@ class Slot:
         try:
             return self._write(encoded, [item[4] for item in items])
         except OSError as error:
+            _end_without_descriptors(error)
             log.error("no memory for the answers: %s", error)
             return [(ModelError.status, f"there is no memory for the model's answer: {error}", [])] * len(items)
 
@@ -438,6 +445,7 @@ class Slot:
             try:
                 arrays = (self._inbox if source is None else self._callers[source].request).read(places)
             except (OSError, OverflowError) as error:
+                _end_without_descriptors(error)
                 packed.append(InvalidInput(f"the memory in which the request lies cannot be mapped: {error}"))
                 continue
             alive += [(source, weakref.ref(_owner(array))) for array in arrays]
@@ -467,6 +475,12 @@ def _is_out_of_device_memory(error: BaseException) -> bool:
     )
     text = message_of(error)
     return type(error).__name__ == "OutOfMemoryError" or any(word in text for word in words)
+
+
+def _end_without_descriptors(error: BaseException) -> None:
+    """Raises an error again that says that this process has no descriptor free: another worker can do the work."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        raise error
 
 
 def end_if_forked(worker: int) -> None:
