@@ -208,6 +208,7 @@ class Engine:
         """Finishes what an adopted model has queued within ``grace_s`` seconds, and knows it no more."""
         self.model(name).stop(grace_s)
         self._repository.remove(name)
+        self._changed()
 
     def reload(self, name: str) -> ServedModel:
         """Replaces a model's workers by new ones; see ``ServedModel.reload``."""

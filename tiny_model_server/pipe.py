@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import pickle
 import socket
 import struct
@@ -79,9 +80,11 @@ class Pipe:
         return self._begun
 
     def _receive(self, fds: array.array[int], most: int = _READ) -> int:
-        size, ancillary, *_ = self._socket.recvmsg_into([self._read[:most]], _SPACE, _FLAGS)
+        size, ancillary, flags, _ = self._socket.recvmsg_into([self._read[:most]], _SPACE, _FLAGS)
         for _, _, content in ancillary:
             fds.frombytes(content)
+        if flags & socket.MSG_CTRUNC:  # this process may open no more; what was lost does not come again
+            raise OSError(errno.EMFILE, "descriptors that came with a message are lost")
         if not size:
             raise EOFError
         return size

@@ -7,6 +7,7 @@ from pathlib import Path
 import watchfiles
 
 from tiny_model_server.engine import Engine
+from tiny_model_server.repository import State
 
 log = logging.getLogger("tiny_model_server.reload")
 
@@ -54,5 +55,10 @@ def _reload(engine: Engine, folder: Path, changed: set[Path]) -> None:
             if (folder / name / "__init__.py").is_file():
                 log.info("model %s changed", name)
                 engine.reload(name)
+            elif not (folder / name).exists() and any(
+                model.name == name and model.state is State.FAILED for model in engine.models()
+            ):
+                log.info("model %s, which could not be loaded, has gone", name)
+                engine.forget(name, 0)
         except Exception as error:  # of this model alone
             log.error("model %r could not be reloaded: %s", name, error)

@@ -49,6 +49,6 @@ def _finite(value: Any) -> float:
 
 
 def _checked(name: str) -> str:
-    if not _NAME.fullmatch(name):
+    if not (found := _NAME.fullmatch(name)):
         raise ValueError(f"a metric's name is small letters, digits and _, not {name!r}")
-    return name
+    return found[0]  # a plain str, whatever class of the model's the name is of

@@ -8,6 +8,7 @@ import, hears what its class declares, sends the options and one socket and two 
 from __future__ import annotations
 
 import atexit
+import errno
 import importlib
 import logging
 import os
@@ -18,7 +19,9 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -34,12 +37,37 @@ from tiny_model_server.pipe import Pipe
 from tiny_model_server.settings import ModelOptions
 from tiny_model_server.shm import Place, Segment
 
-log = logging.getLogger("tiny_model_server.worker")
+
+class _Log:
+    """A log that never raises, though a model may break what logs, or raise what cannot even be logged."""
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+
+    def warning(self, text: str, *values: object) -> None:
+        self._log(logging.WARNING, text, *values)
+
+    def error(self, text: str, *values: object, exc_info: BaseException | None = None) -> None:
+        self._log(logging.ERROR, text, *values, exc_info=exc_info)
+
+    def exception(self, text: str) -> None:
+        self.error(text, exc_info=sys.exc_info()[1])
+
+    def _log(self, level: int, text: str, *values: object, exc_info: BaseException | None = None) -> None:
+        try:
+            self._logger.log(level, text, *values, exc_info=exc_info)
+        except BaseException as error:
+            with suppress(BaseException):
+                self._logger.log(level, "%s: this cannot be logged whole: %s", text, type(error).__name__)
+
+
+log = _Log(logging.getLogger("tiny_model_server.worker"))
 
 DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
 _CLOSE_S = 10.0  # that Model.close() has
 _EXIT_S = 2.0  # that functions of atexit have
+_LARGEST_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
 _MOST_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends must not take all memory
 
 
@@ -60,18 +88,51 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
 def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
     """What the class declares: options (a batch size of None is resolved here), metadata, example, stages."""
     options: dict[str, Any] = {
-        name: getattr(plugin, name, None) for name in ModelOptions.__dataclass_fields__ if name != "args"
+        name: _plain(getattr(plugin, name, None)) for name in ModelOptions.__dataclass_fields__ if name != "args"
     }
     if options["max_batch_size"] is None:
         options["max_batch_size"] = 1 if plugin.run_batch is ModelInterface.run_batch else DEFAULT_BATCH
-    if not isinstance(options["devices"], str):
-        options["devices"] = ",".join(options["devices"])
+    if not isinstance(plugin.devices, (str, type(None))):
+        options["devices"] = ",".join(plugin.devices)
     return {
         "options": options,
-        "metadata": codec.parse_json(codec.plain_json(plugin.metadata)),
+        "metadata": _checked_metadata(codec.parse_json(codec.plain_json(plugin.metadata))),
         "example": None if plugin.example is None else codec.pack(plugin.example),
-        "stages": list(plugin.stages) if issubclass(plugin, Pipeline) else [],
+        "stages": [_plain(stage) for stage in plugin.stages] if issubclass(plugin, Pipeline) else [],
     }
+
+
+def _plain(value: Any) -> Any:
+    """A value of Python's own class. The front must not meet a class of the model: to read it, it would import that."""
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return str.__str__(value) if isinstance(value, str) else kind(value)
+    return None if value is None else str(value)
+
+
+def _checked_metadata(metadata: Any) -> dict[str, Any]:
+    """The metadata, if protocols and the engine can read in it what they look for; TypeError says what is wrong."""
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict):
+        raise TypeError(f"class attribute metadata must be a dict, not {type(metadata).__name__}")
+    for kind in ("inputs", "outputs"):
+        described = metadata.get(kind) or []
+        if not (isinstance(described, list) and all(isinstance(one, dict) for one in described)):
+            raise TypeError(f"metadata[{kind!r}] must be a list of dicts with name, dtype and shape")
+        for one in described:
+            if not _is_shape(one.get("shape")):
+                raise TypeError(f"the shape in metadata[{kind!r}] must be a list of whole numbers from -1, not "
+                                f"{one['shape']!r}")  # fmt: skip
+            for key in ("name", "dtype"):
+                if not isinstance(one.get(key), (str, type(None))):
+                    raise TypeError(f"the {key} in metadata[{kind!r}] must be a text, not {one[key]!r}")
+    return metadata
+
+
+def _is_shape(shape: Any) -> bool:
+    return shape is None or (
+        isinstance(shape, list) and all(type(size) is int and -1 <= size < _LARGEST_SIZE for size in shape)
+    )
 
 
 def describe(error: BaseException, path: Path) -> str:
@@ -79,7 +140,7 @@ def describe(error: BaseException, path: Path) -> str:
     reason = " ".join(message_of(error, named=True).split())
     needs = path / "requirements.txt"
     if isinstance(error, ImportError):
-        first = (error.name or "").partition(".")[0]
+        first = str(error.name or "").partition(".")[0]
         if first and ((path / f"{first}.py").is_file() or (path / first).is_dir()):
             reason += f" (it is in the model's folder: write 'from . import {first}' or 'from .{first} import ...')"
         elif needs.exists():
@@ -94,6 +155,7 @@ class Runner:
         self._name = name
         self._model = model
         self._options = options
+        self._pid = os.getpid()
 
     def run(self, packed: Sequence[codec.Packed], args: dict[str, Any]) -> list[Any]:
         """One outcome an item, in order: the model's value, or a ServerError."""
@@ -123,7 +185,7 @@ class Runner:
     def _run_group(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
         if len(values) > 1:
             try:
-                results = self._model.run_batch(values, args)
+                results = self._call(self._model.run_batch, values, args)
             except BaseException as error:  # a model may raise anything, SystemExit too
                 if _is_out_of_device_memory(error):
                     return self._in_halves(values, args)
@@ -143,7 +205,7 @@ class Runner:
     def stream(self, packed: codec.Packed, args: dict[str, Any]) -> Generator[Any, None, None]:
         """What the model yields for one item, or its only answer; a ServerError in the end if it fails."""
         try:
-            result = self._model.run(codec.unpack(packed, self._decode_image), args)
+            result = self._call(self._model.run, codec.unpack(packed, self._decode_image), args)
         except BaseException as error:
             yield self._error(error)
             return
@@ -153,7 +215,7 @@ class Runner:
         try:
             while True:
                 try:
-                    value = self._outcome(next(result))
+                    value = self._outcome(self._call(next, result))
                 except StopIteration:
                     return
                 except BaseException as error:  # a GeneratorExit of the model's own, too
@@ -169,7 +231,11 @@ class Runner:
 
     def _one_each(self, results: Any, count: int) -> list[Any]:
         try:
-            listed = list(islice(results, count + 1))  # what never ends is too long, too
+            if isinstance(
+                results, (str, bytes, Mapping, AbstractSet)
+            ):  # its parts are not the items' answers, in order
+                raise TypeError(f"not {type(results).__name__}")
+            listed = self._call(list, islice(results, count + 1))  # what never ends is too long, too
         except BaseException as error:
             self._error(error)
             return [
@@ -184,7 +250,7 @@ class Runner:
 
     def _run_one(self, value: Any, args: dict[str, Any]) -> Any:
         try:
-            result = self._model.run(value, args)
+            result = self._call(self._model.run, value, args)
             if isinstance(result, types.GeneratorType):
                 result = self._listed(result)
         except BaseException as error:
@@ -193,7 +259,7 @@ class Runner:
 
     def _listed(self, values: Generator[Any, None, None]) -> Any:
         """All values of a generator; the first error among them stands for all."""
-        listed = list(islice(values, _MOST_VALUES + 1))
+        listed = self._call(list, islice(values, _MOST_VALUES + 1))
         values.close()
         if len(listed) > _MOST_VALUES:
             return ModelError(f"model {self._name!r} yields more than {_MOST_VALUES} values; call it by RunStream")
@@ -201,16 +267,23 @@ class Runner:
 
     def _outcome(self, result: Any) -> Any:
         """What the model answered, an exception that it returned being as good as one that it raised."""
-        return self._error(result) if isinstance(result, BaseException) else result
+        # By its type: isinstance asks the result for its class, which a proxy answers with an error.
+        return self._error(result) if issubclass(type(result), BaseException) else result
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function of the model returns or raises, in this process.
+
+        A process that the model has forked and that comes back from it ends: it must not answer in the worker's place.
+        """
+        try:
+            return function(*arguments)
+        finally:
+            end_if_forked(self._pid)
 
     def _error(self, error: BaseException) -> ServerError:
         if isinstance(error, InvalidInput):
             return error
-        try:
-            log.error("model %s raised", self._name, exc_info=error)
-        except BaseException as another:  # an exception that cannot even be logged must not cost the caller the answer
-            log.error("model %s raised %s, which cannot be logged: %s", self._name, type(error).__name__,
-                      type(another).__name__)  # fmt: skip
+        log.error("model %s raised", self._name, exc_info=error)
         return ModelError(f"model {self._name!r} raised {message_of(error, named=True)}")
 
     def _decode_image(self, data: bytes) -> Any:
@@ -291,7 +364,11 @@ class Slot:
                     kept.remove(name)
                 seconds = time.monotonic() - started
                 self._pipe.send((outcomes, seconds, kept, tally.drain()))
-            except (EOFError, OSError):
+            except EOFError:
+                return
+            except OSError as error:
+                if error.errno == errno.EMFILE:
+                    log.error("the model has left no descriptor free; the worker ends")
                 return
 
     def _outcomes(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
@@ -299,8 +376,9 @@ class Slot:
         try:
             return self._run(args, items, alive)
         except Exception as error:
+            _end_without_descriptors(error)
             log.error("a batch could not be read, or its answer not be written", exc_info=error)
-            outcome = error if isinstance(error, ServerError) else ModelError(f"{type(error).__name__}: {error}")
+            outcome = error if isinstance(error, ServerError) else ModelError(message_of(error, named=True))
             return [self._pack(outcome, True) for _ in items]
 
     def _run(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
@@ -313,6 +391,7 @@ class Slot:
         try:
             return self._write(encoded, [item[4] for item in items])
         except OSError as error:
+            _end_without_descriptors(error)
             log.error("no memory for the answers: %s", error)
             return [(ModelError.status, f"there is no memory for the model's answer: {error}", [])] * len(items)
 
@@ -366,6 +445,7 @@ class Slot:
             try:
                 arrays = (self._inbox if source is None else self._callers[source].request).read(places)
             except (OSError, OverflowError) as error:
+                _end_without_descriptors(error)
                 packed.append(InvalidInput(f"the memory in which the request lies cannot be mapped: {error}"))
                 continue
             alive += [(source, weakref.ref(_owner(array))) for array in arrays]
@@ -374,9 +454,9 @@ class Slot:
 
     def _pack(self, result: Any, plain: bool) -> tuple[str | None, str, list[codec.Array]]:
         """(None, JSON, arrays) of a value, (status, message, []) of an error."""
-        if isinstance(result, ServerError):  # a model's own class of InvalidInput may have any status
+        if issubclass(type(result), ServerError):  # a model's own class of InvalidInput may have any status
             known = isinstance(result.status, str) and CODES.get(result.status)
-            return result.status if known else ModelError.status, message_of(result), []
+            return _plain(result.status) if known else ModelError.status, message_of(result), []
         try:
             packed = codec.Packed(codec.plain_json(result), []) if plain else codec.pack(result)
         except BaseException as error:  # a result may be of any class, with any behaviour
@@ -397,6 +477,19 @@ def _is_out_of_device_memory(error: BaseException) -> bool:
     return type(error).__name__ == "OutOfMemoryError" or any(word in text for word in words)
 
 
+def _end_without_descriptors(error: BaseException) -> None:
+    """Raises an error again that says that this process has no descriptor free: another worker can do the work."""
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        raise error
+
+
+def end_if_forked(worker: int) -> None:
+    """Ends this process at once if it is not the one of this id, but a fork of it that the model has made."""
+    if os.getpid() != worker:
+        log.error("a process that the model has forked came back from its code, and ends: let it end by os._exit()")
+        os._exit(1)
+
+
 def _owner(array: Any) -> Any:
     while isinstance(array.base, np.ndarray):
         array = array.base
@@ -404,19 +497,25 @@ def _owner(array: Any) -> Any:
 
 
 def _load(control: Connection, spec: dict[str, Any]) -> tuple[Runner, ModelInterface, int] | None:
-    name, path = spec["name"], Path(spec["path"])
+    name, path, pid = spec["name"], Path(spec["path"]), os.getpid()
     try:
         plugin = import_plugin(name, path)
+        end_if_forked(pid)
         control.send(("declared", declared(plugin) | {"pid": os.getpid()}))
-        options, threads = control.recv()
+        try:
+            options, threads = control.recv()
+        except EOFError:  # the front has no use for this process
+            return None
         plugin.threads = threads
         model = plugin(**options.args)
         model.warmup()
         shape = model.get_input_shape()
         input_shape = None if shape is None else [int(size) for size in shape]
-    except EOFError:
-        return None
+        if not _is_shape(input_shape):
+            raise ValueError(f"get_input_shape() must return whole numbers from -1, not {input_shape}")
+        end_if_forked(pid)
     except BaseException as error:  # a plug-in may raise anything, SystemExit too
+        end_if_forked(pid)
         log.error("model %s could not be loaded", name, exc_info=error)
         control.send(("failed", describe(error, path)))
         return None
