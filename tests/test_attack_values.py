@@ -1,7 +1,10 @@
 """Answers of models in rare shapes: each arrives equal by every protocol, or fails with a message that says why."""
 
+import http.client
 import json
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -136,3 +139,38 @@ def test_a_name_that_utf8_cannot_hold_is_the_models_error(answers: Server, model
     status, answer = by_rest(answers, model, ["name"])
     assert (status, answer["status"]) == (500, "INTERNAL")
     assert "half of a surrogate pair" in answer["error"]
+
+
+def test_http_answers_do_not_wait_for_acknowledgements(answers: Server) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", answers.http_port, timeout=20)
+    took = []
+    for _ in range(20):
+        begun = time.monotonic()
+        connection.request("POST", "/models/whole/run", b'"key"', {"Content-Type": "application/json"})
+        assert connection.getresponse().read() == b'{"1.5": 1}\n'
+        took.append(time.monotonic() - begun)
+    connection.close()
+    assert min(took[1:]) < 0.03  # a delayed ACK takes 40 ms, each time
+
+
+SLOW = """
+    max_batch_size = 16
+    queue_size = 100
+    def run(self, data, args):
+        return data
+    def run_batch(self, items, args):
+        import time
+        time.sleep(0.005)
+        return items
+"""
+
+
+def test_several_batches_larger_than_the_queue_wait_for_each_other(tmp_path: Path) -> None:
+    server = Server(write_model(tmp_path, "slow", SLOW))
+    try:
+        client = server.client("slow")
+        wanted = [list(range(begin, begin + 600)) for begin in range(0, 6000, 1000)]
+        futures = [client.submit_batch(items, retry=False) for items in wanted]
+        assert [future.result() for future in futures] == wanted
+    finally:
+        server.kill()
