@@ -382,6 +382,9 @@ class _Client(_Calls):
         """
         if not isinstance(model, str):
             raise TypeError(f"model is the name of a model, not a {type(model).__name__}")
+        arguments.text(model)
+        if tls not in (None, True, False):
+            raise TypeError(f"tls is True or False, not {tls!r}")
         timeout = arguments.seconds(DEFAULT_TIMEOUT_S if timeout is None else timeout)
         connect_timeout = arguments.seconds(30.0 if connect_timeout is None else connect_timeout, "connect_timeout")
         env = os.environ
@@ -403,6 +406,9 @@ class _Client(_Calls):
             "token": token if token is not None else env.get("TMS_TOKEN", ""),
             "admin_token": admin_token,
         }
+        arguments.plain_texts(
+            {name: self._options[name] for name in ("balancing", "server_name", "token", "admin_token")}
+        )
         if balancing not in channel.POLICIES:
             raise ValueError(f"balancing is one of {', '.join(channel.POLICIES)}, not {balancing!r}")
         self._timeout, self._connect_timeout = timeout, connect_timeout
@@ -704,8 +710,7 @@ class ModelClient(_Client):
         or three dimensions, paths and bytes by run_image, all else by run. An error is raised in its item's turn, or,
         with ``return_exceptions``, yielded. ``progress`` shows a bar on stderr (needs tqdm).
         """
-        if in_flight < 1:
-            raise ValueError("in_flight is the number of calls at once, at least 1")
+        in_flight = arguments.count("in_flight", in_flight, 1)
         timeout, items = arguments.seconds(timeout), arguments.stream(items)
         if progress:
             from tqdm.auto import tqdm
@@ -736,6 +741,7 @@ class ModelClient(_Client):
 
     def load_model(self, workers: int = 0, timeout: float = 300) -> list[dict[str, Any]]:
         """Loads the model on every server, with this many workers (0: as it says itself); see ``model_info``."""
+        workers = arguments.count("workers", workers, 0)
         return self._on_each("LoadModel", _message("LoadArgs")(model=self.model, workers=workers), timeout)
 
     def unload_model(self, timeout: float = 300) -> list[dict[str, Any]]:
@@ -763,6 +769,7 @@ class ModelClient(_Client):
 
     def health_check(self, timeout: float | None = None) -> dict[str, list[str]]:
         """{"serving": addresses, "stopped_serving": addresses}: which servers take calls now. Waits for none."""
+        timeout = arguments.seconds(timeout)
         result: dict[str, list[str]] = {"serving": [], "stopped_serving": []}
         for one in self._each_server():
             address = one.addresses[0]
@@ -995,8 +1002,7 @@ class AsyncModelClient(_Client):
         retry: bool = True,
     ) -> AsyncIterator[Any]:
         """One answer an item, in order, as ``ModelClient.map``; the items may come from an async iterator."""
-        if in_flight < 1:
-            raise ValueError("in_flight is the number of calls at once, at least 1")
+        in_flight = arguments.count("in_flight", in_flight, 1)
         timeout, items = arguments.seconds(timeout), arguments.stream(items)
         pending = deque[asyncio.Task[Any]]()
 

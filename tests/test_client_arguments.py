@@ -103,6 +103,13 @@ SUBMITTED: list[tuple[Callable[[ModelClient], Any], type[Exception], str]] = [
     (lambda c: next(c.map([1], in_flight=0)), ValueError, "in_flight"),
     (lambda c: next(c.run_stream({1})), TypeError, "set cannot travel"),
     (lambda c: next(c.run_stream(1, timeout=-1)), ValueError, "more than 0"),
+    (lambda c: next(c.map([1], in_flight="4")), TypeError, "in_flight is a whole number, not str '4'"),  # type: ignore[arg-type]
+    (lambda c: next(c.map([1], in_flight=math.nan)), TypeError, "in_flight is a whole number"),  # type: ignore[arg-type]
+    (lambda c: c.load_model("2"), TypeError, "workers is a whole number, not str '2'"),  # type: ignore[arg-type]
+    (lambda c: c.load_model(True), TypeError, "workers is a whole number, not True"),
+    (lambda c: c.load_model(-1), ValueError, "workers is at least 0, not -1"),
+    (lambda c: c.health_check(timeout=-1), ValueError, "timeout is seconds, more than 0"),
+    (lambda c: c.health_check(timeout="1"), TypeError, "timeout is seconds"),  # type: ignore[arg-type]
     (lambda c: c.model_info(timeout="1"), TypeError, "timeout is seconds"),  # type: ignore[arg-type]
 ]
 
@@ -134,6 +141,15 @@ def test_async_streams_and_maps_tell_it_too() -> None:
 
 
 WRONG_PLACES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"server_name": 5}, TypeError, "server_name is a text, not a int"),  # gRPC would crash the process
+    ({"server_name": "ü"}, ValueError, "printable ASCII"),
+    ({"token": b"x"}, TypeError, "token is a text, not a bytes"),
+    ({"token": "grün"}, ValueError, "token may have printable ASCII"),
+    ({"admin_token": 5}, TypeError, "admin_token is a text"),
+    ({"admin_token": "a\nb"}, ValueError, "admin_token may have printable ASCII"),
+    ({"balancing": ["load"]}, TypeError, "balancing is a text, not a list"),
+    ({"tls": "no"}, TypeError, "tls is True or False, not 'no'"),
+    ({"model": "a\ud83d"}, ValueError, "half of a surrogate pair"),
     ({"ip": "localhost:50001", "port": 50002}, ValueError, "has a port already"),
     ({"ip": "http://localhost:50001"}, ValueError, "is a URL of http; write host:port, as in localhost:50001"),
     ({"ip": "http://localhost", "port": 50001}, ValueError, "is a URL of http"),

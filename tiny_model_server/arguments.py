@@ -82,6 +82,27 @@ def seconds(timeout: Any, name: str = "timeout") -> Any:
     return min(float(timeout), _LONGEST_S)
 
 
+def count(name: str, value: Any, least: int) -> int:
+    """A whole number of at least ``least``; TypeError or ValueError names what is none."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is a whole number, not {_named(value)}")
+    if not least <= value < 1 << 31:
+        raise ValueError(f"{name} is at least {least}, not {value}")
+    return int(value)
+
+
+def plain_texts(options: Mapping[str, Any]) -> None:
+    """Checks texts that gRPC gets as they are: a ``server_name`` of another type crashes the process.
+
+    TypeError or ValueError names the option, but not its value, which may be a token.
+    """
+    for name, value in options.items():
+        if not isinstance(value, (str, type(None))):
+            raise TypeError(f"{name} is a text, not a {type(value).__name__}")
+        if value and not (value.isascii() and value.isprintable()):
+            raise ValueError(f"{name} may have printable ASCII characters alone, as gRPC sends no others")
+
+
 def addresses(ip: Any, port: Any, listed: Sequence[str] | str | None, default: str) -> list[str]:
     """The addresses of the servers; TypeError or ValueError says what to write instead."""
     if listed is not None and (ip is not None or port is not None):

@@ -219,10 +219,10 @@ class Batcher:
     def put_in_parts(self, items: Sequence[Item]) -> None:
         """Queues many items, at most half a queue of them at once; returns when the last one is queued.
 
-        All such batches together leave a quarter of the queue to others.
+        All such batches together leave a quarter of the queue to others, and wait for each other.
 
-        It raises as ``put`` does if not even the first part can be queued. After that, items that come to nothing get
-        the error as their outcome.
+        A batch that the whole queue could hold is refused as by ``put`` if not even its first part fits. Once a part is
+        queued, items that come to nothing get the error as their outcome.
         """
         if len(items) <= self.queue_size:
             try:
@@ -231,7 +231,10 @@ class Batcher:
                 pass  # then a part at a time
         share = max(1, self.queue_size // 2)
         size = max(1, share // 2)
-        self.put(items[:size], spare=self.queue_size // 4)
+        if len(items) > self.queue_size:  # to be sent again would not make it fit
+            self._put_with_patience(items[:size])
+        else:
+            self.put(items[:size], spare=self.queue_size // 4)
         for begin in range(size, len(items), size):
             if begin >= share:
                 items[begin - share].wait()

@@ -191,6 +191,11 @@ def signature(packed: Packed) -> tuple[Any, ...]:
 
 def portable(array: Array) -> Array:
     """The same array contiguous and little-endian; TypeError for one that cannot travel (objects, records, masks)."""
+    if array.ndim > _MOST_DIMENSIONS or not array.size:
+        try:
+            elements(array.shape)
+        except InvalidInput as error:
+            raise TypeError(f"an array cannot travel: {error}; send array.ravel() and its shape") from None
     if type(array) is not np.ndarray and isinstance(array, np.ma.MaskedArray):
         if np.ma.is_masked(array):
             raise TypeError("a masked array cannot travel; send array.filled(VALUE), or data and mask in a dict")
@@ -565,7 +570,7 @@ def _key(key: Any) -> str:
     if key is None or isinstance(key, (bool, int, float)):
         return json.dumps(key)
     if isinstance(key, (np.bool_, np.integer, np.floating)):
-        return json.dumps(key.item())
+        return json.dumps(_encode_other(key, None))
     raise _CannotTravel(f"a {type(key).__name__} cannot be a key", "a text can")
 
 

@@ -102,10 +102,14 @@ def from_status(status: str, message: str) -> ServerError:
 def message_of(error: BaseException, *, named: bool = False) -> str:
     """The text of any error, as ``bounded`` leaves it; ``named`` puts the name of its class before it.
 
-    It never raises, though what a model raised may do so when it is asked for its text.
+    An error without a text is named, so that a caller sees the same by every transport. It never raises, though what a
+    model raised may do so when it is asked for its text.
     """
+    name = type(error).__name__
     try:
-        text = f"{type(error).__name__}: {error}" if named else str(error)
+        text = str(error)
+        if named or not text:
+            text = f"{name}: {text}" if text else name
     except BaseException:  # its __str__ is a model's code, which may raise anything
         text = "an error whose text cannot be had: its __str__ raised"
     return bounded(text)

@@ -334,6 +334,8 @@ def _listen(host: str, port: int) -> list[socket.socket]:
         where = address, listeners[0].getsockname()[1] if listeners else port
         try:
             listeners.append(socket.create_server(where, family=family, backlog=_BACKLOG, dualstack_ipv6=both))
+            # Connections inherit it. asyncio does not set it on them, and without it answers wait 40 ms for an ACK.
+            listeners[-1].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             listeners[-1].setblocking(False)
         except OSError as error:
             missing = error

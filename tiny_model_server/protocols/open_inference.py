@@ -170,14 +170,19 @@ def _value(outcome: Any, where: str = "") -> Any:
 
 
 def _stacked(answers: Sequence[Any]) -> Any:
-    """The answers to rows as one: arrays and numbers stacked, dictionaries by key; other answers one JSON a row."""
+    """The answers to rows as one: dictionaries are stacked by key, everything else as one column."""
     first = answers[0]
     if (
         isinstance(first, dict)
         and first
         and all(isinstance(one, dict) and one.keys() == first.keys() for one in answers)
     ):
-        return {key: _stacked([one[key] for one in answers]) for key in first}
+        return {key: _column([one[key] for one in answers]) for key in first}
+    return _column(answers)
+
+
+def _column(answers: Sequence[Any]) -> Array:
+    """One value a row: arrays and numbers are stacked; other values, nested dictionaries too, are one JSON a row."""
     if all(isinstance(one, (np.ndarray, int, float)) for one in answers):
         arrays = [np.asarray(one) for one in answers]
         if len({array.shape for array in arrays}) == 1 and (stacked := _stack(arrays)) is not None:
@@ -186,9 +191,11 @@ def _stacked(answers: Sequence[Any]) -> Any:
 
 
 def _stack(arrays: Sequence[Array]) -> Array | None:
-    """The arrays as one; None if a number would change, as a large one does where others are fractions."""
+    """The arrays as one; None if no datatype carries it, or a number would change beside fractions."""
     if len({array.dtype.kind for array in arrays}) == 1:
-        return None if arrays[0].dtype == object else np.stack(arrays)  # an object is a number that no dtype holds
+        stacked = np.stack(arrays)
+        sendable = stacked.dtype.kind in "US" or (stacked.dtype != object and str(stacked.dtype) in tensors.DATATYPES)
+        return stacked if sendable else None  # an object is a number that no dtype holds
     listed = [array.tolist() for array in arrays]
     stacked = np.array(listed)
     return stacked if stacked.dtype != object and stacked.tolist() == listed else None
@@ -197,7 +204,7 @@ def _stack(arrays: Sequence[Array]) -> Array | None:
 def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
     names = [output["name"] for output in _declared(model, "outputs")]
     if isinstance(answer, dict) and answer and all(isinstance(value, np.ndarray) for value in answer.values()):
-        return {name: _sendable(value) for name, value in answer.items()}
+        return {_utf8(name).decode(): _sendable(value) for name, value in answer.items()}
     array = answer if isinstance(answer, np.ndarray) else np.array([_json(answer)], object)
     return {names[0] if len(names) == 1 else "output": _sendable(array)}
 
