@@ -108,6 +108,8 @@ def test_check_and_list() -> None:
         ("TMS_LOG_LEVEL", "loud", "must be one of debug, info, warning, error"),
         ("TMS_THREADS", "0", "TMS_THREADS='0' must be"),
         ("TMS_GRACE_S", "nan", "TMS_GRACE_S='nan' must be a number from 0 to 1000000"),
+        ("TMS_TOKEN", "geheim\u00df", "error: TMS_TOKEN must be printable ASCII without spaces"),
+        ("TMS_ADMIN_TOKEN", "two words", "must be printable ASCII without spaces"),
         ("TMS_POTR", "1", "TMS_POTR is no setting of the server; there are TMS_ADMIN, TMS_ADMIN_TOKEN"),
         ("TMS_MODELS_DIR", "/no/such/folder", "must be a readable folder"),
         ("TMS_MODEL_ECHO_WORKERS", "-1", "TMS_MODEL_ECHO_WORKERS='-1' must be a whole number"),

@@ -87,6 +87,12 @@ def _mode(text: str) -> str:
     return text
 
 
+def _token(text: str) -> str:
+    if any(not "!" <= character <= "~" for character in text):
+        raise ValueError("printable ASCII without spaces, as it travels in a header")
+    return text
+
+
 def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
@@ -178,7 +184,7 @@ class Settings:
         None, _folder, "ModelMesh: its sidecar, on this host, may load what is in this folder, whatever TMS_ADMIN says"
     )
     modzy_model: str = _setting("", str, "Modzy: the model that is served, where there are several")
-    token: str = _setting("", str, "token that every call must bring; health needs none", secret=True)
+    token: str = _setting("", _token, "token that every call must bring; health needs none", secret=True)
     admin: str = _setting(
         "local",
         _one_of("local", "host", "token", "off"),
@@ -186,7 +192,7 @@ class Settings:
         "this host), token (who sends TMS_ADMIN_TOKEN), off (nobody)",
     )
     admin_token: str = _setting(
-        "", str, "token for stopping the server and changing its models; if set, everybody needs it", secret=True
+        "", _token, "token for stopping the server and changing its models; if set, everybody needs it", secret=True
     )
 
     @classmethod
@@ -315,4 +321,5 @@ def _checked(variable: str, text: str, item: Field[Any]) -> Any:
     try:
         return item.metadata["check"](text)
     except ValueError as error:
-        raise SettingsError(f"{variable}={text!r} must be {error}") from None
+        shown = variable if item.metadata["secret"] else f"{variable}={text!r}"
+        raise SettingsError(f"{shown} must be {error}") from None
