@@ -741,7 +741,7 @@ class ModelClient(_Client):
 
     def load_model(self, workers: int = 0, timeout: float = 300) -> list[dict[str, Any]]:
         """Loads the model on every server, with this many workers (0: as it says itself); see ``model_info``."""
-        workers = arguments.count("workers", workers, 0)
+        workers = arguments.count("workers", workers, -(1 << 31))  # its bounds are the server's to say
         return self._on_each("LoadModel", _message("LoadArgs")(model=self.model, workers=workers), timeout)
 
     def unload_model(self, timeout: float = 300) -> list[dict[str, Any]]:
