@@ -88,7 +88,7 @@ def test_the_server(wheel: Path, start_server: Callable[..., Server], tmp_path: 
     assert checked.returncode == 0, checked.stderr
     assert "answers its example with 'here'" in checked.stdout
     server = start_server(models, command=[command], cwd=empty)
-    assert run(command, "health", cwd=empty, TMS_HTTP_PORT=str(server.http_port)).returncode == 0
+    assert run(command, "health", cwd=empty, TMS_PORT=str(server.port)).returncode == 0
     shutil.copy(ROOT / "tests" / "everywhere" / "calls.py", empty)
     for way, lane in (("same host", "1"), ("gRPC", "0")):
         ran = run(programs / "python", "calls.py", server.address, way, cwd=empty, TMS_LANE=lane)

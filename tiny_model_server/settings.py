@@ -88,8 +88,8 @@ def _mode(text: str) -> str:
 
 
 def _token(text: str) -> str:
-    if any(not "!" <= character <= "~" for character in text):
-        raise ValueError("printable ASCII without spaces, as it travels in a header")
+    if text != text.strip() or any(not " " <= character <= "~" for character in text):
+        raise ValueError("printable ASCII without spaces around it, as it travels in a header")
     return text
 
 
