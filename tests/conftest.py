@@ -35,6 +35,12 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20) -> An
     raise AssertionError(f"waited {timeout} s in vain for {what}")
 
 
+def shared_memory() -> set[str]:
+    """What lies in /dev/shm, but for what libraries in other processes, of tests beside this one too, put there."""
+    libraries = ("joblib_", "loky-", "psm_", "pym-", "sem.", "torch_")
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(libraries)}
+
+
 class Server:
     """A ``python server.py``, or another command, with the environment given, whose log can be read."""
 

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import model_client
-from tests.conftest import Server, wait_for
+from tests.conftest import Server, shared_memory, wait_for
 from tiny_model_server import awake, devices, wire
 
 StartServer = Callable[..., Server]
@@ -335,7 +335,7 @@ def test_lazy_models_load_at_their_first_call(start_server: StartServer) -> None
 
 
 def test_sigterm_under_load_loses_no_accepted_call(start_server: StartServer) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     server = start_server()
     pids = [child.pid for child in psutil.Process(server.process.pid).children()]
     client = server.client("worker", timeout=3)
@@ -345,7 +345,7 @@ def test_sigterm_under_load_loses_no_accepted_call(start_server: StartServer) ->
     # What came after the stop finds no server; what was accepted was answered.
     assert {type(error) for error in load.failures} <= {model_client.ServerUnavailable}
     assert alive(pids) == []
-    assert set(os.listdir("/dev/shm")) <= before
+    assert shared_memory() <= before
     assert not any("Traceback" in line for line in server.log)
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import model_client
 from model_client import ModelClient
-from tests.conftest import ROOT, Server, wait_for
+from tests.conftest import ROOT, Server, shared_memory, wait_for
 from tests.test_faults import write_model
 from tiny_model_server import lane, wire
 from tiny_model_server.errors import CODES
@@ -484,7 +484,7 @@ os.kill(os.getpid(), 9)
 def test_clients_that_are_killed_leave_nothing(start_server: Callable[..., Server]) -> None:
     server = start_server()
     front = psutil.Process(server.process.pid)
-    before = sorted(os.listdir("/dev/shm"))
+    before = shared_memory()
 
     def memory() -> float:
         """MiB of the front and its workers, shared memory included."""
@@ -498,7 +498,7 @@ def test_clients_that_are_killed_leave_nothing(start_server: Callable[..., Serve
         wait_for(lambda: front.num_fds() <= descriptors, f"the memory of client {number} to be given back")
         sizes.append(memory())
     assert max(sizes[6:]) - max(sizes[:6]) < 16, sizes  # one image in and out is 12
-    assert sorted(os.listdir("/dev/shm")) == before
+    assert shared_memory() == before
     with server.client("echo") as client:
         assert client.run_text("x") == "x"
 

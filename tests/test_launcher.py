@@ -19,7 +19,7 @@ import pytest
 
 import model_client
 from tests import settings_table
-from tests.conftest import MODELS, ROOT, Server, wait_for
+from tests.conftest import MODELS, ROOT, Server, shared_memory, wait_for
 from tiny_model_server.settings import ModelOptions, Settings, SettingsError, model_overrides
 
 BROKEN = ROOT / "tests" / "broken_models"
@@ -205,7 +205,7 @@ def test_a_stop_during_the_start(start_server: Callable[..., Server]) -> None:
 
 
 def test_kill_minus_nine_of_the_front_leaves_no_worker_and_no_file(start_server: Callable[..., Server]) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     server = start_server()
     client = server.client("misbehave", timeout=5)
     workers = psutil.Process(server.process.pid).children(recursive=True)
@@ -213,7 +213,7 @@ def test_kill_minus_nine_of_the_front_leaves_no_worker_and_no_file(start_server:
     call.start()
     server.process.kill()
     wait_for(lambda: not any(worker.is_running() for worker in workers), "the workers to go")
-    assert set(os.listdir("/dev/shm")) <= before
+    assert shared_memory() <= before
     call.join()
 
 
