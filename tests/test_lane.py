@@ -705,8 +705,8 @@ def test_large_messages_count_as_bytes_under_way(start_server: Callable[..., Ser
     """One that does not fit is refused without being held; the connection goes on, and nothing stays counted."""
     server = start_server(TMS_MAX_INFLIGHT_MB=3)
     with contextlib.closing(lane.Lane(server.port, {})) as one, contextlib.closing(lane.Lane(server.port, {})) as two:
-        half = lane.REQUEST.pack(2 << 20, 20.0, 1, 4)
-        two._socket.sendall(half)
+        assert send(two, "RunText", text="y", model="echo")[1].data == '"y"'  # so that the server listens to it
+        two._socket.sendall(lane.REQUEST.pack(2 << 20, 20.0, 1, 4))  # and nothing of what it has announced
         wait_for(lambda: send(one, "RunText", text="x" * (2 << 20), model="echo")[0], "the refusal")
         assert send(one, "RunText", text="y", model="echo")[1].data == '"y"'
         two._socket.close()
