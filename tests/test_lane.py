@@ -719,6 +719,18 @@ def test_large_messages_count_as_bytes_under_way(start_server: Callable[..., Ser
         assert send(one, "RunText", text="y", model="echo")[1].data == '"y"'
 
 
+def test_large_messages_without_the_token_are_not_counted(start_server: Callable[..., Server]) -> None:
+    """Who has no token takes no room from those who have it."""
+    server = start_server(TMS_TOKEN="secret", TMS_MAX_INFLIGHT_MB=3)
+    good = lane.Lane(server.port, {"authorization": "Bearer secret"})
+    with contextlib.closing(good), contextlib.closing(lane.Lane(server.port, {})) as bad:
+        assert send(bad, "RunText", text="y", model="echo")[0] == CODES["UNAUTHENTICATED"]
+        bad._socket.sendall(lane.REQUEST.pack(2 << 20, 20.0, 1, 4))
+        assert send(good, "RunText", text="x" * (2 << 20), model="echo")[0] == 0
+        bad._socket.sendall(bytes((2 << 20) + 4))
+        assert bad.receive(10).code == CODES["UNAUTHENTICATED"]
+
+
 def test_headers_are_what_the_rules_say() -> None:
     assert lane.REQUEST.size == struct.calcsize("<IfBB") == 10
     assert lane.ANSWER.size == 6

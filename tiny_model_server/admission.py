@@ -208,8 +208,6 @@ class Admission(grpc.ServerInterceptor):
     def _unary(self, handler: Any) -> Any:
         # Its requests are said to be a stream, so that grpcio calls it before there is one. On the wire that is equal.
         behavior, inflight = handler.unary_unary, self._engine.inflight
-        if handler.request_streaming:
-            return self._gathering(handler)
 
         def answer(requests: Any, context: Any) -> Any:
             call, peer, size = GuardedCall(context, self._waits, self._idle_s), context.peer(), 0
@@ -223,23 +221,6 @@ class Admission(grpc.ServerInterceptor):
                     made = behavior(_parsed(handler, data), context)
                 finally:
                     inflight.give(size)
-                    self._callers.leave(peer, entered)
-            except ServerError as error:
-                abort(context, error)
-            call.hand_over(made, self._unread)
-            return made
-
-        return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
-
-    def _gathering(self, handler: Any) -> Any:
-        def answer(requests: Any, context: Any) -> Any:
-            call, peer = GuardedCall(context, self._waits, self._idle_s), context.peer()
-            try:
-                entered = self._callers.enter(peer)
-                try:
-                    with closing(self._arriving(handler, requests, call)) as arriving:
-                        made = handler.stream_unary(arriving, context)
-                finally:
                     self._callers.leave(peer, entered)
             except ServerError as error:
                 abort(context, error)

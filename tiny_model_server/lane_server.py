@@ -85,6 +85,10 @@ class LaneServer:
         for connection in list(self._connections):
             connection.hang_up()
 
+    def authenticate(self, metadata: Mapping[str, str]) -> None:
+        """Unauthenticated unless the caller has the server's token, if there is one."""
+        self._engine.authenticate(metadata)
+
     def soon(self, do: Callable[[], None]) -> None:
         """Does something in the loop's thread."""
         self._todo.append(do)
@@ -351,8 +355,12 @@ class _Connection:
         return data[lane.REQUEST.size : begin], data[begin:], call, refusal
 
     def _count(self, size: int, budget: Budget) -> None:
-        """Counts the bytes of a large message before they are read; small ones come in bounded numbers."""
+        """Counts the bytes of a large message before they are read; small ones come in bounded numbers.
+
+        Of a caller without the server's token, nothing is counted or kept.
+        """
         try:
+            self._server.authenticate(self._metadata)
             budget.take(size)
         except ServerError as error:
             self._refusal = error
