@@ -26,6 +26,7 @@ def leave(code: int) -> int:
         log.warning("the process ends while threads are busy: %s", ", ".join(busy))
         os._exit(code)
 
+    within(3 * _LAST_S)  # of the stop's own time little may be left, and that exit would have another code
     last = threading.Timer(_LAST_S, leave_now)
     last.daemon = True
     last.start()

@@ -29,7 +29,7 @@ from tiny_model_server.web import Web
 log = logging.getLogger("tiny_model_server")
 
 _STOP_WORKERS_S = 5.0
-_STOP_REST_S = 3.0
+_STOP_REST_S = 5.0
 _HEALTH_S = 2.0
 
 
