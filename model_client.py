@@ -20,12 +20,13 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from tiny_model_server import arguments, channel, codec, errors, forks, lane, tracing, wire
-from tiny_model_server.codec import Array, Packed
-from tiny_model_server.lane import Lane, Lanes, shared_array
-from tiny_model_server.shm import Segment
-from tiny_model_server.stats import NOBODY, Stats
-from tiny_model_server.trust import Trust
+from tiny_model_server import codec, errors, local_transport, schemas, tracing
+from tiny_model_server.client import arguments, channel, fork_safety, local
+from tiny_model_server.client.credentials import Credentials
+from tiny_model_server.client.local import LocalConnection, LocalConnections, shared_array
+from tiny_model_server.client.stats import NOBODY, Stats
+from tiny_model_server.codec import Array, Encoded
+from tiny_model_server.shared_memory import Segment
 
 __all__ = [
     "AsyncModelClient",
@@ -149,7 +150,7 @@ class _Message:
     @property
     def short(self) -> bool:
         """True if the message without those bytes can be sent by the short cut without waiting."""
-        return bool(self._message.ByteSize() < lane.AT_ONCE // 2)
+        return bool(self._message.ByteSize() < local_transport.AT_ONCE // 2)
 
     @property
     def arrays(self) -> list[Array]:
@@ -159,7 +160,9 @@ class _Message:
     def inline(self) -> bytes:
         """The message with all bytes in it."""
         kind, message = self._message.DESCRIPTOR.name, self._message
-        ended = kind == "ImageArgs" or (kind == "RunArgs" and bool(self._parts) and self.arrays[-1].nbytes > wire.LARGE)
+        ended = kind == "ImageArgs" or (
+            kind == "RunArgs" and bool(self._parts) and self.arrays[-1].nbytes > schemas.LARGE
+        )
         for part, array in self._parts:
             part.ClearField("place")
             if not ended or part is not self._parts[-1][0]:
@@ -173,7 +176,7 @@ class _Message:
             owner = part.SerializeToString()
             message = type(message).FromString(message.SerializeToString())
             del message.data.arrays[-1]
-        return wire.Tailed(message, owner, codec.raw(array)).SerializeToString()
+        return schemas.Tailed(message, owner, codec.raw(array)).SerializeToString()
 
     def placed(self, offsets: Sequence[int]) -> bytes:
         """The message, which tells where the bytes are in what they were put into."""
@@ -277,7 +280,7 @@ class _Calls:
         """One answer a value, in order; see ``run`` and ``run_image_batch``."""
         listed = arguments.batch(items, "run_batch", "one value there is run")
         message = _message("BatchRunArgs")(model=self.model, args=_args(args))
-        parts = [part for item in listed for part in _fill(message.items.add(), codec.pack(item))]
+        parts = [part for item in listed for part in _fill(message.items.add(), codec.encode(item))]
         request = _Request("RunBatch", _Message(message, parts), _answer)
         return self._start(self._batch(request, return_exceptions), arguments.seconds(timeout), retry)
 
@@ -316,14 +319,14 @@ class _Calls:
 
     def _value_request(self, method: str, data: Any, args: Mapping[str, Any] | None) -> _Request:
         message = _message("RunArgs")(model=self.model, args=_args(args))
-        return _Request(method, _Message(message, _fill(message.data, codec.pack(data))), _answer)
+        return _Request(method, _Message(message, _fill(message.data, codec.encode(data))), _answer)
 
     def _batch(self, request: _Request, in_place: bool) -> _Request:
         def decode(response: Any, source: _Source) -> list[Any]:
             outcomes: list[Any] = []
             for index, item in enumerate(response.items):
                 if item.WhichOneof("outcome") == "value":
-                    outcomes.append(codec.unpack(Packed(item.value.json, _arrays(item.value.arrays, source))))
+                    outcomes.append(codec.decode(Encoded(item.value.json, _arrays(item.value.arrays, source))))
                     continue
                 status = _STATUS_OF_CODE.get(item.error.code, "UNKNOWN")
                 error = _error(status, f"item {index}: {item.error.message}", self.model)
@@ -412,17 +415,17 @@ class _Client(_Calls):
         if balancing not in channel.POLICIES:
             raise ValueError(f"balancing is one of {', '.join(channel.POLICIES)}, not {balancing!r}")
         self._timeout, self._connect_timeout = timeout, connect_timeout
-        self._trust = Trust(*(self._options[name] for name in ("tls", "ca", "cert", "key", "server_name")))
-        self._trust.check()
+        self._credentials = Credentials(*(self._options[name] for name in ("tls", "ca", "cert", "key", "server_name")))
+        self._credentials.check()
         token = admin_token or self._options["token"]
         self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self._target = channel.Target(self.addresses)
         self._stats = Stats()
         self._lock = threading.Lock()
         self._place: tuple[Any, ...] = ()
-        port = lane.port_of(self.addresses) if _short_cut(self._trust) else None
+        port = local.port_of(self.addresses) if _short_cut(self._credentials) else None
         self._lane_port = port
-        self._lanes: Lanes | None = None
+        self._lanes: LocalConnections | None = None
         self._channels: dict[bool, Any] = {}
         self._stubs: dict[tuple[str, bool], Any] = {}
         self._connected = False
@@ -456,7 +459,7 @@ class _Client(_Calls):
 
     def _stub(self, method: str, retry: bool, timeout: float) -> tuple[Any, Any]:
         """The channel and the callable of a method; a new channel where the addresses, process or loop have changed."""
-        if forks.unusable:
+        if fork_safety.unusable:
             raise RuntimeError(
                 "this process was forked while its parent was in a call, or after it used AsyncModelClient, so gRPC "
                 "cannot work in it; fork before, or start processes by spawn or forkserver"
@@ -465,20 +468,20 @@ class _Client(_Calls):
             target = self._target.current()
         except OSError as error:
             raise self._unreachable(str(error)) from None
-        place = (target, forks.generation, self._loop())
+        place = (target, fork_safety.generation, self._loop())
         with self._lock:
             if place != self._place:
                 self._leave(place)
             if retry not in self._channels:
                 policy = self._options["balancing"]
-                self._channels[retry] = channel.open_channel(self._grpc, target, self._trust, policy, retry)
+                self._channels[retry] = channel.open_channel(self._grpc, target, self._credentials, policy, retry)
             opened = self._channels[retry]
             if (method, retry) not in self._stubs:
-                described = wire.methods("server", _SERVICE)[method]
+                described = schemas.methods("server", _SERVICE)[method]
                 self._stubs[method, retry] = getattr(opened, described.kind)(
                     described.path,
                     request_serializer=_Message.inline,
-                    response_deserializer=partial(wire.parsed, described.response),
+                    response_deserializer=partial(schemas.parsed, described.response),
                 )
             self._last_deadline = max(self._last_deadline, time.monotonic() + timeout)
             return opened, self._stubs[method, retry]
@@ -493,7 +496,7 @@ class _Client(_Calls):
             self._connected = False
         if self._lanes:
             self._lanes.close(calls=False)
-        self._lanes = Lanes(self._lane_port, dict(self._metadata)) if self._lane_port else None
+        self._lanes = LocalConnections(self._lane_port, dict(self._metadata)) if self._lane_port else None
         if self._lanes:  # an application may drop a client without closing it, as it may drop an open file
             weakref.finalize(self, self._lanes.close).atexit = False
         self._place = place
@@ -527,7 +530,7 @@ class _Client(_Calls):
 
     def _refused(self) -> None:
         """Raises Unauthenticated if a server is there, but it and this client do not trust each other."""
-        if why := channel.first_refusal(self.addresses, self._trust):
+        if why := channel.first_refusal(self.addresses, self._credentials):
             raise Unauthenticated(grpc.StatusCode.UNAUTHENTICATED, why, self.model)
 
     def _never_ready(self, patience: float, why: str) -> ModelClientError:
@@ -541,11 +544,17 @@ class _Sent:
     """A call under way by the short cut, to be asked for its end as a future is, by one thread."""
 
     def __init__(
-        self, client: _Client, request: _Request, deadline: float, retry: bool, lanes: Lanes, taken: Lane
+        self,
+        client: _Client,
+        request: _Request,
+        deadline: float,
+        retry: bool,
+        lanes: LocalConnections,
+        taken: LocalConnection,
     ) -> None:
         self._client, self._request, self._retry = client, request, retry
-        self._lanes, self._lane, self._process = lanes, taken, forks.generation
-        self._described = wire.methods("server", _SERVICE)[request.method]
+        self._lanes, self._lane, self._process = lanes, taken, fork_safety.generation
+        self._described = schemas.methods("server", _SERVICE)[request.method]
         self.begun, self._deadline = time.monotonic(), deadline
         self._cancelled = False
 
@@ -569,8 +578,8 @@ class _Sent:
         try:
             answer = taken.receive(self._remaining())
             usable = True
-            status = _STATUS_OF_CODE.get(answer.code & ~lane.FINAL, "UNKNOWN")
-            if status in channel.RETRIED and self._retry and not answer.code & lane.FINAL:
+            status = _STATUS_OF_CODE.get(answer.code & ~local_transport.FINAL, "UNKNOWN")
+            if status in channel.RETRIED and self._retry and not answer.code & local_transport.FINAL:
                 return None
             self._ended(status)
             if answer.code:
@@ -613,8 +622,8 @@ class _Sent:
 
     def result(self) -> Any:
         """The answer, or the error raised; gRPC makes the call if need be."""
-        with forks.in_flight:
-            if self._process != forks.generation:
+        with fork_safety.in_flight:
+            if self._process != fork_safety.generation:
                 raise Cancelled(grpc.StatusCode.CANCELLED, "it was begun before a fork", self._client.model)
             found = self.receive()
         return found[0] if found else self._client._start(self._request, self._remaining(), self._retry)
@@ -622,7 +631,7 @@ class _Sent:
     def cancel(self) -> None:
         """Ends the call, from any thread; in a child of its process, it is not ours to end."""
         self._cancelled = True
-        if self._process == forks.generation:
+        if self._process == fork_safety.generation:
             self._lanes.give_back(self._lane, usable=False)
 
     def _remaining(self) -> float:
@@ -669,7 +678,7 @@ class ModelClient(_Client):
     ) -> Iterator[Any]:
         """The model's answers as it makes them; leaving the loop early ends the model's work. See ``run``."""
         timeout, request = arguments.seconds(timeout), self._value_request("RunStream", data, args)
-        with forks.in_flight:
+        with fork_safety.in_flight:
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
@@ -801,7 +810,7 @@ class ModelClient(_Client):
     def _start(
         self, request: _Request, timeout: float | None, retry: bool = True, outcome: "Future[Any] | None" = None
     ) -> Any:
-        with forks.in_flight:
+        with fork_safety.in_flight:
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             if sent := self._send(request, begun + timeout, retry):
                 if outcome:
@@ -828,7 +837,7 @@ class ModelClient(_Client):
     def _ahead(self, request: _Request, timeout: float | None, retry: bool) -> "Future[Any] | _Sent":
         """Starts a call; by the short cut no thread waits for its answer but the one that wants it."""
         if self._connected:
-            with forks.in_flight:
+            with fork_safety.in_flight:
                 begun, timeout, _, _ = self._connect(request, timeout, retry)
                 if sent := self._send(request, begun + timeout, retry):
                     return sent
@@ -864,11 +873,11 @@ class ModelClient(_Client):
         """Starts a call, whose end resolves the outcome."""
 
         def settle(answer: Any, error: BaseException | None) -> None:
-            forks.end()
+            fork_safety.end()
             if outcome.set_running_or_notify_cancel():
                 outcome.set_exception(error) if error else outcome.set_result(answer)
 
-        forks.begin()
+        fork_safety.begin()
         try:
             begun, timeout, opened, stub = self._connect(request, timeout, retry)
             remaining = max(0.001, begun + timeout - time.monotonic())
@@ -938,7 +947,9 @@ class ModelClient(_Client):
 
     def _each_server(self) -> Iterator["ModelClient"]:
         for address, host in channel.replicas(self.addresses):
-            name = self._trust.server_name or (host if self._trust.tls and address not in self.addresses else "")
+            name = self._credentials.server_name or (
+                host if self._credentials.tls and address not in self.addresses else ""
+            )
             with ModelClient(self.model, **self._options | {"addresses": [address], "server_name": name}) as one:
                 yield one
 
@@ -978,7 +989,7 @@ class AsyncModelClient(_Client):
     ) -> AsyncIterator[Any]:
         """The model's answers as it makes them: ``async for``; see ``ModelClient.run_stream``."""
         timeout, request = arguments.seconds(timeout), self._value_request("RunStream", data, args)
-        with forks.in_flight:
+        with fork_safety.in_flight:
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             responses = stub(request.message, timeout=timeout, metadata=self._sent(retry))
             try:
@@ -1042,7 +1053,7 @@ class AsyncModelClient(_Client):
         return asyncio.get_running_loop()
 
     async def _start(self, request: _Request, timeout: float | None, retry: bool = True) -> Any:
-        with forks.in_flight:
+        with fork_safety.in_flight:
             begun, timeout, opened, stub = await self._connect(request, timeout, retry)
             if (sent := self._send(request, begun + timeout, retry)) and (found := await sent.received()):
                 return found[0]
@@ -1072,7 +1083,7 @@ class AsyncModelClient(_Client):
     async def _connect(self, request: _Request, timeout: float | None, retry: bool) -> tuple[float, float, Any, Any]:
         begun, timeout = time.monotonic(), self._timeout if timeout is None else timeout
         if not self._connected:
-            forks.polled = True
+            fork_safety.polled = True
             try:
                 await asyncio.to_thread(self._target.current)
             except OSError:
@@ -1143,12 +1154,17 @@ async def _each_of(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[A
 
 @cache
 def _message(name: str) -> Any:
-    return wire.message("server", f"{_SERVICE.partition('.')[0]}.{name}")
+    return schemas.message("server", f"{_SERVICE.partition('.')[0]}.{name}")
 
 
-def _short_cut(trust: Trust) -> bool:
-    wanted = os.environ.get("TMS_LANE", "1").lower() in ("1", "true", "yes", "on")
-    return wanted and lane.available() and not trust.tls and not tracing.provider()
+def _short_cut(trust: Credentials) -> bool:
+    wanted = os.environ.get("TMS_LOCAL_TRANSPORT") or os.environ.get("TMS_LANE", "1")
+    return (
+        wanted.lower() in ("1", "true", "yes", "on")
+        and local_transport.available()
+        and not trust.tls
+        and not tracing.provider()
+    )
 
 
 def _args(args: Mapping[str, Any] | None) -> str:
@@ -1186,7 +1202,7 @@ def _image_parts(image: Image) -> tuple[Any, Array]:
     return described, array
 
 
-def _fill(value: Any, packed: Packed) -> list[tuple[Any, Array]]:
+def _fill(value: Any, packed: Encoded) -> list[tuple[Any, Array]]:
     """Puts a packed value into its message, but for the arrays' bytes: those are returned with their places in it."""
     value.json = packed.text
     return [(value.arrays.add(dtype=codec.dtype_name(one.dtype), shape=one.shape), one) for one in packed.arrays]
@@ -1210,7 +1226,7 @@ def _bytes(message: Any, source: _Source) -> bytes | memoryview:
 
 
 def _answer(response: Any, source: _Source) -> Any:
-    return codec.unpack(Packed(response.data, _arrays(response.arrays, source)))
+    return codec.decode(Encoded(response.data, _arrays(response.arrays, source)))
 
 
 def _data(response: Any, source: _Source) -> Any:

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+from tiny_model_server.custom_metrics import count, observe
 from tiny_model_server.errors import InvalidInput
-from tiny_model_server.tally import count, observe
 
 __all__ = ["InvalidInput", "ModelInterface", "Pipeline", "count", "observe"]
 

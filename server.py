@@ -2,7 +2,7 @@
 
 import sys
 
-from tiny_model_server.launcher import main
+from tiny_model_server.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

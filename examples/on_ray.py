@@ -28,13 +28,13 @@ from ray import serve  # noqa: E402
 from ray.serve.config import gRPCOptions  # noqa: E402
 from ray.serve.grpc_util import RayServegRPCContext  # noqa: E402
 
-from tiny_model_server import wire  # noqa: E402
-from tiny_model_server.engine import Call, Engine  # noqa: E402
+from tiny_model_server import schemas  # noqa: E402
+from tiny_model_server.engine.engine import Call, Engine  # noqa: E402
 from tiny_model_server.errors import ServerError  # noqa: E402
 from tiny_model_server.protocols import native  # noqa: E402
 from tiny_model_server.settings import ModelOptions, Settings  # noqa: E402
 
-METHODS = wire.methods(native.SCHEMA, native.SERVICE)
+METHODS = schemas.methods(native.SCHEMA, native.SERVICE)
 LOCAL = {"ListModels", "GetModelStates", "GetPID", "GetNumParallelWorkers"}
 """What the ingress answers itself; what changes a server is Ray's own matter here."""
 REFUSED = {"StopServer", "LoadModel", "UnloadModel", "ReloadModel"}

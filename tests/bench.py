@@ -26,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from model_client import AsyncModelClient, ModelClient  # noqa: E402
 from tests.conftest import Server  # noqa: E402
-from tiny_model_server import codec, wire  # noqa: E402
-from tiny_model_server.engine import Call, Engine  # noqa: E402
+from tiny_model_server import codec, schemas  # noqa: E402
+from tiny_model_server.engine.engine import Call, Engine  # noqa: E402
 from tiny_model_server.settings import Settings  # noqa: E402
 
 SECONDS = float(os.environ.get("BENCH_SECONDS", "2"))
@@ -126,9 +126,9 @@ def echo_table(server: Server, stub: Any) -> None:
     front = psutil.Process(server.process.pid)
     print("| payload | in flight | way | calls/s | p50 ms | p99 ms | p50 of bare | CPU ms: caller | front | worker |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    os.environ["TMS_LANE"] = "0"
+    os.environ["TMS_LOCAL_TRANSPORT"] = "0"
     with server.client("length") as by_grpc:
-        os.environ["TMS_LANE"] = "1"
+        os.environ["TMS_LOCAL_TRANSPORT"] = "1"
         with server.client("length") as by_lane:
             worker = psutil.Process(by_lane.model_info()[0]["worker_pids"][0])
             processes = [psutil.Process(), front, worker]
@@ -155,7 +155,7 @@ def answers_table(server: Server) -> None:
     print("\n| array | way | sent | got | both | got / sent |\n| --- | --- | --- | --- | --- | --- |")
     for dtype, shape in [("float32", (32, 768)), ("bool", SHAPES[1][:2]), *(("uint8", shape) for shape in SHAPES)]:
         array = np.ones(shape, dtype)
-        for way, os.environ["TMS_LANE"] in {"gRPC": "0", "same host": "1"}.items():
+        for way, os.environ["TMS_LOCAL_TRANSPORT"] in {"gRPC": "0", "same host": "1"}.items():
             with server.client("answers") as client:
                 calls = [
                     partial(client.run, array),
@@ -187,7 +187,7 @@ def asyncio_table(server: Server) -> None:
 
     async def main() -> None:
         clients = []
-        for os.environ["TMS_LANE"] in ("0", "1"):
+        for os.environ["TMS_LOCAL_TRANSPORT"] in ("0", "1"):
             clients.append(AsyncModelClient("length", addresses=[server.address]))
             await asyncio.gather(*(clients[-1].run_text("x") for _ in range(20)))
         for shape in [(), *SHAPES]:
@@ -247,8 +247,8 @@ def batching_table(server: Server, stub: Any) -> None:
 
 def awake_table() -> None:
     """One caller of servers that stay awake for so long, in turns, beside the one that never does."""
-    os.environ["TMS_LANE"] = "1"
-    servers = [Server(models(), TMS_AWAKE_US=us) for us in AWAKE_US]
+    os.environ["TMS_LOCAL_TRANSPORT"] = "1"
+    servers = [Server(models(), TMS_BUSY_POLL_US=us) for us in AWAKE_US]
     columns: dict[str, list[Callable[[], Any]]] = {}
     for server in servers:
         clients = {name: server.client(name) for name in ("heavy", "light", "length")}
@@ -280,9 +280,9 @@ def p50_of(call: Callable[[], Any]) -> float:
 
 def client_overhead(server: Server) -> None:
     """What ModelClient adds to a call of the bare stub with the same messages, to the same server."""
-    method = wire.methods("server", "server.Server")["RunText"]
+    method = schemas.methods("server", "server.Server")["RunText"]
     message = method.request(text="twenty bytes of text", model="length", accept_arrays=True)
-    os.environ["TMS_LANE"] = "0"
+    os.environ["TMS_LOCAL_TRANSPORT"] = "0"
     client = server.client("length")
     with grpc.insecure_channel(server.address) as channel:
         stub = channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
@@ -302,7 +302,7 @@ def hop() -> None:
     logging.disable()
     engine = Engine(Settings(models_dir=models()))
     engine.load("length")
-    value = codec.pack("x")
+    value = codec.encode("x")
     _, p50, p99 = measure(lambda: engine.run("length", value, {}, Call()), 1)
     engine.stop(1)
     print(f"\nQueue, worker process and back, without gRPC: p50 {p50:.2f} ms, p99 {p99:.2f} ms.")

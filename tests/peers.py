@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests import bench  # noqa: E402
 from tests.conftest import Server, wait_for  # noqa: E402
-from tiny_model_server.grpc_server import DOORS  # noqa: E402
+from tiny_model_server.server.grpc_server import PROTOCOLS  # noqa: E402
 
 FOLDER = ROOT / "build" / "peers"
 NEEDS = {
@@ -315,10 +315,14 @@ def ours(folder: Path, **settings: str) -> Iterator[dict[str, Caller]]:
     address = server.address
     try:
         yield {
-            "ModelClient, same host": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="1"),
-            "ModelClient, shared_array": caller(sys.executable, BY_MODEL_CLIENT, address, "shared_array", TMS_LANE="1"),
-            "ModelClient, gRPC": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="0"),
-            "ModelClient, gRPC, malloc set": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LANE="0", **MALLOC),
+            "ModelClient, same host": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LOCAL_TRANSPORT="1"),
+            "ModelClient, shared_array": caller(
+                sys.executable, BY_MODEL_CLIENT, address, "shared_array", TMS_LOCAL_TRANSPORT="1"
+            ),
+            "ModelClient, gRPC": caller(sys.executable, BY_MODEL_CLIENT, address, TMS_LOCAL_TRANSPORT="0"),
+            "ModelClient, gRPC, malloc set": caller(
+                sys.executable, BY_MODEL_CLIENT, address, TMS_LOCAL_TRANSPORT="0", **MALLOC
+            ),
             "tritonclient": caller(python("tritonclient"), BY_OIP, address, "tensor", "output"),
             "tritonclient, malloc set": caller(python("tritonclient"), BY_OIP, address, "tensor", "output", **MALLOC),
         }
@@ -347,12 +351,12 @@ def table(head: str, rows: dict[str, dict[str, tuple[float, float]]], index: int
 def doors(folder: Path) -> None:
     """Prints what the other doors cost a call: one door open and all of them, in turns."""
     with contextlib.ExitStack() as stack:
-        every = stack.enter_context(ours(folder, TMS_DOORS=",".join(DOORS)))
+        every = stack.enter_context(ours(folder, TMS_PROTOCOLS=",".join(PROTOCOLS)))
         for door, way in {
             "native": "ModelClient, gRPC, malloc set",
             "open_inference": "tritonclient, malloc set",
         }.items():
-            alone = stack.enter_context(ours(folder, TMS_DOORS=door))
+            alone = stack.enter_context(ours(folder, TMS_PROTOCOLS=door))
             rows = in_turns({f"{door} alone": alone[way], f"{door} with all others": every[way]}, 1, 5)
             table("p50 in ms", rows, 1, 3)
 

@@ -18,25 +18,26 @@ import pytest
 import model_client
 from model_client import ModelClient
 from tests.conftest import MODELS, ROOT, Server, wait_for
+from tests.test_cli import run as run_server
 from tests.test_faults import write_model
-from tests.test_launcher import run as run_server
 from tests.test_security import Certificates, tls
 from tests.test_web import post
-from tiny_model_server import callers, logs, wire
-from tiny_model_server.engine import Call, Engine
+from tiny_model_server import logs, schemas
+from tiny_model_server.engine.engine import Call, Engine
 from tiny_model_server.errors import PermissionDenied
+from tiny_model_server.server import callers
 from tiny_model_server.settings import Settings
 
 StartServer = Callable[..., Server]
-NATIVE = wire.methods("server", "server.Server")
-OPEN_INFERENCE = wire.methods("open_inference", "inference.GRPCInferenceService")
-MODZY = wire.methods("modzy", "ModzyModel")
-NOS = wire.methods("nos", "nos.inference.InferenceService")
-MESH = wire.methods("model_mesh", "mmesh.ModelRuntime")
+NATIVE = schemas.methods("server", "server.Server")
+OPEN_INFERENCE = schemas.methods("open_inference", "inference.GRPCInferenceService")
+MODZY = schemas.methods("modzy", "ModzyModel")
+NOS = schemas.methods("nos", "nos.inference.InferenceService")
+MESH = schemas.methods("model_mesh", "mmesh.ModelRuntime")
 NOBODY = 65534
 
 
-def ask(server: Server, rpc: wire.Method, metadata: Any = (), channel: Any = None, **fields: Any) -> str:
+def ask(server: Server, rpc: schemas.Method, metadata: Any = (), channel: Any = None, **fields: Any) -> str:
     """The name of the status that a call ends with."""
     made = channel or grpc.insecure_channel(server.address)
     stub = made.unary_unary(rpc.path, rpc.request.SerializeToString, rpc.response.FromString)
@@ -164,9 +165,9 @@ def test_every_protocol_asks(
     start_server: StartServer, settings: dict[str, str], words: str, token: str | None
 ) -> None:
     """From this host, by this user: the token is what counts once it is set."""
-    server = start_server(TMS_DOORS="native,open_inference,modzy,nos", TMS_MODZY_MODEL="echo", **settings)
+    server = start_server(TMS_PROTOCOLS="native,open_inference,modzy,nos", TMS_MODZY_MODEL="echo", **settings)
     assert any("who may stop the server and change its models" in line and words in line for line in server.log)
-    calls: list[tuple[wire.Method, dict[str, Any]]] = [
+    calls: list[tuple[schemas.Method, dict[str, Any]]] = [
         (NATIVE["ReloadModel"], {"model": "echo"}),
         (NATIVE["UnloadModel"], {"model": "masks"}),
         (NATIVE["LoadModel"], {"model": "masks"}),
@@ -199,7 +200,7 @@ def test_every_protocol_asks(
 
 def test_calls_that_would_load_an_unloaded_model(start_server: StartServer) -> None:
     """By nos a Predict loads, and by Modzy a Status: not what somebody who may has unloaded."""
-    server = start_server(TMS_DOORS="native,nos,modzy", TMS_MODZY_MODEL="echo", TMS_ADMIN_TOKEN="sesame")
+    server = start_server(TMS_PROTOCOLS="native,nos,modzy", TMS_MODZY_MODEL="echo", TMS_ADMIN_TOKEN="sesame")
     admin = [("authorization", "Bearer sesame")]
     predict = {"method": "txt2vec", "model_name": "echo", "text_request": {"text": "x"}}
     assert ask(server, NOS["Predict"], **predict) == "OK"
@@ -220,7 +221,7 @@ def test_what_a_model_mesh_sidecar_may(start_server: StartServer, tmp_path: Path
         write_model(folder, "one", answers)
     (inside / "link").symlink_to(outside)
     (tmp_path / "none").mkdir()
-    doors = {"TMS_DOORS": "native,model_mesh", **admin}
+    doors = {"TMS_PROTOCOLS": "native,model_mesh", **admin}
     server = start_server(tmp_path / "none", **doors)
     assert ask(server, MESH["runtimeStatus"]) == "PERMISSION_DENIED"
     assert ask(server, MESH["loadModel"], modelId="a", modelPath=str(inside / "one")) == "PERMISSION_DENIED"

@@ -16,16 +16,16 @@ import pytest
 import model_client
 from tests.conftest import Server
 from tests.test_faults import write_model
-from tiny_model_server import codec, tensors, wire
+from tiny_model_server import codec, schemas
 from tiny_model_server.codec import varint
 from tiny_model_server.errors import InvalidInput
-from tiny_model_server.protocols import nos
+from tiny_model_server.protocols import nos, tensors
 
-NATIVE = wire.methods("server", "server.Server")
-INFER = wire.methods("open_inference", "inference.GRPCInferenceService")["ModelInfer"]
-MODZY = wire.methods("modzy", "ModzyModel")["Run"]
-PREDICT = wire.methods("nos", "nos.inference.InferenceService")["Predict"]
-MODEL_SIZE = wire.methods("model_mesh", "mmesh.ModelRuntime")["modelSize"]
+NATIVE = schemas.methods("server", "server.Server")
+INFER = schemas.methods("open_inference", "inference.GRPCInferenceService")["ModelInfer"]
+MODZY = schemas.methods("modzy", "ModzyModel")["Run"]
+PREDICT = schemas.methods("nos", "nos.inference.InferenceService")["Predict"]
+MODEL_SIZE = schemas.methods("model_mesh", "mmesh.ModelRuntime")["modelSize"]
 SLACK = 100 << 20  # bytes beside four times the request
 BUSY_S = 3.0  # half a second on a machine with nothing else to do
 MODELS = {
@@ -160,7 +160,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("models")
     for name, body in MODELS.items():
         write_model(folder, name, body)
-    server = Server(folder, TMS_DOORS="native,open_inference,modzy,nos,model_mesh", TMS_MODZY_MODEL="echo")
+    server = Server(folder, TMS_PROTOCOLS="native,open_inference,modzy,nos,model_mesh", TMS_MODZY_MODEL="echo")
     yield server
     server.kill()
 
@@ -196,7 +196,7 @@ class Watch:
 
     def _ask(self) -> None:
         text = NATIVE["RunText"]
-        health = wire.methods("health", "grpc.health.v1.Health")["Check"]
+        health = schemas.methods("health", "grpc.health.v1.Health")["Check"]
         with grpc.insecure_channel(self._server.address) as channel:
             calls = [
                 (channel.unary_unary(text.path), text.request(text="x", model="other").SerializeToString()),
@@ -338,12 +338,12 @@ def test_args_go_along_with_each_item_and_so_are_counted(victim: Server) -> None
 def test_counting_is_as_protobuf_reads() -> None:
     method = NATIVE["RunBatchText"]
     good = method.request(texts=["a", "b"] * 20, model="m", args="{}", accept_arrays=True).SerializeToString()
-    assert len(wire.parse(method, good, None, 40).texts) == 40
+    assert len(schemas.parse(method, good, None, 40).texts) == 40
     for bad in (good + b"\x0a\x7f", good + b"\x0b", good + b"\x0e", good + b"\xff" * 11, good[:-1] + b"\x80"):
         with pytest.raises(InvalidInput, match=r"is no server\.BatchTextArgs"):
-            wire.parse(method, bad, None, 40)
+            schemas.parse(method, bad, None, 40)
     with pytest.raises(InvalidInput, match="more than 39 texts"):
-        wire.parse(method, good, None, 39)
+        schemas.parse(method, good, None, 39)
 
 
 def test_a_pickle_that_names_an_image_again_and_again_is_refused() -> None:

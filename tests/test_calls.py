@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 import model_client
 from model_client import ModelClient
 from tests.conftest import Server, wait_for
-from tiny_model_server import codec, wire
+from tiny_model_server import codec, schemas
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ DTYPES = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32
 
 @pytest.fixture(autouse=True, params=["same host", "gRPC"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TMS_LANE", "1" if request.param == "same host" else "0")
+    monkeypatch.setenv("TMS_LOCAL_TRANSPORT", "1" if request.param == "same host" else "0")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -326,7 +326,7 @@ SMALL = np.arange(7, dtype=np.int16)
         np.array(3.5),
         [SMALL] * 200,
     ],
-    ids=lambda value: codec.pack(value).text[:20],
+    ids=lambda value: codec.encode(value).text[:20],
 )
 def test_arrays_large_and_small_both_ways(server: Server, value: object) -> None:
     with server.client("echo") as client:
@@ -339,19 +339,19 @@ def test_arrays_large_and_small_both_ways(server: Server, value: object) -> None
 @pytest.mark.parametrize("value", [LARGE, [SMALL, LARGE], [LARGE, SMALL], [LARGE, LARGE], {"text": "x" * 99_999}])
 def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
     """For every parser; and those of other clients' messages are found where they end so, too."""
-    kind = wire.message("server", "server.RunArgs")
+    kind = schemas.message("server", "server.RunArgs")
     whole = kind(model="m", args='{"a": 1}')
-    packed = codec.pack(value)
+    packed = codec.encode(value)
     whole.data.json = packed.text
     for array in packed.arrays:
         whole.data.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=array.tobytes())
     sent = ModelClient("m")._value_request("Run", value, {"a": 1}).message.inline()
     assert kind.FromString(sent) == whole
-    at_end = bool(packed.arrays) and packed.arrays[-1] is not SMALL and packed.arrays[-1].nbytes > wire.LARGE
+    at_end = bool(packed.arrays) and packed.arrays[-1] is not SMALL and packed.arrays[-1].nbytes > schemas.LARGE
     whole.ClearField("model")
     whole.ClearField("args")
     for data in (sent, whole.SerializeToString()):
-        found, tail = wire.parsed(kind, data)
+        found, tail = schemas.parsed(kind, data)
         assert (tail is not None) == at_end
         if tail is not None:
             assert not found.data.arrays[-1].data
@@ -362,8 +362,8 @@ def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
 @pytest.mark.parametrize("value", [LARGE, [SMALL, LARGE], [LARGE, SMALL], [LARGE, LARGE]])
 def test_answers_with_bytes_at_the_end_are_for_every_parser(server: Server, value: object) -> None:
     """As a generated stub reads them, which knows no ends."""
-    methods = wire.methods("server", "server.Server")
-    packed, image = codec.pack(value), (LARGE[0] * 200).astype(np.uint8)
+    methods = schemas.methods("server", "server.Server")
+    packed, image = codec.encode(value), (LARGE[0] * 200).astype(np.uint8)
     request = methods["Run"].request(model="echo", data={"json": packed.text})
     for array in packed.arrays:
         request.data.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=array.tobytes())
@@ -384,11 +384,11 @@ def test_answers_with_bytes_at_the_end_are_for_every_parser(server: Server, valu
 
 def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is taken for an array that protobuf would not; and none has us look for long."""
-    kind = wire.message("server", "server.RunArgs")
+    kind = schemas.message("server", "server.RunArgs")
     array = b"\x1a" + codec.varint(99_388) + bytes(99_388)  # Array.data
     value = b"\x12" + codec.varint(len(array)) + array  # Value.arrays
     good = b"\x0a" + codec.varint(len(value)) + value  # RunArgs.data
-    assert len(wire.parsed(kind, good)[1] or b"") == 99_388
+    assert len(schemas.parsed(kind, good)[1] or b"") == 99_388
     number = b"\xff" * 9 + b"\x01"
     in_text = b"\x0d\x81\x01\x12\x04\x1a" + codec.varint(len(good)) + good  # after four bytes that look like fields
     in_unknown = b"\xfa\x01" + codec.varint(len(good)) + good  # whose length looks like a field
@@ -398,18 +398,18 @@ def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
             expected = kind.FromString(bad)
         except DecodeError:
             with pytest.raises(DecodeError):
-                wire.parsed(kind, bad)
+                schemas.parsed(kind, bad)
             continue
-        found, tail = wire.parsed(kind, bad)
+        found, tail = schemas.parsed(kind, bad)
         if tail is not None:
             found.data.arrays[-1].data = bytes(tail)
         assert found == expected
     with pytest.raises(IndexError):
-        wire._varint(b"\xff" * 20 + b"\x01", 0)  # no number of protobuf's is so long
+        schemas._varint(b"\xff" * 20 + b"\x01", 0)  # no number of protobuf's is so long
     looked = []
-    varint = wire._varint
-    monkeypatch.setattr(wire, "_varint", lambda *args: looked.append(1) or varint(*args))
-    wire.parsed(kind, b"\x08\x01" * 99_999 + good)
+    varint = schemas._varint
+    monkeypatch.setattr(schemas, "_varint", lambda *args: looked.append(1) or varint(*args))
+    schemas.parsed(kind, b"\x08\x01" * 99_999 + good)
     assert 0 < len(looked) < 1000
 
 
@@ -435,7 +435,7 @@ def test_large_answers_are_the_applications_own(server: Server) -> None:
 @pytest.mark.parametrize("dtype", ["uint8", "float64"])
 def test_pixels_apart_are_the_same_message(shape: tuple[int, ...], dtype: str) -> None:
     array = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
-    kind = wire.message("server", "server.ImageArgs")
+    kind = schemas.message("server", "server.ImageArgs")
     sent = ModelClient("m")._image_request("RunImage", array[::-1], {"a": 1}, lambda response: response).message
     height, width, channels = (*shape, 1)[:3]
     image = {"height": height, "width": width, "channels": channels, "dtype": dtype, "data": array[::-1].tobytes()}

@@ -16,7 +16,7 @@ import pytest
 import model_client
 from model_client import ModelClient
 from tests.conftest import MODELS, ROOT, Server, wait_for
-from tiny_model_server.channel import Target
+from tiny_model_server.client.channel import Target
 
 
 @pytest.mark.parametrize(
@@ -162,13 +162,13 @@ def test_threads_share_a_client(server: Server) -> None:
 CLIENTS_THAT_OPEN_TOGETHER = """
 import sys, time
 from concurrent.futures import ThreadPoolExecutor
-from tiny_model_server import channel
-from tiny_model_server.trust import Trust
+from tiny_model_server.client import channel
+from tiny_model_server.client.credentials import Credentials
 
 end = time.monotonic() + 6
 with ThreadPoolExecutor(2) as threads:
     while time.monotonic() < end:
-        both = [channel.open_channel(channel.grpc, sys.argv[1], Trust()) for _ in range(2)]
+        both = [channel.open_channel(channel.grpc, sys.argv[1], Credentials()) for _ in range(2)]
         found = list(threads.map(lambda one: channel.health_check(one)(timeout=10).status, both))
         assert found == [1, 1]
         for one in both:

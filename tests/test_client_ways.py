@@ -31,7 +31,7 @@ IMAGE = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
 
 def test_images_by_grpc_at_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread writes its messages over the one before, but not over one that is still being sent."""
-    monkeypatch.setenv("TMS_LANE", "0")
+    monkeypatch.setenv("TMS_LOCAL_TRANSPORT", "0")
     images = [np.full((size, size, 3), size % 251, np.uint8) for size in (200, 700, 201, 699, 90, 1000, 202, 203)]
     with server.client("echo") as client:
         futures = [client.submit_image(image) for image in images * 3]
@@ -437,8 +437,8 @@ os._exit(sys.stdout.flush() or 0)
 def test_a_fork_in_the_middle_of_a_long_call_is_told(start_server: Callable[..., Server], tmp_path: Path) -> None:
     body = "    def run(self, data, args):\n        __import__('time').sleep(2)\n        return data"
     script = """
-from tiny_model_server import forks
-forks._PATIENCE_S = 0.2
+from tiny_model_server.client import fork_safety
+fork_safety._PATIENCE_S = 0.2
 client.run_text("warm")
 future = client.submit_text("x")
 time.sleep(1)

@@ -99,13 +99,13 @@ def test_open_inference_grpc(start_server: Callable[..., Server], models: Path, 
 
 @pytest.mark.installs("--no-deps caikit==0.28.3", "grpcio<1.79 protobuf<7")
 def test_caikits_stubs(start_server: Callable[..., Server], models: Path, python: Path) -> None:
-    server = start_server(models, TMS_DOORS="native,open_inference,model_mesh")
+    server = start_server(models, TMS_PROTOCOLS="native,open_inference,model_mesh")
     passes(python, "model_mesh_client.py", server.address, MODELS / "echo")
 
 
 @pytest.mark.installs("chassisml==1.5.0 chassisml-protobuf==4.0.0")
 def test_chassis(start_server: Callable[..., Server], tmp_path: Path, python: Path) -> None:
-    server = start_server(write_model(tmp_path / "one", "upper", UPPER), TMS_DOORS="modzy")
+    server = start_server(write_model(tmp_path / "one", "upper", UPPER), TMS_PROTOCOLS="modzy")
     passes(python, "modzy_client.py", server.port)
     assert server.process.wait(20) == 0
 
@@ -114,5 +114,5 @@ def test_chassis(start_server: Callable[..., Server], tmp_path: Path, python: Pa
 def test_nos(start_server: Callable[..., Server], tmp_path: Path, python: Path) -> None:
     for name, body in NOS.items():
         write_model(tmp_path / "nos", name, body)
-    server = start_server(tmp_path / "nos", TMS_DOORS="native,nos")
+    server = start_server(tmp_path / "nos", TMS_PROTOCOLS="native,nos")
     passes(python, "nos_client.py", server.address, tmp_path / "saved.png")

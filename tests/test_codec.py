@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from tiny_model_server import codec
-from tiny_model_server.codec import Packed
+from tiny_model_server.codec import Encoded
 from tiny_model_server.errors import InvalidInput
-from tiny_model_server.shm import Segment
+from tiny_model_server.shared_memory import Segment
 
 any_array = arrays.arrays(
     st.one_of(
@@ -51,17 +51,17 @@ def same(one: Any, other: Any) -> bool:
 
 @given(trees)
 def test_what_is_packed_comes_back(value: Any) -> None:
-    packed = codec.pack(value)
+    packed = codec.encode(value)
     json.loads(packed.text)
-    assert same(value, codec.unpack(packed))
+    assert same(value, codec.decode(packed))
 
 
 @given(trees)
 def test_arrays_cross_shared_memory_bit_for_bit(value: Any) -> None:
-    packed = codec.pack(value)
+    packed = codec.encode(value)
     segment = Segment()
     read = segment.read(segment.write(packed.arrays))
-    assert same(value, codec.unpack(Packed(packed.text, read)))
+    assert same(value, codec.decode(Encoded(packed.text, read)))
     segment.close()
 
 
@@ -100,21 +100,21 @@ def test_plain_json_is_lists() -> None:
 )
 def test_what_cannot_travel_says_where(value: Any, message: str) -> None:
     with pytest.raises(TypeError) as caught:
-        codec.pack(value)
+        codec.encode(value)
     assert message in str(caught.value)
 
 
 @given(st.text(max_size=30), st.lists(any_array, max_size=2))
 def test_any_text_is_a_value_or_an_error(text: str, found: list[Any]) -> None:
     try:
-        codec.unpack(Packed(text, found))
+        codec.decode(Encoded(text, found))
     except InvalidInput:
         pass
 
 
 def test_signatures_tell_shapes_apart_but_not_values_or_bytes() -> None:
     def signature(value: Any) -> Any:
-        return codec.signature(codec.pack(value))
+        return codec.signature(codec.encode(value))
 
     assert signature(np.zeros(3)) == signature(np.ones(3))
     assert signature(np.zeros(3)) != signature(np.zeros(4))

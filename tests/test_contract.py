@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT, Server, wait_for
-from tiny_model_server import wire
+from tiny_model_server import schemas
 
 BIN = Path(sys.executable).parent
 
@@ -62,8 +62,8 @@ def legacy(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.fixture(scope="module")
 def raw(server: Server) -> Any:
-    wire.load("server")
-    client = RawClient(server, wire.pool)
+    schemas.load("server")
+    client = RawClient(server, schemas.pool)
     yield client
     client.channel.close()
 
@@ -101,7 +101,7 @@ def test_old_clients_get_what_they_always_got(legacy: RawClient, server: Server)
 
 def test_old_fields_keep_names_numbers_and_types(legacy: RawClient) -> None:
     for old in legacy.service.file.message_types_by_name.values():
-        new = wire.pool.FindMessageTypeByName(old.full_name)
+        new = schemas.pool.FindMessageTypeByName(old.full_name)
         for field in old.fields:
             same = new.fields_by_number[field.number]
             assert (same.name, same.type, same.is_repeated) == (field.name, field.type, field.is_repeated)
@@ -198,7 +198,7 @@ def test_what_is_no_message_at_all(raw: RawClient) -> None:
 
 def test_a_message_over_the_limit_is_refused(start_server: Callable[..., Server]) -> None:
     server = start_server(TMS_MAX_MESSAGE_MB=1)
-    raw = RawClient(server, wire.pool)
+    raw = RawClient(server, schemas.pool)
     status, details = raw.refusal("RunText", raw.message("TextArgs", text="x" * 2_000_000, model="echo"))
     assert (status, "larger than max" in details) == ("RESOURCE_EXHAUSTED", True)
     assert raw.call("RunText", raw.message("TextArgs", text="x", model="echo")).data == '"x"'
@@ -261,7 +261,7 @@ def test_any_request_gets_a_status_of_the_right_set(raw: RawClient, data: st.Dat
     assert raw.call("RunText", raw.message("TextArgs", text="good", model="echo")).data == '"good"'
 
 
-@given(method=st.sampled_from(sorted(wire.methods("server", "server.Server"))), noise=st.binary(max_size=60))
+@given(method=st.sampled_from(sorted(schemas.methods("server", "server.Server"))), noise=st.binary(max_size=60))
 def test_any_bytes_get_a_status_of_the_right_set(raw: RawClient, method: str, noise: bytes) -> None:
     if method == "StopServer":
         return
@@ -320,8 +320,8 @@ def test_a_generated_stub_calls_the_server(server: Server, tmp_path: Path) -> No
 
 def test_health_by_watch(start_server: Callable[..., Server]) -> None:
     server = start_server()
-    request = wire.message("health", "grpc.health.v1.HealthCheckRequest")
-    response = wire.message("health", "grpc.health.v1.HealthCheckResponse")
+    request = schemas.message("health", "grpc.health.v1.HealthCheckRequest")
+    response = schemas.message("health", "grpc.health.v1.HealthCheckResponse")
     with grpc.insecure_channel(server.address) as channel:
         check = channel.unary_unary("/grpc.health.v1.Health/Check", None, response.FromString)
         for name in ("", "TinyModelServer", "echo"):
@@ -342,7 +342,7 @@ def test_health_by_watch(start_server: Callable[..., Server]) -> None:
 
 def test_many_watchers_take_no_threads_from_callers(start_server: Callable[..., Server]) -> None:
     server = start_server(TMS_THREADS=2)
-    request = wire.message("health", "grpc.health.v1.HealthCheckRequest")(service="echo").SerializeToString()
+    request = schemas.message("health", "grpc.health.v1.HealthCheckRequest")(service="echo").SerializeToString()
     with grpc.insecure_channel(server.address) as channel:
         watch = channel.unary_stream("/grpc.health.v1.Health/Watch")
         watches = [watch(request) for _ in range(100)]

@@ -123,7 +123,7 @@ def test_the_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
 
 
 def test_the_readmes_commands(tmp_path: Path) -> None:
-    """Its Python is run by test_client_ways.py (the calls) and test_launcher.py (the model)."""
+    """Its Python is run by test_client_ways.py (the calls) and test_cli.py (the model)."""
     text = (ROOT / "README.md").read_text()
     with reader(tmp_path) as one:
         certificates = Certificates(tmp_path)

@@ -62,7 +62,7 @@ def packages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_client_beside_old_and_new_packages(server: Server, packages: Path, way: str) -> None:
-    assert "answered" in python(CALLS, server.address, way, interpreter=packages, TMS_LANE=WAYS[way])
+    assert "answered" in python(CALLS, server.address, way, interpreter=packages, TMS_LOCAL_TRANSPORT=WAYS[way])
 
 
 def test_the_oldest_packages_are_the_lower_bounds() -> None:
@@ -74,7 +74,7 @@ def test_the_oldest_packages_are_the_lower_bounds() -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_no_call_of_the_client_warns(server: Server, way: str) -> None:
-    assert "answered" in python("-W", "error", CALLS, server.address, way, TMS_LANE=WAYS[way])
+    assert "answered" in python("-W", "error", CALLS, server.address, way, TMS_LOCAL_TRANSPORT=WAYS[way])
 
 
 @pytest.mark.parametrize("system", ["windows", "macos"])

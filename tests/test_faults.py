@@ -19,7 +19,8 @@ import pytest
 
 import model_client
 from tests.conftest import Server, shared_memory, wait_for
-from tiny_model_server import awake, devices, wire
+from tiny_model_server import schemas
+from tiny_model_server.engine import busy_polling, placement
 
 StartServer = Callable[..., Server]
 
@@ -99,7 +100,7 @@ def test_a_full_queue_is_refused_at_once_with_a_time_to_come_back(start_server: 
     server = start_server(TMS_MODEL_WORKER_QUEUE_SIZE=3, TMS_MODEL_WORKER_MAX_BATCH_SIZE=1)
     client = server.client("worker")
     client.run("first", {"sleep": 1})  # so that the batch time is known
-    request = wire.message("server", "server.TextArgs")(text="x", model="worker", args='{"sleep": 1}')
+    request = schemas.message("server", "server.TextArgs")(text="x", model="worker", args='{"sleep": 1}')
     with grpc.insecure_channel(server.address) as channel, ThreadPoolExecutor(4) as threads:
         call = channel.unary_unary("/server.Server/RunText")
         accepted = [threads.submit(call, request.SerializeToString()) for _ in range(4)]
@@ -155,7 +156,7 @@ def test_health_answers_while_every_thread_and_queue_is_full(start_server: Start
     server = start_server(TMS_THREADS=4, TMS_MODEL_WORKER_QUEUE_SIZE=2, TMS_MODEL_WORKER_MAX_BATCH_SIZE=1)
     client = server.client("worker")
     client.run(0)
-    health = wire.message("health", "grpc.health.v1.HealthCheckRequest")(service="worker").SerializeToString()
+    health = schemas.message("health", "grpc.health.v1.HealthCheckRequest")(service="worker").SerializeToString()
     with Load(lambda number: client.run(number, {"sleep": 0.3}), callers=40) as load:
         wait_for(lambda: len(load.failures) > 20, "refusals")
         with grpc.insecure_channel(server.address) as channel:
@@ -414,10 +415,10 @@ def test_waiting_awake_stops_where_it_does_not_pay(monkeypatch: pytest.MonkeyPat
         time.sleep(takes)
         return ["event"]
 
-    waiter = awake.Waiter(poll)
+    waiter = busy_polling.Waiter(poll)
     assert waiter.wait(None) == ["event"]
     assert polls == [None]  # 0 us, as where there is one core
-    monkeypatch.setattr(awake, "seconds", 0.2)
+    monkeypatch.setattr(busy_polling, "seconds", 0.2)
     polls.clear()
     assert waiter.wait(5) == ["event"]
     assert polls == [0, 0, 0, 0]
@@ -431,16 +432,16 @@ def test_waiting_awake_stops_where_it_does_not_pay(monkeypatch: pytest.MonkeyPat
         polls.clear()
         waiter.wait(5)
         assert sorted(set(polls)) == seen
-    with awake._one:  # another thread is awake already
+    with busy_polling._one:  # another thread is awake already
         polls.clear()
         waiter.wait(5)
         assert polls == [5]
-    monkeypatch.setattr(awake, "calls", lambda: 3)
-    monkeypatch.setattr(awake, "_most", 0.0)
+    monkeypatch.setattr(busy_polling, "calls", lambda: 3)
+    monkeypatch.setattr(busy_polling, "_most", 0.0)
     polls.clear()
     waiter.wait(5)
     assert polls == [5]
-    monkeypatch.setattr(awake, "calls", lambda: 2)
+    monkeypatch.setattr(busy_polling, "calls", lambda: 2)
     for seen in ([5], [0, 5]):  # it takes some waits until the callers seem to have gone
         polls.clear()
         waiter.wait(5)
@@ -455,7 +456,7 @@ def test_waits_that_do_not_pay_take_no_cpu(
 ) -> None:
     """Of a model that takes longer than the process stays awake, and of many callers; awake, it took twice as much."""
     body = f"    def run(self, data, args):\n        __import__('time').sleep({sleeps})\n        return data"
-    server = start_server(write_model(tmp_path, "slow", body), TMS_AWAKE_US=10000)
+    server = start_server(write_model(tmp_path, "slow", body), TMS_BUSY_POLL_US=10000)
     front = psutil.Process(server.process.pid)
     with server.client("slow") as client:
         client.run_text("x")
@@ -469,31 +470,31 @@ def test_waits_that_do_not_pay_take_no_cpu(
 
 def test_workers_are_spread_over_the_gpus() -> None:
     def of(index: int, workers: int, given: str, found: list[str]) -> Any:
-        return devices.environment(index, workers, devices.parse(given), {}, found).get("CUDA_VISIBLE_DEVICES")
+        return placement.environment(index, workers, placement.parse(given), {}, found).get("CUDA_VISIBLE_DEVICES")
 
     assert [of(i, 4, "auto", ["0", "1"]) for i in range(4)] == ["0", "1", "0", "1"]
     assert of(0, 1, "auto", []) is None
     assert of(0, 1, "cpu", ["0"]) == ""
     assert [of(i, 2, "cuda:3, 1", ["0"]) for i in range(2)] == ["3", "1"]
     assert of(0, 1, "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6", []) == "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"
-    assert devices.gpus({"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
-    assert devices.gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
-    assert devices.gpus({}, Path("/no/such/folder")) == []
+    assert placement.gpus({"CUDA_VISIBLE_DEVICES": "2,5"}) == ["2", "5"]
+    assert placement.gpus({"CUDA_VISIBLE_DEVICES": ""}) == []
+    assert placement.gpus({}, Path("/no/such/folder")) == []
     for wrong in ("gpu", "", "cuda:-1", "cuda:x"):
         with pytest.raises(ValueError, match="auto"):
-            devices.parse(wrong)
+            placement.parse(wrong)
 
 
 def test_threads_are_divided_and_the_operators_word_counts(tmp_path: Path) -> None:
     cores = len(os.sched_getaffinity(0))
-    assert devices.threads_for(1) == max(1, int(devices.cpus()))
+    assert placement.threads_for(1) == max(1, int(placement.cpus()))
     limit = tmp_path / "sys" / "fs" / "cgroup" / "cpu.max"
     limit.parent.mkdir(parents=True)
     for text, cpus in {"max 100000": cores, "50000 100000": 0.5, "99900000 100000": cores, "nonsense": cores}.items():
         limit.write_text(text)
-        assert devices.cpus(tmp_path) == cpus
-    assert devices.threads_for(1000) == 1
-    found = devices.environment(0, cores, ("auto",), {"OMP_NUM_THREADS": "7"}, [])
+        assert placement.cpus(tmp_path) == cpus
+    assert placement.threads_for(1000) == 1
+    found = placement.environment(0, cores, ("auto",), {"OMP_NUM_THREADS": "7"}, [])
     assert "OMP_NUM_THREADS" not in found
     assert found["OPENBLAS_NUM_THREADS"] == "1"
 
@@ -503,9 +504,9 @@ def test_the_front_keeps_to_one_core_and_workers_have_all(start_server: StartSer
         server = start_server(TMS_ONE_CORE=one_core)
         server.client("echo").run(1)
         front = psutil.Process(server.process.pid)
-        assert len(front.cpu_affinity()) == (1 if one_core else len(devices.CORES))
+        assert len(front.cpu_affinity()) == (1 if one_core else len(placement.CORES))
         for worker in front.children():
-            assert set(worker.cpu_affinity()) == devices.CORES
+            assert set(worker.cpu_affinity()) == placement.CORES
 
 
 def test_the_environment_is_there_before_the_model_is_imported(start_server: StartServer, tmp_path: Path) -> None:
@@ -520,7 +521,7 @@ def test_the_environment_is_there_before_the_model_is_imported(start_server: Sta
     )
     client = start_server(models=tmp_path, CUDA_VISIBLE_DEVICES="0").client("own")
     seen = {tuple(answer) for answer in client.run_batch(list(range(8)))}
-    threads = str(devices.threads_for(2))
+    threads = str(placement.threads_for(2))
     assert seen == {("5", threads), ("6", threads)}
 
 

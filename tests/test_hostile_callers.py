@@ -15,10 +15,11 @@ import psutil
 import pytest
 
 from tests.conftest import Server
-from tiny_model_server import forms, wire
+from tiny_model_server import schemas
+from tiny_model_server.server import forms
 
 StartServer = Callable[..., Server]
-RUN_TEXT = wire.methods("server", "server.Server")["RunText"]
+RUN_TEXT = schemas.methods("server", "server.Server")["RunText"]
 CHECK, WATCH = "/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"
 
 

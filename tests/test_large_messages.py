@@ -20,9 +20,9 @@ import model_client
 from model_client import AsyncModelClient, ModelClient
 from tests.conftest import ROOT, Server, wait_for
 from tests.test_faults import write_model
-from tiny_model_server import wire
+from tiny_model_server import schemas
 
-METHODS = wire.methods("server", "server.Server")
+METHODS = schemas.methods("server", "server.Server")
 RANDOM = np.random.default_rng(0)
 LARGE = RANDOM.integers(0, 256, (1080, 1920, 3), np.uint8)
 ODD = RANDOM.integers(0, 256, (3_000_001,), np.uint8)
@@ -53,7 +53,7 @@ DIES_ONCE = """    def run(self, data, args):
 
 @pytest.fixture(params=["same host", "gRPC"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv("TMS_LANE", str(int(request.param == "same host")))
+    monkeypatch.setenv("TMS_LOCAL_TRANSPORT", str(int(request.param == "same host")))
     return str(request.param)
 
 

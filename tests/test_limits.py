@@ -23,11 +23,11 @@ import pytest
 
 import model_client
 from tests.conftest import MODELS, ROOT, Server, wait_for
-from tiny_model_server import wire
+from tiny_model_server import schemas
 from tiny_model_server.errors import bounded, message_of
 
 StartServer = Callable[..., Server]
-RUN_TEXT = wire.methods("server", "server.Server")["RunText"]
+RUN_TEXT = schemas.methods("server", "server.Server")["RunText"]
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo"
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
 HALF_OPEN = [RUN_TEXT.path, "/server.Server/RunStream", REFLECTION, STREAM_INFER]
@@ -125,7 +125,7 @@ def test_a_request_that_is_long_on_its_way_is_waited_for(start_server: StartServ
 
 def test_a_stream_may_be_long_if_it_brings_something(start_server: StartServer) -> None:
     server = start_server(TMS_STREAM_IDLE_S=1)
-    infer = wire.methods("open_inference", "inference.GRPCInferenceService")["ModelStreamInfer"]
+    infer = schemas.methods("open_inference", "inference.GRPCInferenceService")["ModelStreamInfer"]
     tensor = {"name": "x", "datatype": "INT32", "shape": [1], "contents": {"int_contents": [7]}}
     request = infer.request(model_name="echo", inputs=[tensor]).SerializeToString()
 
@@ -164,7 +164,7 @@ def test_silent_connections_leave_descriptors_for_workers(start_server: StartSer
 
 
 def test_bytes_under_way_are_bounded(start_server: StartServer) -> None:
-    server = start_server(TMS_MAX_INFLIGHT_MB=1, TMS_LANE=0)
+    server = start_server(TMS_MAX_INFLIGHT_MB=1, TMS_LOCAL_TRANSPORT=0)
     client = server.client("echo")
     half = "x" * (600 << 10)
     for _ in range(5):  # what is answered is under way no more
@@ -186,7 +186,7 @@ def test_bytes_under_way_are_bounded(start_server: StartServer) -> None:
 
 def test_a_caller_that_does_not_read_loses_its_stream(start_server: StartServer) -> None:
     server = start_server(TMS_STREAM_IDLE_S=1)
-    stream = wire.methods("server", "server.Server")["RunStream"]
+    stream = schemas.methods("server", "server.Server")["RunStream"]
     request = stream.request(model="tokens")
     request.data.json = "100000"
     process = psutil.Process(server.process.pid)
@@ -208,7 +208,7 @@ def test_a_caller_that_does_not_read_loses_its_stream(start_server: StartServer)
 
 def test_a_caller_of_open_inference_that_does_not_read_loses_its_stream(start_server: StartServer) -> None:
     server = start_server(TMS_STREAM_IDLE_S=1)
-    infer = wire.methods("open_inference", "inference.GRPCInferenceService")["ModelStreamInfer"]
+    infer = schemas.methods("open_inference", "inference.GRPCInferenceService")["ModelStreamInfer"]
     tensor = {"name": "x", "datatype": "UINT8", "shape": [1_000_000]}
     request = infer.request(model_name="echo", inputs=[tensor], raw_input_contents=[bytes(1_000_000)])
     requests = (request.SerializeToString() for _ in range(1000))
@@ -291,7 +291,7 @@ def raising(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("models")
     (folder / "raises").mkdir()
     (folder / "raises" / "__init__.py").write_text(RAISES)
-    server = Server(folder, TMS_DOORS="native,open_inference,modzy", TMS_MODZY_MODEL="raises")
+    server = Server(folder, TMS_PROTOCOLS="native,open_inference,modzy", TMS_MODZY_MODEL="raises")
     yield server
     server.kill()
 
@@ -299,7 +299,7 @@ def raising(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.parametrize("what", EXPECTED)
 def test_whatever_a_model_raises_each_caller_gets_one_status(raising: Server, what: str) -> None:
     wrong = ("INVALID_ARGUMENT", "INTERNAL")
-    method = wire.methods("server", "server.Server")
+    method = schemas.methods("server", "server.Server")
     with channel(raising) as one:  # gRPC
         request = RUN_TEXT.request(text=what, model="raises").SerializeToString()
         with pytest.raises(grpc.RpcError) as caught:
@@ -313,7 +313,7 @@ def test_whatever_a_model_raises_each_caller_gets_one_status(raising: Server, wh
         good, bad = method["RunBatch"].response.FromString(answer).items
         assert good.value.json == '"good"'
         assert EXPECTED[what] in bad.error.message
-        infer = wire.methods("open_inference", "inference.GRPCInferenceService")["ModelStreamInfer"]
+        infer = schemas.methods("open_inference", "inference.GRPCInferenceService")["ModelStreamInfer"]
         tensor = {"name": "x", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [what.encode()]}}
         asked = infer.request(model_name="raises", inputs=[tensor]).SerializeToString()
         (told,) = one.stream_stream(infer.path)(iter([asked]), timeout=20)
@@ -428,7 +428,7 @@ def test_models_in_turns_fail_no_call(start_server: StartServer, tmp_path: Path,
         (tmp_path / name / "__init__.py").write_text(TURNS)
     (tmp_path / "line").mkdir()
     (tmp_path / "line" / "__init__.py").write_text(PIPELINE)
-    server = start_server(tmp_path, TMS_LAZY=1, TMS_MAX_LOADED=1, TMS_LANE=transport)
+    server = start_server(tmp_path, TMS_LAZY=1, TMS_MAX_LOADED=1, TMS_LOCAL_TRANSPORT=transport)
 
     def call(number: int) -> int:
         name = ["a", "b", "c", "d", "line"][number % 5]
@@ -445,11 +445,12 @@ def test_models_in_turns_fail_no_call(start_server: StartServer, tmp_path: Path,
 
 ENDS = """
 import sys, threading, time
-from tiny_model_server import engine, launcher
+from tiny_model_server import cli
+from tiny_model_server.engine import engine
 def spin():
     while True: pass
 {before}
-sys.exit(launcher.main([]))
+sys.exit(cli.main([]))
 """
 
 

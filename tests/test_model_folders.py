@@ -13,7 +13,7 @@ import pytest
 import model_client
 from tests.conftest import ROOT, Server, wait_for
 from tests.test_faults import ANSWERS, write_model
-from tiny_model_server.repository import discover
+from tiny_model_server.engine.repository import discover
 
 NOBODY = 10001
 

@@ -13,11 +13,11 @@ import yaml
 
 from tests.conftest import ROOT, Server, wait_for
 from tests.test_faults import write_model
-from tiny_model_server import wire
+from tiny_model_server import schemas
 
-RUNTIME = wire.methods("model_mesh", "mmesh.ModelRuntime")
-INFERENCE = wire.methods("open_inference", "inference.GRPCInferenceService")
-NATIVE = wire.methods("server", "server.Server")
+RUNTIME = schemas.methods("model_mesh", "mmesh.ModelRuntime")
+INFERENCE = schemas.methods("open_inference", "inference.GRPCInferenceService")
+NATIVE = schemas.methods("server", "server.Server")
 Code = grpc.StatusCode
 SLOW = (
     "    def __init__(self):\n        import time\n        time.sleep({})\n"
@@ -29,7 +29,7 @@ class Sidecar:
     def __init__(self, server: Server) -> None:
         self.channel = grpc.insecure_channel(server.address)
 
-    def begin(self, method: wire.Method, metadata: list[tuple[str, Any]] | None = None, **fields: Any) -> Any:
+    def begin(self, method: schemas.Method, metadata: list[tuple[str, Any]] | None = None, **fields: Any) -> Any:
         stub = self.channel.unary_unary(method.path, method.request.SerializeToString, method.response.FromString)
         return stub.future(method.request(**fields), timeout=30, metadata=metadata)
 
@@ -54,7 +54,7 @@ class Sidecar:
 def server(start_server: Callable[..., Server], tmp_path: Path) -> Server:
     """As in its pod: no models of its own."""
     (tmp_path / "none").mkdir()
-    server: Server = start_server(tmp_path / "none", TMS_DOORS="native,open_inference,model_mesh")
+    server: Server = start_server(tmp_path / "none", TMS_PROTOCOLS="native,open_inference,model_mesh")
     return server
 
 
@@ -176,12 +176,12 @@ def test_what_the_sidecar_asks_first(sidecar: Sidecar) -> None:
     assert not status.allowAnyMethod
     for name, info in status.methodInfos.items():
         service, method = name.split("/")
-        found = wire.methods({"inference": "open_inference", "server": "server"}[service.split(".")[0]], service)
+        found = schemas.methods({"inference": "open_inference", "server": "server"}[service.split(".")[0]], service)
         (number,) = info.idInjectionPath
         field = found[method].request.DESCRIPTOR.fields_by_number[number]
         assert field.name in ("model", "model_name", "name", "data"), name
     channel = sidecar.channel
-    health = wire.methods("health", "grpc.health.v1.Health")["Check"]
+    health = schemas.methods("health", "grpc.health.v1.Health")["Check"]
     assert (
         channel.unary_unary(health.path, health.request.SerializeToString, health.response.FromString)(
             health.request()
@@ -195,7 +195,7 @@ def test_a_capacity_that_the_sidecar_would_refuse(
     start_server: Callable[..., Server], capacity: int, default: int, least: int
 ) -> None:
     with pytest.raises(AssertionError, match=f"wants at least {least}"):
-        start_server(TMS_DOORS="model_mesh", TMS_MESH_CAPACITY_MB=capacity, TMS_MESH_DEFAULT_MB=default)
+        start_server(TMS_PROTOCOLS="model_mesh", TMS_MESH_CAPACITY_MB=capacity, TMS_MESH_DEFAULT_MB=default)
 
 
 def test_the_runtimes_manifest(start_server: Callable[..., Server], tmp_path: Path, upper: Path) -> None:

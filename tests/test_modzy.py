@@ -16,9 +16,9 @@ import pytest
 
 from tests.conftest import MODELS, ROOT, Server, wait_for
 from tests.test_faults import write_model
-from tiny_model_server import wire
+from tiny_model_server import schemas
 
-METHODS = wire.methods("modzy", "ModzyModel")
+METHODS = schemas.methods("modzy", "ModzyModel")
 MASK = """
     metadata = {
         'version': '1.2.3', 'author': 'tests', 'summary': 'finds', 'required_ram': '2G', 'num_cpus': 1.5,
@@ -48,7 +48,7 @@ def call() -> Iterator[Callable[..., Any]]:
 
 
 def test_files_in_and_out(start_server: Callable[..., Server], tmp_path: Path, call: Callable[..., Any]) -> None:
-    server = start_server(write_model(tmp_path, "mask", MASK), TMS_DOORS="modzy")
+    server = start_server(write_model(tmp_path, "mask", MASK), TMS_PROTOCOLS="modzy")
     status = call(server, "Status")
     assert (status.model_info.model_version, status.model_info.model_author) == ("1.2.3", "tests")
     assert (status.description.summary, status.resources.required_ram, status.resources.num_cpus) == (
@@ -81,7 +81,7 @@ def test_the_platforms_port(tmp_path: Path, call: Callable[..., Any]) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = {"TMS_MODELS_DIR": str(folder), "TMS_DOORS": "modzy", "TMS_HTTP_PORT": "off", "TMS_LAZY": "1"}
+    environment = {"TMS_MODELS_DIR": str(folder), "TMS_PROTOCOLS": "modzy", "TMS_HTTP_PORT": "off", "TMS_LAZY": "1"}
     environment["PSC_MODEL_PORT"] = str(port)
     with subprocess.Popen([sys.executable, "server.py"], cwd=ROOT, env=os.environ | environment) as ran:
         status = call(port, "Status")  # loads the model, which the server did not
@@ -92,17 +92,17 @@ def test_the_platforms_port(tmp_path: Path, call: Callable[..., Any]) -> None:
 
 
 def test_a_wrong_port() -> None:
-    environment = os.environ | {"TMS_DOORS": "modzy", "PSC_MODEL_PORT": "modzy"}
+    environment = os.environ | {"TMS_PROTOCOLS": "modzy", "PSC_MODEL_PORT": "modzy"}
     ran = subprocess.run([sys.executable, "server.py"], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 2
     assert "PSC_MODEL_PORT='modzy' must be a whole number from 0 to 65535" in ran.stderr
 
 
 def test_one_model_of_several(start_server: Callable[..., Server], call: Callable[..., Any]) -> None:
-    status = call(start_server(TMS_DOORS="modzy"), "Status")
+    status = call(start_server(TMS_PROTOCOLS="modzy"), "Status")
     assert status.status_code == 500
     assert "TMS_MODZY_MODEL must name the one to serve" in status.message
-    server = start_server(MODELS, TMS_DOORS="modzy", TMS_MODZY_MODEL="nobody")
+    server = start_server(MODELS, TMS_PROTOCOLS="modzy", TMS_MODZY_MODEL="nobody")
     assert "there is no model 'nobody'" in call(server, "Status").message
     assert call(server, "Run", inputs=[{"input": {"x": b"1"}}]).status_code == 500
 
@@ -111,7 +111,7 @@ def test_a_model_that_cannot_be_loaded(
     start_server: Callable[..., Server], tmp_path: Path, call: Callable[..., Any]
 ) -> None:
     folder = write_model(tmp_path, "broken", "    def run(self, data, args):\n        pass\n    import no_such_module")
-    server = start_server(folder, ready=False, TMS_DOORS="modzy")
+    server = start_server(folder, ready=False, TMS_PROTOCOLS="modzy")
     wait_for(lambda: any("FAILED" in line for line in server.log), "the failure")
     status = call(server, "Status")
     assert status.status_code == 500

@@ -71,7 +71,7 @@ def clients(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[ModelClient
     """One that takes the short cut, where there is one, and one that does not."""
     found = [server.client("whole")]
     found[0].run("few empty rows")
-    monkeypatch.setenv("TMS_LANE", "0")
+    monkeypatch.setenv("TMS_LOCAL_TRANSPORT", "0")
     return [*found, server.client("whole")]
 
 

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from tests.conftest import Server
 from tests.test_clients import ROWS
 from tests.test_faults import write_model
-from tiny_model_server import wire
+from tiny_model_server import schemas
 
-METHODS = wire.methods("open_inference", "inference.GRPCInferenceService")
+METHODS = schemas.methods("open_inference", "inference.GRPCInferenceService")
 Code = grpc.StatusCode
 
 
@@ -127,14 +127,14 @@ def test_no_request_harms_the_server(
 
 
 def test_a_closed_door(start_server: Callable[..., Server]) -> None:
-    server = start_server(TMS_DOORS="native")
+    server = start_server(TMS_PROTOCOLS="native")
     with pytest.raises(grpc.RpcError) as caught:
         call(server, "ServerLive")
     assert caught.value.code() is Code.UNIMPLEMENTED
     with server.client("echo") as client:
         assert client.run_text("x") == "x"
     ran = subprocess.run(
-        [sys.executable, "server.py"], env={"TMS_DOORS": "native,back"}, capture_output=True, text=True, check=False
+        [sys.executable, "server.py"], env={"TMS_PROTOCOLS": "native,back"}, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 2
-    assert "TMS_DOORS names back; there are native, open_inference" in ran.stderr
+    assert "TMS_PROTOCOLS names back; there are native, open_inference" in ran.stderr

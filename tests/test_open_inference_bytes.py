@@ -16,9 +16,9 @@ import pytest
 
 from tests.conftest import Server
 from tests.test_faults import write_model
-from tiny_model_server import wire
+from tiny_model_server import schemas
 
-INFER = wire.methods("open_inference", "inference.GRPCInferenceService")["ModelInfer"]
+INFER = schemas.methods("open_inference", "inference.GRPCInferenceService")["ModelInfer"]
 
 # Tells what one input is: for a row of its own one answer each, else one of all.
 TELLS = """

@@ -8,7 +8,7 @@ import yaml
 
 from tests.conftest import ROOT, Server
 from tests.test_faults import ANSWERS, write_model
-from tiny_model_server import devices
+from tiny_model_server.engine import placement
 from tiny_model_server.settings import Settings, SettingsError, service_links, stray_overrides
 
 
@@ -103,5 +103,5 @@ def test_limits_of_control_groups(
 ) -> None:
     (tmp_path / "empty").mkdir()
     root = write(tmp_path / "root", files)
-    assert devices.cpus(root) == (devices.cpus(tmp_path / "empty") if cpus is None else cpus)
-    assert devices.memory(root) == (devices.memory(tmp_path / "empty") if memory is None else memory)
+    assert placement.cpus(root) == (placement.cpus(tmp_path / "empty") if cpus is None else cpus)
+    assert placement.memory(root) == (placement.memory(tmp_path / "empty") if memory is None else memory)

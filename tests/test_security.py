@@ -14,7 +14,7 @@ import trustme
 import model_client
 from model_client import AsyncModelClient, ModelClient
 from tests.conftest import Server
-from tests.test_launcher import run as run_server
+from tests.test_cli import run as run_server
 
 StartServer = Callable[..., Server]
 

@@ -20,7 +20,7 @@ import pytest
 import model_client
 from tests.conftest import Server
 from tests.test_faults import write_model
-from tiny_model_server import codec, tally, wire
+from tiny_model_server import codec, custom_metrics, schemas
 from tiny_model_server.codec import EncodedImage
 from tiny_model_server.errors import InvalidInput
 
@@ -151,12 +151,12 @@ def test_what_would_change_is_refused(server: Server, value: Any, message: str) 
 def test_one_long_text_does_not_widen_an_array_of_many() -> None:
     texts = np.array(["x" * 1_000_000, *["y"] * 1000], object)
     with pytest.raises(TypeError, match=r"array\.tolist\(\)"):
-        codec.pack(texts)
+        codec.encode(texts)
 
 
 def test_a_long_key_is_not_copied_for_each_member() -> None:
     value = {"k" * 1_000_000: {str(index): None for index in range(20_000)}}
-    assert codec.unpack(codec.pack(value)) == value  # 20 GB if it were
+    assert codec.decode(codec.encode(value)) == value  # 20 GB if it were
 
 
 ANSWERS = """
@@ -218,7 +218,7 @@ def test_json_has_null_for_numbers_that_it_lacks(answers: Server) -> None:
         status, found = post(answers, "/v2/models/answers/infer", request)
         assert status == 200
         assert found["outputs"][0]["data"] == data
-    methods = wire.methods("server", "server.Server")
+    methods = schemas.methods("server", "server.Server")
     text = methods["RunText"]
     with grpc.insecure_channel(answers.address) as channel:  # an old client, which knows no arrays
         call = channel.unary_unary(text.path, text.request.SerializeToString, text.response.FromString)
@@ -231,7 +231,7 @@ def test_json_with_numbers_that_it_lacks_is_refused(server: Server, literal: str
     status, answer = post(server, "/models/echo/run", literal.encode())
     assert (status, answer["status"]) == (400, "INVALID_ARGUMENT")
     assert '{"$float": "nan"}' in answer["error"]
-    run = wire.methods("server", "server.Server")["Run"]
+    run = schemas.methods("server", "server.Server")["Run"]
     with grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary(run.path, run.request.SerializeToString, run.response.FromString)
         for fields in ({"data": {"json": literal}}, {"data": {"json": "1"}, "args": f'{{"a": {literal}}}'}):
@@ -299,7 +299,7 @@ def test_only_whole_signatures_make_an_image(data: bytes, is_image: bool) -> Non
 
 
 def test_a_text_that_begins_as_a_file_does_is_a_text(server: Server) -> None:
-    infer = wire.methods("open_inference", "inference.GRPCInferenceService")["ModelInfer"]
+    infer = schemas.methods("open_inference", "inference.GRPCInferenceService")["ModelInfer"]
     with grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary(infer.path, infer.request.SerializeToString, infer.response.FromString)
         one = {"name": "x", "datatype": "BYTES", "shape": [1]}
@@ -310,16 +310,16 @@ def test_a_text_that_begins_as_a_file_does_is_a_text(server: Server) -> None:
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, np.float32("nan")])
 def test_metrics_take_finite_numbers(number: float) -> None:
-    for add in (tally.count, tally.observe):
+    for add in (custom_metrics.count, custom_metrics.observe):
         with pytest.raises(ValueError, match="finite number"):
             add("some", number)
     with pytest.raises(TypeError, match="takes a number"):
-        tally.count("some", "3")  # type: ignore[arg-type]
+        custom_metrics.count("some", "3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="negative"):
-        tally.count("some", -1)
-    tally.count("some", np.float32(2))
-    tally.observe("other", np.int64(2))
-    assert tally.drain() == ({"some": 2.0}, {"other": [2.0]})
+        custom_metrics.count("some", -1)
+    custom_metrics.count("some", np.float32(2))
+    custom_metrics.observe("other", np.int64(2))
+    assert custom_metrics.drain() == ({"some": 2.0}, {"other": [2.0]})
 
 
 def test_references_are_checked_without_making_values() -> None:

@@ -22,8 +22,9 @@ import model_client
 from tests.conftest import ROOT, Server, wait_for
 from tests.test_faults import ANSWERS, Load, alive, write_model
 from tests.test_package import environment, run, wheel  # noqa: F401 - a fixture
-from tiny_model_server import children, codec, wire
-from tiny_model_server.engine import Call, Engine
+from tiny_model_server import codec, schemas
+from tiny_model_server.engine import children
+from tiny_model_server.engine.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput
 from tiny_model_server.settings import ModelOptions, Settings
 
@@ -38,7 +39,7 @@ def write(folder: Path, name: str, code: str) -> Path:
 
 def health(server: Server, name: str) -> int:
     """grpc.health.v1's answer: 1 is SERVING, 2 is NOT_SERVING."""
-    methods = wire.methods("health", "grpc.health.v1.Health")["Check"]
+    methods = schemas.methods("health", "grpc.health.v1.Health")["Check"]
     request = methods.request(service=name).SerializeToString()
     with grpc.insecure_channel(server.address) as channel:
         answer = channel.unary_unary(methods.path)(request, timeout=10)
@@ -432,7 +433,7 @@ def test_a_model_that_breaks_its_process_harms_nobody_else(
     start_server: StartServer, tmp_path: Path, local: int
 ) -> None:
     write_model(tmp_path, "good", ANSWERS.format("good"))
-    server = start_server(models=write(tmp_path, "evil", EVIL), TMS_LANE=local)
+    server = start_server(models=write(tmp_path, "evil", EVIL), TMS_LOCAL_TRANSPORT=local)
     evil, good = server.client("evil", timeout=30), server.client("good")
     with Load(lambda number: good.run(number), callers=2) as load:
         for what in EVILS:
@@ -477,7 +478,7 @@ def test_health_says_that_no_worker_can_be_started(start_server: StartServer, tm
     client = server.client("one", timeout=10)
     assert (client.run(1), health(server, "one")) == ("one", 1)
     with grpc.insecure_channel(server.address) as channel:
-        methods = wire.methods("health", "grpc.health.v1.Health")["Check"]
+        methods = schemas.methods("health", "grpc.health.v1.Health")["Check"]
         check = channel.unary_unary(methods.path)
         request = methods.request(service="one").SerializeToString()
         assert check(request, timeout=10) == b"\x08\x01"
@@ -507,7 +508,7 @@ def test_the_keeper_of_a_worker_survives_any_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, error: Exception
 ) -> None:
     engine = Engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one"))))
-    one = codec.pack(1)
+    one = codec.encode(1)
     spawn, start = children.spawn, threading.Thread.start
     failures: list[str] = []
 
@@ -526,7 +527,7 @@ def test_the_keeper_of_a_worker_survives_any_error(
         os.kill(model.pids[0], signal.SIGKILL)
         wait_for(lambda: len(failures) == 3 and model.pids, "another worker")
         wait_for(lambda: model.state == "READY", "the model")
-        assert codec.unpack(engine.run("one", one, {}, Call())) == "one"
+        assert codec.decode(engine.run("one", one, {}, Call())) == "one"
     finally:
         monkeypatch.undo()
         engine.stop(5)
@@ -554,7 +555,7 @@ def test_a_first_load_waits_for_what_the_server_lacks(monkeypatch: pytest.Monkey
 
 def test_the_bounds_of_an_option_hold_wherever_it_comes_from(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(
-        models=write_model(tmp_path, "one", ANSWERS.format("one")), TMS_DOORS="native,open_inference,nos"
+        models=write_model(tmp_path, "one", ANSWERS.format("one")), TMS_PROTOCOLS="native,open_inference,nos"
     )
     client = server.client("one")
     for workers in (100000, 257, -1, -(2**31)):

@@ -6,11 +6,11 @@ import sys
 def main() -> int:
     """Runs the launcher; where only the client was installed, says what is missing."""
     try:
-        from tiny_model_server import launcher
+        from tiny_model_server import cli
     except ModuleNotFoundError as error:
         print(f"error: {error}; the server needs: pip install 'tiny-model-server[server]'", file=sys.stderr)
         return 2
-    return launcher.main()
+    return cli.main()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ A packed value is one JSON text and a list of arrays. In the text, ``{"$array": 
 ``{"$bytes": i}`` for its bytes and ``{"$image": i}`` for the image file in it; ``{"$float": "nan"}`` (also "inf",
 "-inf") is a number that JSON lacks; ``{"$dict": {...}}`` holds a dict whose own keys begin with "$".
 
-A value arrives equal, or ``pack`` raises TypeError. Two things change as they do in JSON: tuples become lists, and keys
-of dicts become text.
+A value arrives equal, or ``encode`` raises TypeError. Two things change as they do in JSON: tuples become lists, and
+keys of dicts become text.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Placed(NamedTuple):
         return len(self.shape)
 
 
-class Packed(NamedTuple):
+class Encoded(NamedTuple):
     """A value ready to travel: JSON text, and the arrays it refers to (C order, native little-endian)."""
 
     text: str
@@ -85,15 +85,15 @@ class Packed(NamedTuple):
     """(shm.SharedBuffers, places) if the arrays are ``Placed`` there, where workers can map them."""
 
 
-def pack(value: Any) -> Packed:
+def encode(value: Any) -> Encoded:
     """Packs a tree of JSON values, arrays, numpy scalars, bytes and encoded images; TypeError names what it can't."""
     arrays: list[Array] = []
     if isinstance(value, np.ndarray):
-        return Packed(ARRAY, [portable(value)])
-    return Packed(_encoded(value, arrays, _to_json), arrays)
+        return Encoded(ARRAY, [portable(value)])
+    return Encoded(_encoded(value, arrays, _to_json), arrays)
 
 
-def unpack(packed: Packed, image: Callable[[bytes], Any] = EncodedImage) -> Any:
+def decode(packed: Encoded, image: Callable[[bytes], Any] = EncodedImage) -> Any:
     """The value of a packed text, its arrays being the packed ones; InvalidInput if the text is malformed.
 
     ``image`` makes of an image file what stands in the value; by default the file itself.
@@ -107,7 +107,7 @@ def unpack(packed: Packed, image: Callable[[bytes], Any] = EncodedImage) -> Any:
 
 
 def check(text: str, arrays: Sequence[Any]) -> None:
-    """InvalidInput if ``unpack`` would refuse the text, or make much more of it than was sent.
+    """InvalidInput if ``decode`` would refuse the text, or make much more of it than was sent.
 
     It looks at nothing of the arrays but ``nbytes``, and makes no value of them.
     """
@@ -178,7 +178,7 @@ def parse_args(text: str) -> dict[str, Any]:
     return args
 
 
-def signature(packed: Packed) -> tuple[Any, ...]:
+def signature(packed: Encoded) -> tuple[Any, ...]:
     """Equal for two values whose arrays have the same shapes and dtypes, so that they can share a batch."""
     if not packed.arrays:
         return ()

@@ -10,16 +10,17 @@ from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server import devices
-
 PREFIX = "TMS_"
 MODEL_PREFIX = "TMS_MODEL_"
+RENAMED = {"TMS_DOORS": "TMS_PROTOCOLS", "TMS_LANE": "TMS_LOCAL_TRANSPORT", "TMS_AWAKE_US": "TMS_BUSY_POLL_US"}
+"""Old names of settings, which work until the next version."""
 _LONGEST_S = 1_000_000  # eleven days: more than that the system's calls do not take
 # What Kubernetes sets in a pod for each Service of its namespace; one may be called tms, tms-http or tms-model-x.
 _SERVICE_LINK = re.compile(
     r"TMS_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
 )
 _SERVICE_PORT = re.compile(r"(?:tcp|udp|sctp)://\S+")
+_CUDA = re.compile(r"(?:cuda:)?(\d+)|(GPU-[0-9a-fA-F-]+|MIG-[0-9a-zA-Z/-]+)")
 _MODZY_PORT = "PSC_MODEL_PORT"  # Modzy's own name for what is TMS_PORT here
 Check = Callable[[str], Any]
 
@@ -103,6 +104,19 @@ def _json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def parse_devices(text: str) -> tuple[str, ...]:
+    """The devices of "auto", "cpu" or "cuda:0,cuda:1" as CUDA_VISIBLE_DEVICES takes them; ValueError says what is."""
+    if text == "auto":
+        return ("auto",)
+    names = [name.strip() for name in text.strip("[]()").replace("'", "").split(",") if name.strip()]
+    if names == ["cpu"]:
+        return ("",)
+    found = [_CUDA.fullmatch(name) for name in names]
+    if not found or not all(found):
+        raise ValueError('"auto", "cpu", or a list such as "cuda:0,cuda:1"')
+    return tuple(match[1] or match[2] for match in found if match)
+
+
 def _setting(default: Any, check: Check, doc: str, secret: bool = False) -> Any:
     return field(default=default, metadata={"check": check, "doc": doc, "secret": secret}, repr=not secret)
 
@@ -121,7 +135,7 @@ class Settings:
         _names,
         "more names by which this host's callers may ask the HTTP port, as a proxy that keeps Host does; *: any",
     )
-    doors: tuple[str, ...] = _setting(
+    protocols: tuple[str, ...] = _setting(
         ("native", "open_inference"), _names, "protocols that are answered on the gRPC port"
     )
     models_dir: Path = _setting(Path("models"), Path, "folder whose subfolders are the models")
@@ -150,9 +164,11 @@ class Settings:
     stream_idle_s: float = _setting(
         10.0, _number(float, 0.1), "seconds after which a call is ended if its caller sends nothing or reads nothing"
     )
-    lane: bool = _setting(True, _flag, "1: clients on this host send by unix socket and shared memory, which is faster")
+    local_transport: bool = _setting(
+        True, _flag, "1: clients on this host send by unix socket and shared memory, which is faster"
+    )
     one_core: bool = _setting(True, _flag, "1: the gRPC process keeps to one core, which is faster; workers use all")
-    awake_us: int = _setting(
+    busy_poll_us: int = _setting(
         300,
         _number(int, 0, 10000),
         "microseconds that the gRPC process stays awake where waits mostly are shorter: small calls take a quarter "
@@ -199,13 +215,14 @@ class Settings:
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Reads the environment; SettingsError for a value that is not allowed or a variable that does not exist."""
         links = service_links(env)
-        env = {name: value for name, value in env.items() if name not in links}
+        old = {RENAMED[name]: value for name, value in env.items() if name in RENAMED}
+        env = old | {name: value for name, value in env.items() if name not in links and name not in RENAMED}
         known = {PREFIX + item.name.upper(): item for item in fields(cls)}
         for name in env:
             if name.startswith(PREFIX) and not name.startswith(MODEL_PREFIX) and name not in known | _ELSEWHERE:
                 raise SettingsError(f"{name} is no setting of the server; there are {', '.join(sorted(known))}")
         given = {item.name: _checked(name, env[name], item) for name, item in known.items() if name in env}
-        if "modzy" in given.get("doors", ()) and _MODZY_PORT in env:
+        if "modzy" in given.get("protocols", ()) and _MODZY_PORT in env:
             given.setdefault("port", _checked(_MODZY_PORT, env[_MODZY_PORT], known["TMS_PORT"]))
         return cls(**given)
 
@@ -249,7 +266,7 @@ class ModelOptions:
     load_timeout_s: float = _setting(300.0, _seconds(0.001), "longest time of import, __init__ and warm-up")
     queue_size: int = _setting(1024, _number(int, 1), "most items waiting")
     image_mode: str = _setting("rgb", _one_of("rgb", "bgr", "gray", "unchanged"), "what encoded images decode to")
-    devices: tuple[str, ...] = _setting(("auto",), devices.parse, "auto, cpu, or a list such as cuda:0,cuda:1")
+    devices: tuple[str, ...] = _setting(("auto",), parse_devices, "auto, cpu, or a list such as cuda:0,cuda:1")
     mix_shapes: bool = _setting(False, _flag, "1: arrays of different shapes share a batch")
     args: dict[str, Any] = field(
         default_factory=dict,
@@ -285,6 +302,12 @@ def check_option(name: str, value: Any) -> None:
         item.metadata["check"](str(int(value) if isinstance(value, bool) else value))
     except ValueError as error:
         raise ValueError(f"{name} = {value!r} must be {error}") from None
+
+
+def renamed(env: Mapping[str, str] = os.environ) -> list[str]:
+    """What to tell the operator about settings that are given by their old names."""
+    old = sorted(RENAMED.keys() & env.keys())
+    return [f"{name} is called {RENAMED[name]} now; the old name works until the next version" for name in old]
 
 
 def service_links(env: Mapping[str, str] = os.environ) -> list[str]:

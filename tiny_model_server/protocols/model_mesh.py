@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server import __version__, callers, devices, wire
-from tiny_model_server.engine import Call, Engine
+from tiny_model_server import __version__, schemas
+from tiny_model_server.engine import placement
+from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ModelNotFound, ServerError
-from tiny_model_server.repository import ServedModel, State
+from tiny_model_server.server import callers
 from tiny_model_server.settings import ModelOptions, SettingsError
 
 SCHEMA = "model_mesh"
@@ -34,19 +36,19 @@ _NAME_FIELDS = {
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method; SettingsError if the sidecar would not start with these settings."""
     door = _ModelMesh(engine)
-    return {name: getattr(door, name) for name in wire.methods(SCHEMA, SERVICE)}
+    return {name: getattr(door, name) for name in schemas.methods(SCHEMA, SERVICE)}
 
 
 class _ModelMesh:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._methods = wire.methods(SCHEMA, SERVICE)
+        self._methods = schemas.methods(SCHEMA, SERVICE)
         self._turns: dict[str, _Turn] = {}
         self._lock = threading.Lock()
         self._adopted: set[str] = set()
         self._measured: dict[str, int] = {}  # bytes, by path
         self._default = engine.settings.mesh_default_mb * _MIB
-        self._capacity = engine.settings.mesh_capacity_mb * _MIB or devices.memory() * 3 // 4
+        self._capacity = engine.settings.mesh_capacity_mb * _MIB or placement.memory() * 3 // 4
         least = max(2 * self._default, min(512 * _MIB, 10 * self._default))
         if self._capacity < least:
             raise SettingsError(
@@ -136,7 +138,7 @@ class _ModelMesh:
 
     def _loaded(self, request: Any, model: ServedModel) -> Any:
         size = self._measured[request.modelPath] = model.memory or self._default
-        return self._answer("loadModel", sizeInBytes=size, maxConcurrency=model.load_of.places)
+        return self._answer("loadModel", sizeInBytes=size, maxConcurrency=model.metrics.places)
 
     def _find(self, name: str) -> ServedModel | None:
         try:

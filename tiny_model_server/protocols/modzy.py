@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from tiny_model_server import codec, pictures, wire
-from tiny_model_server.codec import Packed
-from tiny_model_server.engine import Call, Engine
+from tiny_model_server import codec, image_files, schemas
+from tiny_model_server.codec import Encoded
+from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import InvalidInput, ModelUnavailable, ServerError, message_of
-from tiny_model_server.repository import ServedModel, State
 
 SCHEMA = "modzy"
 SERVICE = "ModzyModel"
@@ -26,13 +26,13 @@ RESULTS = "results.json"
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
     door = _Modzy(engine)
-    return {name: getattr(door, name) for name in wire.methods(SCHEMA, SERVICE)}
+    return {name: getattr(door, name) for name in schemas.methods(SCHEMA, SERVICE)}
 
 
 class _Modzy:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._methods = wire.methods(SCHEMA, SERVICE)
+        self._methods = schemas.methods(SCHEMA, SERVICE)
 
     def Status(self, request: Any, call: Call) -> Any:
         try:
@@ -123,7 +123,7 @@ def _media_types(model: ServedModel) -> dict[str, str]:
     return {one["name"]: next(iter(one.get("media_types") or []), "") for one in inputs if "name" in one}
 
 
-def _item(index: int, item: Mapping[str, bytes], kinds: Mapping[str, str]) -> Packed:
+def _item(index: int, item: Mapping[str, bytes], kinds: Mapping[str, str]) -> Encoded:
     """The inputs of one item; where the metadata names them, they must be these."""
     wanted = sorted(kinds) or ["at least one"]
     if not item or (kinds and item.keys() != kinds.keys()):
@@ -132,20 +132,20 @@ def _item(index: int, item: Mapping[str, bytes], kinds: Mapping[str, str]) -> Pa
         values = {name: codec.from_bytes(data, kinds.get(name, "")) for name, data in item.items()}
     except InvalidInput as error:
         raise InvalidInput(f"item {index}: {error}") from None
-    return codec.pack(next(iter(values.values())) if len(values) == 1 else values)
+    return codec.encode(next(iter(values.values())) if len(values) == 1 else values)
 
 
-def _output(outcome: Packed | ServerError, model: ServedModel) -> dict[str, Any]:
+def _output(outcome: Encoded | ServerError, model: ServedModel) -> dict[str, Any]:
     if isinstance(outcome, ServerError):
         return {"output": {"error": message_of(outcome).encode()}, "success": False}
-    value, files = codec.unpack(outcome), {}
+    value, files = codec.decode(outcome), {}
     outputs = (model.loaded.metadata.get("outputs") or []) if model.loaded else []
     for one in outputs:
         name = one.get("name", "")
         if str(one.get("media_type", "")).startswith("image/"):
             image = value.get(name) if isinstance(value, dict) else value if len(outputs) == 1 else None
             if isinstance(image, np.ndarray):
-                files[name] = pictures.image_file(image, one["media_type"])
+                files[name] = image_files.image_file(image, one["media_type"])
                 value = {key: rest for key, rest in value.items() if key != name} if isinstance(value, dict) else None
     if value is not None or not files:
         files[RESULTS] = codec.plain_json(value).encode()

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from tiny_model_server import codec, wire
-from tiny_model_server.batcher import Outcome
-from tiny_model_server.codec import Array, EncodedImage, Packed, Placed
-from tiny_model_server.engine import Call, Engine
+from tiny_model_server import codec, schemas
+from tiny_model_server.codec import Array, Encoded, EncodedImage, Placed
+from tiny_model_server.engine.batcher import Outcome
+from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.repository import ServedModel
 from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError, from_status
-from tiny_model_server.repository import ServedModel
-from tiny_model_server.shm import Place, SharedBuffers
+from tiny_model_server.shared_memory import Place, SharedBuffers
 
 SCHEMA = "server"
 SERVICE = "server.Server"
@@ -22,25 +22,25 @@ SERVICE = "server.Server"
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
     door = _Native(engine)
-    return {name: getattr(door, name) for name in wire.methods(SCHEMA, SERVICE)}
+    return {name: getattr(door, name) for name in schemas.methods(SCHEMA, SERVICE)}
 
 
 class _Native:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._response = wire.message(SCHEMA, "server.Response")
-        self._image_response = wire.message(SCHEMA, "server.ImageResponse")
-        self._info = wire.message(SCHEMA, "server.ModelInfo")
-        self._states = wire.message(SCHEMA, "server.ModelStates")
+        self._response = schemas.message(SCHEMA, "server.Response")
+        self._image_response = schemas.message(SCHEMA, "server.ImageResponse")
+        self._info = schemas.message(SCHEMA, "server.ModelInfo")
+        self._states = schemas.message(SCHEMA, "server.ModelStates")
 
     def RunText(self, request: Any, call: Call) -> Any:
-        return self._run(request, codec.pack(request.text), call)
+        return self._run(request, codec.encode(request.text), call)
 
     def RunImage(self, request: Any, call: Call) -> Any:
         return self._run(request, _image(request.image, call), call)
 
     def RunBatchText(self, request: Any, call: Call) -> Any:
-        return self._run_batch(request, [codec.pack(text) for text in request.texts], call)
+        return self._run_batch(request, [codec.encode(text) for text in request.texts], call)
 
     def RunBatchImage(self, request: Any, call: Call) -> Any:
         return self._run_batch(
@@ -53,10 +53,10 @@ class _Native:
             request.model, image, args, call, then=lambda packed: self._image_answer(packed, request.model, call)
         )
 
-    def _image_answer(self, packed: Packed, model: str, call: Call) -> Any:
+    def _image_answer(self, packed: Encoded, model: str, call: Call) -> Any:
         if packed.shared and len(packed.arrays) > 1:  # those beside the image become JSON
-            packed = Packed(packed.text, packed.shared[0].response_arrays(packed.shared[1]))
-        value = codec.unpack(packed)
+            packed = Encoded(packed.text, packed.shared[0].response_arrays(packed.shared[1]))
+        value = codec.decode(packed)
         image, rest = value, None
         if isinstance(value, dict) and isinstance(value.get("image"), (np.ndarray, Placed)):
             image = value["image"]
@@ -74,8 +74,8 @@ class _Native:
         for name, field in fields.items():
             setattr(answer.image, name, field)
         if _goes_to_the_end(image, call):
-            return wire.Tailed(answer, b"", codec.raw(image))
-        _send([([answer.image], packed if len(packed.arrays) == 1 else Packed("", [image]))], call)
+            return schemas.Tailed(answer, b"", codec.raw(image))
+        _send([([answer.image], packed if len(packed.arrays) == 1 else Encoded("", [image]))], call)
         return answer
 
     def Run(self, request: Any, call: Call) -> Any:
@@ -135,24 +135,24 @@ class _Native:
         self._engine.request_stop()
         return self._json({"stopping": True})
 
-    def _run(self, request: Any, data: Packed, call: Call) -> Any:
+    def _run(self, request: Any, data: Encoded, call: Call) -> Any:
         args, plain = codec.parse_args(request.args), not getattr(request, "accept_arrays", True)
         return self._engine.run(
             request.model, data, args, call, plain=plain, then=lambda packed: self._answer(packed, call)
         )
 
-    def _answer(self, packed: Packed, call: Call) -> Any:
+    def _answer(self, packed: Encoded, call: Call) -> Any:
         answer = self._response()
         parts, _ = filled = _fill(answer, "data", packed)
         if not parts or not _goes_to_the_end(packed.arrays[-1], call):
             _send([filled], call)
             return answer
-        _send([(parts[:-1], Packed("", packed.arrays[:-1]))], call)
+        _send([(parts[:-1], Encoded("", packed.arrays[:-1]))], call)
         owner = parts[-1].SerializeToString()
         del answer.arrays[-1]
-        return wire.Tailed(answer, owner, codec.raw(packed.arrays[-1]))
+        return schemas.Tailed(answer, owner, codec.raw(packed.arrays[-1]))
 
-    def _run_batch(self, request: Any, data: list[Packed], call: Call) -> Any:
+    def _run_batch(self, request: Any, data: list[Encoded], call: Call) -> Any:
         args, plain = codec.parse_args(request.args), not request.accept_arrays
         outcomes = self._engine.run_batch(request.model, data, args, call, plain=plain)
         if not plain:
@@ -179,19 +179,19 @@ class _Native:
         return self._response(data=json.dumps(value))
 
 
-def _image(image: Any, call: Call) -> Packed:
+def _image(image: Any, call: Call) -> Encoded:
     shape = () if image.encoded else codec.image_shape(image.height, image.width, image.channels)
     if call.tail is None and image.HasField("place"):
         if image.encoded:
-            return codec.pack(EncodedImage(_read(image.place, call)))
+            return codec.encode(EncodedImage(_read(image.place, call)))
         return _placed(codec.ARRAY, [(image.dtype or "uint8", shape, image.place)], call)
     data = image.data if call.tail is None else call.tail
     if image.encoded:
-        return codec.pack(EncodedImage(data))
-    return Packed(codec.ARRAY, [codec.array_from(image.dtype or "uint8", shape, data)])
+        return codec.encode(EncodedImage(data))
+    return Encoded(codec.ARRAY, [codec.array_from(image.dtype or "uint8", shape, data)])
 
 
-def _value(value: Any, call: Call) -> Packed:
+def _value(value: Any, call: Call) -> Encoded:
     if value.arrays and call.tail is None and all(one.HasField("place") for one in value.arrays):
         packed = _placed(value.json, [(one.dtype, one.shape, one.place) for one in value.arrays], call)
     else:
@@ -199,12 +199,12 @@ def _value(value: Any, call: Call) -> Packed:
         if call.tail is not None:
             found[-1] = call.tail
         named = zip(value.arrays, found, strict=True)
-        packed = Packed(value.json, [codec.array_from(one.dtype, one.shape, data) for one, data in named])
+        packed = Encoded(value.json, [codec.array_from(one.dtype, one.shape, data) for one, data in named])
     codec.check(packed.text, packed.arrays)  # malformed JSON and references to no array are refused before they queue
     return packed
 
 
-def _placed(text: str, described: Sequence[tuple[str, Sequence[int], Any]], call: Call) -> Packed:
+def _placed(text: str, described: Sequence[tuple[str, Sequence[int], Any]], call: Call) -> Encoded:
     """A packed value whose arrays, each (dtype, shape, place), stay in the memory that the caller shares."""
     buffers = _buffers(call)
     arrays: list[Placed] = []
@@ -213,7 +213,7 @@ def _placed(text: str, described: Sequence[tuple[str, Sequence[int], Any]], call
         _check(place, call)
         arrays.append(codec.placed(dtype, shape, place.length))
         places.append((place.offset, codec.dtype_name(arrays[-1].dtype), arrays[-1].shape))
-    return Packed(text, arrays, (buffers, places))
+    return Encoded(text, arrays, (buffers, places))
 
 
 def _read(place: Any, call: Call) -> bytes:
@@ -239,7 +239,7 @@ def _check(place: Any, call: Call) -> None:
         raise Overloaded(f"{call.placed} bytes of arrays, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
 
 
-def _named(convert: Callable[[Any, Call], Packed], index: int, message: Any, call: Call) -> Packed:
+def _named(convert: Callable[[Any, Call], Encoded], index: int, message: Any, call: Call) -> Encoded:
     try:
         return convert(message, call)
     except InvalidInput as error:
@@ -247,17 +247,17 @@ def _named(convert: Callable[[Any, Call], Packed], index: int, message: Any, cal
 
 
 def _goes_to_the_end(array: Array, call: Call) -> bool:
-    return not call.lane and array.nbytes > wire.LARGE
+    return not call.lane and array.nbytes > schemas.LARGE
 
 
-def _fill(message: Any, text_field: str, packed: Packed) -> tuple[list[Any], Packed]:
+def _fill(message: Any, text_field: str, packed: Encoded) -> tuple[list[Any], Encoded]:
     """Puts a packed value into the message but for the bytes of its arrays, which ``_send`` wants."""
     setattr(message, text_field, packed.text)
     arrays = packed.arrays
     return [message.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape) for array in arrays], packed
 
 
-def _send(filled: Sequence[tuple[list[Any], Packed]], call: Call) -> None:
+def _send(filled: Sequence[tuple[list[Any], Encoded]], call: Call) -> None:
     """Puts the bytes of arrays into their messages; or where the caller looks for them, and tells where that is."""
     rest: list[tuple[Any, Array]] = []
     for parts, packed in filled:

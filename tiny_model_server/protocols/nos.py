@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from tiny_model_server import codec, wire
+from tiny_model_server import codec, schemas
 from tiny_model_server.codec import Array
-from tiny_model_server.engine import Call, Engine
+from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.repository import State
 from tiny_model_server.errors import InvalidInput, ServerError
-from tiny_model_server.repository import State
 
 SCHEMA = "nos"
 SERVICE = "nos.inference.InferenceService"
@@ -31,13 +31,13 @@ _LONGEST = 8  # a tuple in a pickle of an array or an image has five elements at
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
     door = _Nos(engine)
-    return {name: getattr(door, name) for name in wire.methods(SCHEMA, SERVICE)}
+    return {name: getattr(door, name) for name in schemas.methods(SCHEMA, SERVICE)}
 
 
 class _Nos:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._methods = wire.methods(SCHEMA, SERVICE)
+        self._methods = schemas.methods(SCHEMA, SERVICE)
 
     def ListModels(self, request: Any, call: Call) -> Any:
         return self._methods["ListModels"].response(models=[model.name for model in self._engine.models()])
@@ -73,16 +73,16 @@ class _Nos:
         return self._methods["Predict"].response(result=pickle.dumps(answer, protocol=4))
 
     def _one(self, request: Any, value: Any, call: Call) -> dict[str, Any]:
-        packed = self._engine.run(request.model_name, codec.pack(value), {}, call)
-        return _named(request.method, codec.unpack(packed))
+        packed = self._engine.run(request.model_name, codec.encode(value), {}, call)
+        return _named(request.method, codec.decode(packed))
 
     def _all(self, request: Any, images: Sequence[Array], call: Call) -> dict[str, Any]:
         """The answers to several images: lists by name, embeddings of one shape as one array."""
-        outcomes = self._engine.run_batch(request.model_name, [codec.pack(image) for image in images], {}, call)
+        outcomes = self._engine.run_batch(request.model_name, [codec.encode(image) for image in images], {}, call)
         for index, outcome in enumerate(outcomes):
             if isinstance(outcome, ServerError):
                 raise type(outcome)(f"image {index}: {outcome}")
-        answers = [_named(request.method, codec.unpack(outcome)) for outcome in outcomes]  # type: ignore[arg-type]
+        answers = [_named(request.method, codec.decode(outcome)) for outcome in outcomes]  # type: ignore[arg-type]
         names = answers[0].keys()
         if any(answer.keys() != names for answer in answers):
             raise InvalidInput("the model's answers to these images have different fields; send them one by one")
@@ -224,7 +224,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose instructions ca
         raise _refusal(f"{module}.{name}"[:80])
 
 
-def _images(data: bytes, most: int = wire.MOST_ITEMS) -> Array | list[Array]:
+def _images(data: bytes, most: int = schemas.MOST_ITEMS) -> Array | list[Array]:
     """The array, or list of at most so many of them, in a pickle."""
     try:
         found = _Unpickler(data).load()

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tiny_model_server import __version__, codec, tensors, wire
-from tiny_model_server.codec import Array, Packed
-from tiny_model_server.engine import Call, Engine
+from tiny_model_server import __version__, codec, schemas
+from tiny_model_server.codec import Array, Encoded
+from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
-from tiny_model_server.repository import ServedModel, State
+from tiny_model_server.protocols import tensors
 
 SCHEMA = "open_inference"
 SERVICE = "inference.GRPCInferenceService"
@@ -26,14 +27,14 @@ _LARGEST_ENTRIES = 64 << 20  # bytes of all rows' dictionaries
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
     door = _OpenInference(engine)
-    return {name: getattr(door, name) for name in wire.methods(SCHEMA, SERVICE)}
+    return {name: getattr(door, name) for name in schemas.methods(SCHEMA, SERVICE)}
 
 
 class _OpenInference:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._methods = wire.methods(SCHEMA, SERVICE)
-        self._tensor = wire.message(SCHEMA, "inference.InferTensor")
+        self._methods = schemas.methods(SCHEMA, SERVICE)
+        self._tensor = schemas.message(SCHEMA, "inference.InferTensor")
 
     def _answer(self, method: str, **fields: Any) -> Any:
         return self._methods[method].response(**fields)
@@ -138,12 +139,12 @@ class _OpenInference:
         return answer
 
 
-def _packed(values: Mapping[str, Any]) -> Packed:
+def _packed(values: Mapping[str, Any]) -> Encoded:
     """One input as it is, several as a dictionary by name."""
-    return codec.pack(next(iter(values.values())) if len(values) == 1 else values)
+    return codec.encode(next(iter(values.values())) if len(values) == 1 else values)
 
 
-def _rows(values: Mapping[str, Array | tensors.Texts], most: int) -> list[Packed]:
+def _rows(values: Mapping[str, Array | tensors.Texts], most: int) -> list[Encoded]:
     counts = {name: value.shape[0] if len(value.shape) else 0 for name, value in values.items()}
     if len(set(counts.values())) != 1 or 0 in counts.values():
         raise InvalidInput(f"the first dimension counts the rows; it must be the same in every input, not {counts}")
@@ -166,7 +167,7 @@ def _of(value: Array | tensors.Texts, row: int | None = None) -> Any:
 def _value(outcome: Any, where: str = "") -> Any:
     if isinstance(outcome, ServerError):
         raise type(outcome)(f"{where}{outcome}")
-    return codec.unpack(outcome)
+    return codec.decode(outcome)
 
 
 def _stacked(answers: Sequence[Any]) -> Any:

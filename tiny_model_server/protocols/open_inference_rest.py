@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tiny_model_server import codec, wire
+from tiny_model_server import codec, schemas
 from tiny_model_server.codec import Buffer
-from tiny_model_server.engine import Call
+from tiny_model_server.engine.engine import Call
 from tiny_model_server.errors import InvalidInput
 
-METHODS = wire.methods("open_inference", "inference.GRPCInferenceService")
+METHODS = schemas.methods("open_inference", "inference.GRPCInferenceService")
 LENGTH = "Inference-Header-Content-Length"
 """The header that says how many bytes of a body are JSON; the tensors follow."""
 

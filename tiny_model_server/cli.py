@@ -1,0 +1,224 @@
+"""The life of a server process: settings, load, serve, drain, stop; and the commands ``check`` and ``list``."""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import replace
+
+import grpc
+
+from tiny_model_server import __version__, codec, ending, local_transport, logs, schemas
+from tiny_model_server.engine import busy_polling, children
+from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.placement import cpus, keep_memory, keep_to_one_core
+from tiny_model_server.engine.repository import State, discover
+from tiny_model_server.errors import ServerError
+from tiny_model_server.protocols import native
+from tiny_model_server.server import tls
+from tiny_model_server.server.grpc_server import GrpcServer
+from tiny_model_server.server.health import SERVICE as HEALTH_SERVICE
+from tiny_model_server.server.http_app import Web
+from tiny_model_server.server.http_server import HttpServer
+from tiny_model_server.server.local_server import LocalServer
+from tiny_model_server.server.reload import watch
+from tiny_model_server.settings import Settings, SettingsError, renamed
+
+log = logging.getLogger("tiny_model_server")
+
+_STOP_WORKERS_S = 5.0
+_STOP_REST_S = 5.0
+_HEALTH_S = 2.0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0 good, 1 a model failed, 2 a wrong setting or argument."""
+    parser = argparse.ArgumentParser(prog="server.py", description="Serves every model folder over gRPC.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("serve", help="load every model and serve (what happens without a command)")
+    check = commands.add_parser("check", help="load, warm up and run one model, without serving")
+    check.add_argument("name")
+    commands.add_parser("list", help="tell which models are found")
+    commands.add_parser("health", help="exit with 0 if the server on this host has all its models ready")
+    parser.add_argument("--version", action="version", version=__version__)
+    options = parser.parse_args(arguments)
+    try:
+        settings = Settings.from_env()
+        logs.configure(settings.log_level, settings.log_format)
+        for warning in renamed():
+            log.warning(warning)
+        if options.command == "check":
+            return check_model(settings, options.name)
+        return {"list": list_models, "health": health}.get(options.command, serve)(settings)
+    except SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def serve(settings: Settings) -> int:
+    """Serves until SIGTERM, SIGINT or StopServer; a second signal hurries the stop."""
+    log.info("settings: %s", settings.describe())
+    keep_memory()
+    children.adopt_orphans()
+    busy_polling.seconds = settings.busy_poll_us / 1e6 if cpus() >= 2 else 0
+    if settings.one_core:
+        keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
+    engine = Engine(settings)
+    busy_polling.calls, busy_polling.few = (
+        lambda: engine.calls,
+        max(2, int(cpus()) // 2),
+    )  # to each belong a caller and a worker
+    grpc_server = GrpcServer(engine, settings)
+    web = None
+    if settings.http_port is not None:
+        web = HttpServer(Web(engine, settings), settings, engine.inflight.limit // 2)
+    engine.ports = frozenset([grpc_server.port, *([web.port] if web else [])])
+    lanes = open_lanes(engine, settings, grpc_server)
+    hurry = threading.Event()
+
+    # Python's handlers run in the main thread, which a signal that the kernel gives to another thread does not wake;
+    # the descriptor is written to at once, and its reader may take locks.
+    heard, wakeup = socket.socketpair()
+    wakeup.setblocking(False)
+    signal.set_wakeup_fd(wakeup.fileno())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: None)
+
+    def obey() -> None:
+        while heard.recv(1):
+            if engine.stop_requested.is_set():
+                hurry.set()
+                ending.within(_STOP_WORKERS_S + _STOP_REST_S)
+                grpc_server.stop(0)
+                if web:
+                    web.stop(0)
+            engine.request_stop()
+
+    threading.Thread(target=obey, name="signals", daemon=True).start()
+    grpc_server.start()
+    if lanes:
+        lanes.start()
+    if web:
+        web.start()
+    host = settings.host.strip("[]")
+    host = f"[{host}]" if ":" in host else host
+    http = f", HTTP on {host}:{web.port}" if web else ""
+    log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port, http, os.getpid())
+    log.info("protocols: %s", ", ".join(settings.protocols))
+    log.info("who may stop the server and change its models: %s", engine.who_may())
+    failed = threading.Event()
+    threading.Thread(target=_load, args=(engine, settings, failed), name="start").start()
+    engine.stop_requested.wait()
+    log.info("stopping")
+    ending.within(settings.drain_delay_s + settings.grace_s + _STOP_WORKERS_S + _STOP_REST_S)
+    grpc_server.refuse_health()
+    hurry.wait(settings.drain_delay_s)
+    grace_s = 0 if hurry.is_set() else settings.grace_s
+    ended = grpc_server.stop(grace_s)
+    if web:
+        web.stop(grace_s)
+    if lanes:
+        lanes.stop(grace_s)
+    ended.wait()
+    if web:
+        web.join(grace_s + _STOP_WORKERS_S)
+    engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
+    log.info("stopped")
+    return ending.leave(1 if failed.is_set() else 0)
+
+
+def open_lanes(engine: Engine, settings: Settings, grpc_server: GrpcServer) -> LocalServer | None:
+    """The short cut for clients on this host, where it may be: for loopback callers of a server without TLS."""
+    local = settings.host in ("0.0.0.0", "::", "[::]", *local_transport.LOOPBACK)
+    if not (
+        settings.local_transport
+        and local_transport.available()
+        and local
+        and not settings.tls_cert
+        and "native" in settings.protocols
+    ):
+        return None
+    try:
+        return LocalServer(engine, native.handlers(engine), grpc_server.port, grpc_server.replica)
+    except OSError as error:
+        log.warning("no short cut for clients on this host: %s", error)
+        return None
+
+
+def _load(engine: Engine, settings: Settings, failed: threading.Event) -> None:
+    engine.start()
+    if engine.stop_requested.is_set():
+        return
+    bad = [model.name for model in engine.models() if model.state is State.FAILED]
+    good = len(engine.models()) - len(bad)
+    log.info("serving %d models%s", good, f"; FAILED: {', '.join(bad)}" if bad else "")
+    if settings.reload:
+        watcher = threading.Thread(
+            target=watch, args=(engine, settings.models_dir, engine.stop_requested), name="reload"
+        )
+        watcher.start()
+    if not engine.models():
+        log.warning("there is no model folder in %s", settings.models_dir.resolve())
+    if bad and settings.strict:
+        log.error("TMS_STRICT=1: stopping, because not every model could be loaded")
+        failed.set()
+        engine.request_stop()
+
+
+def check_model(settings: Settings, name: str) -> int:
+    """Loads and warms up one model and, if it has an ``example``, sends that through a worker and prints the answer."""
+    engine = Engine(replace(settings, strict=True))
+    try:
+        model = engine.model(name)
+        model.load()
+        assert model.loaded
+        print(f"{name}: loaded and warmed up; input shape {model.loaded.input_shape}, {model.loaded.options}")
+        if model.loaded.example is None:
+            print(f"{name}: has no example, so nothing was run; give the class one to have it checked")
+        else:
+            answer = codec.decode(engine.run(name, model.loaded.example, {}, Call()))
+            print(f"{name}: answers its example with {answer!r}")
+        return 0
+    except ServerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        engine.stop(_STOP_WORKERS_S)
+
+
+def list_models(settings: Settings) -> int:
+    """Prints the model folders, and what is wrong with those that cannot be loaded."""
+    for name, path, reason in discover(settings.models_dir):
+        print(f"{name}\t{path}{f'  (cannot be loaded: {reason})' if reason else ''}")
+    return 0
+
+
+def health(settings: Settings) -> int:
+    """Asks the server of these settings whether it is ready: 0 if it is, 1 if not. For containers' health checks."""
+    address = f"unix:{settings.socket}" if settings.socket else _grpc_address(settings)
+    check = schemas.methods("health", HEALTH_SERVICE)["Check"]
+    try:
+        with tls.own_channel(settings, address, _HEALTH_S) as channel:
+            ask = channel.unary_unary(check.path, check.request.SerializeToString, check.response.FromString)
+            ready = ask(check.request(), timeout=_HEALTH_S).status == check.response.SERVING
+    except (OSError, grpc.RpcError) as error:
+        why = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else error
+        print(f"not ready by gRPC at {address}: {why}", file=sys.stderr)
+        return 1
+    print(json.dumps({"ready": ready}))
+    return 0 if ready else 1
+
+
+def _grpc_address(settings: Settings) -> str:
+    """Where a process on this host finds the server; SettingsError if the settings do not say."""
+    if not settings.port:
+        raise SettingsError("TMS_PORT=0 takes a free port; for the health command, name one, or set TMS_SOCKET")
+    host = settings.host.strip("[]")
+    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1" if socket.has_dualstack_ipv6() else "127.0.0.1"}.get(
+        host, host
+    )
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"

@@ -1,0 +1,1 @@
+"""The inside of ``model_client``: channels, credentials, the local transport."""

@@ -1,0 +1,1 @@
+"""The heart: models, queues, batches and worker processes."""

@@ -1,0 +1,236 @@
+"""How busy the models are: metrics in one registry, and the load reports by which clients weigh the replicas."""
+
+import logging
+import threading
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
+
+from tiny_model_server import schemas
+from tiny_model_server.custom_metrics import CustomMetrics
+
+log = logging.getLogger("tiny_model_server.load")
+
+_WINDOW_S = 3
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_NOT_THE_SERVERS_FAULT = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "PERMISSION_DENIED"}  # of gRPC's names
+_REPORT_AGE_S = 0.1
+_UNKNOWN_UTILIZATION = 0.001  # where nothing but errors was answered: their share is what weighs then
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_FAMILIES: dict[str, tuple[Any, str]] = {  # each is a number, a function or a histogram of ModelMetrics
+    "dropped": (CounterMetricFamily, "Inputs that nobody waited for any more, not run"),
+    "worker_restarts": (CounterMetricFamily, "Workers that died and were replaced"),
+    "request_seconds": (HistogramMetricFamily, "From arrival to answer"),
+    "queue_seconds": (HistogramMetricFamily, "From arrival to the start of the batch"),
+    "compute_seconds": (HistogramMetricFamily, "One batch in the worker"),
+    "batch_size": (HistogramMetricFamily, "Inputs in one batch"),
+    "queue_depth": (GaugeMetricFamily, "Inputs waiting"),
+    "in_flight": (GaugeMetricFamily, "Inputs queued or at work"),
+    "busy_fraction": (GaugeMetricFamily, "Part of the last seconds that the workers worked"),
+    "workers": (GaugeMetricFamily, "Worker processes that serve"),
+    "wanted": (GaugeMetricFamily, "1 if the model is meant to have workers"),
+}
+
+
+class Metrics:
+    """The replica's registry: what every ``ModelMetrics`` has counted, and what models count themselves."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.registry.register(self)
+        self.loads: dict[str, ModelMetrics] = {}
+        self._own: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def collect(self) -> Iterator[Metric]:
+        """Every metric with the numbers of all models; for the registry."""
+        loads = list(self.loads.items())
+        requests = CounterMetricFamily("tms_requests", "Inputs answered, by gRPC status", labels=["model", "status"])
+        for name, load in loads:
+            for status, count in list(load.requests.items()):
+                requests.add_metric([name, status], count)
+        yield requests
+        for metric, (kind, what) in _FAMILIES.items():
+            family = kind(f"tms_{metric}", what, labels=["model"])
+            for name, load in loads:
+                value = getattr(load, metric)
+                if isinstance(value, _Histogram):
+                    family.add_metric([name], *value.read())
+                else:
+                    family.add_metric([name], value() if callable(value) else value)
+            yield family
+
+    def own(self, name: str, kind: type[Counter] | type[Histogram]) -> Any:
+        """The metric that models count themselves under this name, None if the name is taken by another."""
+        with self._lock:
+            if name not in self._own:
+                try:
+                    made = kind(f"tms_model_{name}", "Counted by the model", ["model"], registry=self.registry)
+                except ValueError as error:  # the name of another metric's series
+                    log.warning("a model's metric is left out: %s", error)
+                    made = None
+                self._own[name] = made
+            found = self._own[name]
+        return found if isinstance(found, kind) else None
+
+    def forget(self, model: str) -> None:
+        """Drops what was counted of a model that is no more."""
+        self.loads.pop(model, None)
+        for metric in filter(None, self._own.values()):
+            metric.remove_by_labels({"model": model})
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _Histogram:
+    """How often values fell between bounds; prometheus_client's would take a tenth of a small call."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Counts a value; one thread at a time."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def read(self) -> tuple[list[tuple[str, float]], float]:
+        """(bound, values up to it) for each bound, and the sum of all values."""
+        names = [*map(floatToGoString, self._bounds), "+Inf"]
+        return list(zip(names, accumulate(self._counts), strict=True)), self._sum
+
+
+class ModelMetrics:
+    """What one model is doing, told by its queue, its workers and the engine; its public numbers are the metrics."""
+
+    def __init__(self, metrics: Metrics, name: str) -> None:
+        """Shows the model at zero from now on."""
+        self._metrics = metrics
+        self._name = name
+        self.requests = {"OK": 0}
+        self.request_seconds, self.queue_seconds, self.compute_seconds = (_Histogram(_SECONDS) for _ in range(3))
+        self.batch_size = _Histogram(_SIZES)
+        self.dropped = self.worker_restarts = self.in_flight = 0
+        self.queue_depth: Callable[[], int] = lambda: 0
+        self.workers: Callable[[], int] = lambda: 0
+        self.wanted: Callable[[], bool] = lambda: False
+        self._busy, self._answers, self._errors = _Window(), _Window(), _Window()
+        self._report = (0.0, b"")
+        self._lock = threading.Lock()
+        self._slots = 1
+        self.places = 1
+        """Items that are at work at once when every slot has a full batch."""
+        self.batch_s = 0.0
+        """A moving mean of how long one batch takes, in seconds; 0 until one was run."""
+        metrics.loads[name] = self
+
+    def serves(self, most: int, slots: int) -> None:
+        """Tells how many items a batch may have, and how many batches run at once."""
+        self._slots, self.places = slots, most * slots
+
+    def arrived(self, count: int) -> float:
+        """Notes that inputs came in; returns the time, for ``answered``."""
+        with self._lock:
+            self.in_flight += count
+        return time.monotonic()
+
+    def drop(self) -> None:
+        """Notes an input that was not run because nobody waits for it."""
+        with self._lock:
+            self.dropped += 1
+
+    def restarted(self) -> None:
+        """Notes a worker that died."""
+        with self._lock:
+            self.worker_restarts += 1
+
+    def answered(self, since: float, statuses: Sequence[str]) -> None:
+        """Notes the statuses of inputs that came at ``since``."""
+        now, errors = time.monotonic(), 0
+        with self._lock:
+            for status in statuses:
+                errors += status not in _NOT_THE_SERVERS_FAULT
+                self.requests[status] = self.requests.get(status, 0) + 1
+                self.request_seconds.observe(now - since)
+            self.in_flight -= len(statuses)
+            self._answers.add(int(now), len(statuses))
+            if errors:
+                self._errors.add(int(now), errors)
+
+    def started(self, queued_s: Sequence[float]) -> None:
+        """Notes the start of a batch whose items waited this long."""
+        with self._lock:
+            for seconds in queued_s:
+                self.queue_seconds.observe(seconds)
+            self.batch_size.observe(len(queued_s))
+
+    def finished(self, since: float, compute_s: float, tally: CustomMetrics) -> None:
+        """Notes the end of a batch that began at ``since`` and took the worker ``compute_s``."""
+        now = time.monotonic()
+        took = now - since
+        with self._lock:
+            self.compute_seconds.observe(compute_s)
+            self.batch_s = took if not self.batch_s else 0.9 * self.batch_s + 0.1 * took
+            for second in range(max(int(since), int(now) - _WINDOW_S), int(now) + 1):
+                self._busy.add(second, min(now, second + 1) - max(since, second))
+        for name, amount in tally[0].items():
+            if metric := self._metrics.own(name, Counter):
+                metric.labels(self._name).inc(amount)
+        for name, values in tally[1].items():
+            if metric := self._metrics.own(name, Histogram):
+                for value in values:
+                    metric.labels(self._name).observe(value)
+
+    def busy_fraction(self) -> float:
+        """The part of the last whole seconds that the workers were busy with batches that have ended."""
+        now = int(time.monotonic())
+        with self._lock:
+            return min(1.0, self._busy.total(now - _WINDOW_S, now) / (_WINDOW_S * self._slots))
+
+    @property
+    def capacity(self) -> float:
+        """Items a second that the workers could answer in full batches of the duration seen now; 0 if not known."""
+        return self.places / self.batch_s if self.batch_s else 0.0
+
+    def report(self, capacity: float) -> bytes:
+        """The OrcaLoadReport by which clients weigh this replica, given what it could answer in items a second.
+
+        A client weighs by rps / (utilisation + eps / rps), so by ``capacity`` as long as nothing fails. The busy
+        fraction would not do as utilisation: a model that batches is busy all the time from a small load on.
+        """
+        now = time.monotonic()
+        made, report = self._report
+        if now - made > _REPORT_AGE_S:
+            first, elapsed = int(now) - _WINDOW_S, now % 1 + _WINDOW_S
+            with self._lock:
+                rps = self._answers.total(first, int(now) + 1) / elapsed
+                eps = self._errors.total(first, int(now) + 1) / elapsed
+            orca = schemas.message("orca", "xds.data.orca.v3.OrcaLoadReport")
+            utilization = rps / capacity if capacity else _UNKNOWN_UTILIZATION
+            report = orca(rps_fractional=rps, eps=eps, application_utilization=utilization).SerializeToString()
+            self._report = (now, report)
+        return report
+
+
+class _Window:
+    """Sums of the last seconds."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, float] = {}
+
+    def add(self, second: int, amount: float) -> None:
+        if second not in self._sums:
+            self._sums = {old: total for old, total in self._sums.items() if old >= second - _WINDOW_S} | {second: 0.0}
+        self._sums[second] += amount
+
+    def total(self, first: int, end: int) -> float:
+        return sum(self._sums.get(second, 0.0) for second in range(first, end))

@@ -1,0 +1,165 @@
+"""Which GPU, cores, threads and memory a process gets: set before any framework is imported."""
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_THREAD_VARIABLES = """OMP_NUM_THREADS OPENBLAS_NUM_THREADS MKL_NUM_THREADS NUMEXPR_NUM_THREADS
+VECLIB_MAXIMUM_THREADS OPENCV_FOR_THREADS_NUM""".split()
+# glibc gives buffers of 128 KiB and more back to the system at once, and page-faults them anew for each image.
+# One arena, so that what one thread has freed serves the next one.
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": (-3, 1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": (-1, (1 << 31) - 1),
+    "MALLOC_TOP_PAD_": (-2, 64 << 20),
+    "MALLOC_ARENA_MAX": (-8, 1),
+}
+
+_ENOUGH_DESCRIPTORS = 1 << 16
+
+CORES: frozenset[int] = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+"""The cores that the server was started with; empty where the system does not tell."""
+
+
+def cpus(root: Path = Path("/")) -> float:
+    """How many cores the server may use at once: those it has, or as many as its container is limited to.
+
+    ``root`` is where the system's ``proc`` and ``sys`` lie.
+    """
+    limits = [float(len(CORES) or os.cpu_count() or 1)]
+    for text in _limits(root, "cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
+        quota, _, period = text.partition(" ")
+        with suppress(ValueError, ZeroDivisionError):  # "max": no limit
+            limits.append(int(quota) / int(period))
+    return min(limit for limit in limits if limit > 0)  # cgroup v1 says -1 for no limit
+
+
+def memory(root: Path = Path("/")) -> int:
+    """How many bytes of memory the server may use: the machine's, or its container's limit; ``root`` as for cpus."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for text in _limits(root, "memory.max", "memory", "memory.limit_in_bytes"):
+        with suppress(ValueError):
+            limits.append(int(text))
+    return min(limit for limit in limits if limit > 0)
+
+
+def _limits(root: Path, unified: str, controller: str, *legacy: str) -> Iterator[str]:
+    """What this process' control groups say in these files, from its own group up: those of v2, then those of v1.
+
+    A container often sees its own group as the root, whatever ``/proc/self/cgroup`` names; so groups that are not there
+    are passed over, and the root is always looked at.
+    """
+    groups = {"": "/", controller: "/"}
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, names, path = [*line.split(":", 2), "", ""][:3]
+        groups.update(dict.fromkeys(names.split(","), path))
+    mounts = root / "sys/fs/cgroup"
+    for mount in (mounts, mounts / "unified"):
+        for folder in _upwards(mount, groups[""]):
+            yield _text(folder / unified)
+    for mount in {mounts / name for name in [controller, *_names(mounts)] if controller in name.split(",")}:
+        for folder in _upwards(mount, groups[controller]):
+            yield " ".join(_text(folder / name) for name in legacy)
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _upwards(mount: Path, group: str) -> Iterator[Path]:
+    parts = [part for part in group.split("/") if part not in ("", ".", "..")]
+    for depth in range(len(parts), -1, -1):
+        yield mount.joinpath(*parts[:depth])
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
+def descriptors() -> int:
+    """Raises this process's limit of open descriptors as far as it may, and returns it."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return _ENOUGH_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_DESCRIPTORS)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return _ENOUGH_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return wanted
+
+
+def keep_to_one_core(seed: int) -> None:
+    """Keeps this process to one of its cores, chosen by ``seed``, for threads that are started from now on.
+
+    The gRPC process is bound by its interpreter lock, so a second core gives it nothing but hand-overs between cores:
+    1.6x the rate at 64 small calls in flight, 2x at 8 images of 640x480 (BENCHMARKS.md).
+    """
+    if CORES:
+        os.sched_setaffinity(0, {sorted(CORES)[seed % len(CORES)]})
+
+
+def keep_memory() -> None:
+    """Lets this process keep large buffers for the next image; memory then stays with it."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)  # musl has none
+        for option, value in _MALLOC.values():
+            mallopt(option, value)
+
+
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """Gives this thread all of the server's cores for a while, so that a process started meanwhile has them from birth.
+
+    A worker that starts on the front's one core and moves away later was seen to starve there for half a minute.
+    """
+    if not CORES:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def gpus(env: Mapping[str, str] = os.environ, proc: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if "CUDA_VISIBLE_DEVICES" in env:
+        return [name for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
+    try:
+        return [str(index) for index in range(len(list(proc.iterdir())))]
+    except OSError:
+        return []
+
+
+def environment(
+    index: int, workers: int, devices: Sequence[str], env: Mapping[str, str], found: Sequence[str]
+) -> dict[str, str]:
+    """What to set for worker ``index`` of ``workers``, on a machine with the GPUs ``found``.
+
+    Threads are the usable cores divided by the workers, at least one; a variable that the operator set stays.
+    """
+    chosen = found if tuple(devices) == ("auto",) else devices
+    threads = str(threads_for(workers))
+    changes = {name: threads for name in _THREAD_VARIABLES if name not in env}
+    changes |= {name: str(value) for name, (_, value) in _MALLOC.items() if name not in env}
+    if chosen:
+        changes["CUDA_VISIBLE_DEVICES"] = chosen[index % len(chosen)]
+    return changes
+
+
+def threads_for(workers: int) -> int:
+    """The usable cores divided by the workers, at least one."""
+    return max(1, int(cpus()) // workers)

@@ -1,0 +1,1 @@
+"""The faces: gRPC, HTTP and the local transport."""

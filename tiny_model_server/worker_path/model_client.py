@@ -1,5 +1,0 @@
-"""Stands for the server's own ``model_client``."""
-
-from tiny_model_server.worker_path import load
-
-load(__name__)
