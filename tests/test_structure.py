@@ -19,7 +19,8 @@ LAYERS = [
     ["client.arguments"],
     ["model_interface", "model_client"],
     ["engine.guardian", "engine.placement", "engine.busy_polling", "engine.worker_connection"],
-    ["engine.worker", "engine.children", "engine.metrics"],
+    ["engine.runner", "engine.children", "engine.metrics"],
+    ["engine.worker"],
     ["engine.worker_path"],
     ["engine.batcher"],
     ["engine.pool"],
@@ -134,7 +135,7 @@ def test_only_settings_and_client_read_the_environment() -> None:
         "pool.py",
         "placement.py",
         "tracing.py",
-        "worker.py",
+        "runner.py",
         "models.py",
     }
 
