@@ -176,7 +176,7 @@ class _Message:
             owner = part.SerializeToString()
             message = type(message).FromString(message.SerializeToString())
             del message.data.arrays[-1]
-        return schemas.Tailed(message, owner, codec.raw(array)).SerializeToString()
+        return schemas.WithTrailingBytes(message, owner, codec.raw(array)).SerializeToString()
 
     def placed(self, offsets: Sequence[int]) -> bytes:
         """The message, which tells where the bytes are in what they were put into."""
@@ -481,7 +481,7 @@ class _Client(_Calls):
                 self._stubs[method, retry] = getattr(opened, described.kind)(
                     described.path,
                     request_serializer=_Message.inline,
-                    response_deserializer=partial(schemas.parsed, described.response),
+                    response_deserializer=partial(schemas.parse_trailing, described.response),
                 )
             self._last_deadline = max(self._last_deadline, time.monotonic() + timeout)
             return opened, self._stubs[method, retry]

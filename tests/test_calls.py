@@ -351,7 +351,7 @@ def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
     whole.ClearField("model")
     whole.ClearField("args")
     for data in (sent, whole.SerializeToString()):
-        found, tail = schemas.parsed(kind, data)
+        found, tail = schemas.parse_trailing(kind, data)
         assert (tail is not None) == at_end
         if tail is not None:
             assert not found.data.arrays[-1].data
@@ -388,7 +388,7 @@ def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     array = b"\x1a" + codec.varint(99_388) + bytes(99_388)  # Array.data
     value = b"\x12" + codec.varint(len(array)) + array  # Value.arrays
     good = b"\x0a" + codec.varint(len(value)) + value  # RunArgs.data
-    assert len(schemas.parsed(kind, good)[1] or b"") == 99_388
+    assert len(schemas.parse_trailing(kind, good)[1] or b"") == 99_388
     number = b"\xff" * 9 + b"\x01"
     in_text = b"\x0d\x81\x01\x12\x04\x1a" + codec.varint(len(good)) + good  # after four bytes that look like fields
     in_unknown = b"\xfa\x01" + codec.varint(len(good)) + good  # whose length looks like a field
@@ -398,9 +398,9 @@ def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
             expected = kind.FromString(bad)
         except DecodeError:
             with pytest.raises(DecodeError):
-                schemas.parsed(kind, bad)
+                schemas.parse_trailing(kind, bad)
             continue
-        found, tail = schemas.parsed(kind, bad)
+        found, tail = schemas.parse_trailing(kind, bad)
         if tail is not None:
             found.data.arrays[-1].data = bytes(tail)
         assert found == expected
@@ -409,7 +409,7 @@ def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
     looked = []
     varint = schemas._varint
     monkeypatch.setattr(schemas, "_varint", lambda *args: looked.append(1) or varint(*args))
-    schemas.parsed(kind, b"\x08\x01" * 99_999 + good)
+    schemas.parse_trailing(kind, b"\x08\x01" * 99_999 + good)
     assert 0 < len(looked) < 1000
 
 

@@ -130,7 +130,7 @@ def test_every_example_by_open_inference(examples: Server, flower: np.ndarray) -
         return np.frombuffer(content, dtype).reshape(tuple(output.shape))
 
     def same(one: Any, other: Any) -> None:
-        assert json.loads(codec.plain_json(one)) == json.loads(codec.plain_json(other))
+        assert json.loads(codec.json_only(one)) == json.loads(codec.json_only(other))
 
     same(answer("example", "UINT8", flower, bins=8), examples.client("example").run_image(flower, {"bins": 8}))
     for name in ("digits", "digits_onnx"):

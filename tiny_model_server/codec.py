@@ -129,7 +129,7 @@ def check(text: str, arrays: Sequence[Any]) -> None:
         )
 
 
-def plain_json(value: Any) -> str:
+def json_only(value: Any) -> str:
     """One JSON text without references, for clients that know no arrays.
 
     Arrays are nested lists, bytes are base64, and numbers that JSON lacks (NaN, infinity) are null.

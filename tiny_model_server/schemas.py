@@ -26,7 +26,7 @@ _FIELDS_PER_ITEM = 12  # an array of two dimensions in an item has ten
 _SPARE_FIELDS = 1000
 _LARGEST_NUMBERS = 1 << 25  # bytes of the numbers that a message has as varints, which each may be one byte in it
 _VARINTS = {"INT64": 16, "UINT64": 16, "SINT64": 16, "INT32": 4, "UINT32": 4, "SINT32": 4, "ENUM": 4, "BOOL": 1}
-_TAILS = {
+_TRAILING_FIELDS = {
     "server.ImageArgs": (1, 4),
     "server.RunArgs": (1, 2, 3),
     "server.Response": (2, 3),
@@ -54,7 +54,7 @@ class Method(NamedTuple):
         return "_".join("stream" if streams else "unary" for streams in (self.client_streaming, self.server_streaming))
 
 
-class Tailed(NamedTuple):
+class WithTrailingBytes(NamedTuple):
     """A message but for its last array or image, whose bytes protobuf would copy once more and its parser twice.
 
     They come at the end, in an occurrence of their own of that field. ``owner`` has what else an array says of itself,
@@ -67,7 +67,7 @@ class Tailed(NamedTuple):
 
     def head(self) -> bytes:
         """All bytes before those of the array."""
-        *path, last = _TAILS[self.message.DESCRIPTOR.full_name]
+        *path, last = _TRAILING_FIELDS[self.message.DESCRIPTOR.full_name]
         head = b"".join((self.owner, _tag(last), varint(len(self.data))))
         for field in reversed(path):
             head = b"".join((_tag(field), varint(len(head) + len(self.data)), head))
@@ -78,14 +78,14 @@ class Tailed(NamedTuple):
         return b"".join((self.head(), self.data))
 
 
-def parsed(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
+def parse_trailing(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
     """A message, and the bytes of its last array or image if they are many, at its end, and so left out of it."""
-    data, tail = _apart(data, _TAILS.get(kind.DESCRIPTOR.full_name, ()))
+    data, tail = _split_trailing(data, _TRAILING_FIELDS.get(kind.DESCRIPTOR.full_name, ()))
     return kind.FromString(data), tail
 
 
 def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_ITEMS) -> Any:
-    """The request in these bytes; InvalidInput if they are none. What ``parsed`` leaves out is ``call.tail``.
+    """The request in these bytes; InvalidInput if they are not one. Sets ``call.trailing_bytes``.
 
     Protobuf makes 80 bytes of two, and 16 of one: what would become too much is refused before it is parsed.
     """
@@ -94,7 +94,7 @@ def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_
     try:
         if call is None or call.lane:  # where a place may be told as well, and is what counts
             return method.request.FromString(data)
-        request, call.tail = parsed(method.request, data)
+        request, call.trailing_bytes = parse_trailing(method.request, data)
         return request
     except DecodeError:
         raise InvalidInput(f"the request is no {method.request.DESCRIPTOR.full_name}") from None
@@ -181,7 +181,7 @@ class _Count:
             raise IndexError
 
 
-def _apart(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview | None]:
+def _split_trailing(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview | None]:
     """The message without the bytes of the field at the end of ``path``, if they are the last and many; and those."""
     before: list[bytes] = []
     begin = size = 0

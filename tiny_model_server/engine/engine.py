@@ -81,7 +81,7 @@ class Call:
     """Bytes of arrays that a request may have in the memory shared."""
     placed: int = 0
     """How many it has named so far."""
-    tail: memoryview | None = None
+    trailing_bytes: memoryview | None = None
     """The bytes of the request's image or last array, if the transport has left them out of the message."""
     loop: "Loop | None" = None
     """Who calls the handler in a thread that must not wait."""

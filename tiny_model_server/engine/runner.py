@@ -82,7 +82,7 @@ def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
         options["devices"] = ",".join(plugin.devices)
     return {
         "options": options,
-        "metadata": _checked_metadata(codec.parse_json(codec.plain_json(plugin.metadata))),
+        "metadata": _checked_metadata(codec.parse_json(codec.json_only(plugin.metadata))),
         "example": None if plugin.example is None else codec.encode(plugin.example),
         "stages": [_plain(stage) for stage in plugin.stages] if issubclass(plugin, Pipeline) else [],
     }
@@ -301,7 +301,7 @@ def encode_outcome(result: Any, plain: bool) -> tuple[str | None, str, list[code
         known = isinstance(result.status, str) and CODES.get(result.status)
         return _plain(result.status) if known else ModelError.status, message_of(result), []
     try:
-        packed = codec.Encoded(codec.plain_json(result), []) if plain else codec.encode(result)
+        packed = codec.Encoded(codec.json_only(result), []) if plain else codec.encode(result)
     except BaseException as error:  # a result may be of any class, with any behaviour
         log.error("a result could not be encoded: %s", message_of(error))
         return ModelError.status, f"the model's answer cannot be encoded: {message_of(error)}", []

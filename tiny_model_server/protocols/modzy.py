@@ -148,5 +148,5 @@ def _output(outcome: Encoded | ServerError, model: ServedModel) -> dict[str, Any
                 files[name] = image_files.image_file(image, one["media_type"])
                 value = {key: rest for key, rest in value.items() if key != name} if isinstance(value, dict) else None
     if value is not None or not files:
-        files[RESULTS] = codec.plain_json(value).encode()
+        files[RESULTS] = codec.json_only(value).encode()
     return {"output": files, "success": True}

@@ -69,12 +69,12 @@ class _Native:
                 f"model {model!r} answered with a {kind}, no image (HxW or HxWxC); call it by RunImage"
             ) from None
         height, width, channels = (*image.shape, 1)[:3]
-        answer = self._image_response(data=codec.plain_json(rest))
+        answer = self._image_response(data=codec.json_only(rest))
         fields = {"height": height, "width": width, "channels": channels, "dtype": codec.dtype_name(image.dtype)}
         for name, field in fields.items():
             setattr(answer.image, name, field)
         if _goes_to_the_end(image, call):
-            return schemas.Tailed(answer, b"", codec.raw(image))
+            return schemas.WithTrailingBytes(answer, b"", codec.raw(image))
         _send([([answer.image], packed if len(packed.arrays) == 1 else Encoded("", [image]))], call)
         return answer
 
@@ -150,7 +150,7 @@ class _Native:
         _send([(parts[:-1], Encoded("", packed.arrays[:-1]))], call)
         owner = parts[-1].SerializeToString()
         del answer.arrays[-1]
-        return schemas.Tailed(answer, owner, codec.raw(packed.arrays[-1]))
+        return schemas.WithTrailingBytes(answer, owner, codec.raw(packed.arrays[-1]))
 
     def _run_batch(self, request: Any, data: list[Encoded], call: Call) -> Any:
         args, plain = codec.parse_args(request.args), not request.accept_arrays
@@ -181,23 +181,23 @@ class _Native:
 
 def _image(image: Any, call: Call) -> Encoded:
     shape = () if image.encoded else codec.image_shape(image.height, image.width, image.channels)
-    if call.tail is None and image.HasField("place"):
+    if call.trailing_bytes is None and image.HasField("place"):
         if image.encoded:
             return codec.encode(EncodedImage(_read(image.place, call)))
         return _placed(codec.ARRAY, [(image.dtype or "uint8", shape, image.place)], call)
-    data = image.data if call.tail is None else call.tail
+    data = image.data if call.trailing_bytes is None else call.trailing_bytes
     if image.encoded:
         return codec.encode(EncodedImage(data))
     return Encoded(codec.ARRAY, [codec.array_from(image.dtype or "uint8", shape, data)])
 
 
 def _value(value: Any, call: Call) -> Encoded:
-    if value.arrays and call.tail is None and all(one.HasField("place") for one in value.arrays):
+    if value.arrays and call.trailing_bytes is None and all(one.HasField("place") for one in value.arrays):
         packed = _placed(value.json, [(one.dtype, one.shape, one.place) for one in value.arrays], call)
     else:
         found = [_read(one.place, call) if one.HasField("place") else one.data for one in value.arrays]
-        if call.tail is not None:
-            found[-1] = call.tail
+        if call.trailing_bytes is not None:
+            found[-1] = call.trailing_bytes
         named = zip(value.arrays, found, strict=True)
         packed = Encoded(value.json, [codec.array_from(one.dtype, one.shape, data) for one, data in named])
     codec.check(packed.text, packed.arrays)  # malformed JSON and references to no array are refused before they queue

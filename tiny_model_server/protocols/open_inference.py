@@ -221,7 +221,7 @@ def _sendable(array: Array) -> Array:
 
 
 def _json(value: Any) -> bytes:
-    return _utf8(value) if isinstance(value, str) else codec.plain_json(value).encode()
+    return _utf8(value) if isinstance(value, str) else codec.json_only(value).encode()
 
 
 def _utf8(text: str) -> bytes:

@@ -161,7 +161,7 @@ def view(value: Any) -> Any:
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     if not isinstance(value, np.ndarray) or value.size <= _LONGEST_LIST:
-        return json.loads(codec.plain_json(value))
+        return json.loads(codec.json_only(value))
     facts: dict[str, Any] = {"array": f"{codec.dtype_name(value.dtype)} {'x'.join(map(str, value.shape))}"}
     if value.dtype.kind in "biuf":
         with np.errstate(all="ignore"):
