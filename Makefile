@@ -1,7 +1,7 @@
 # Everything runs in a virtual environment of its own, made on first use.
 PYTHON ?= python3
 VENV ?= .venv
-# An index with CPU builds of torch, where the usual one would bring CUDA: see README, "Install".
+# An index with CPU builds of torch, where the usual one would bring CUDA: see docs/deploying.md, "Install".
 TORCH_INDEX ?=
 IMAGE ?= tiny-model-server
 DOCKER_FLAGS ?=

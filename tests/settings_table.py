@@ -1,4 +1,4 @@
-"""The README's table of settings: ``python -m tests.settings_table`` prints it from the code."""
+"""The table in docs/settings.md: ``python -m tests.settings_table`` prints it from the code."""
 
 from dataclasses import MISSING, Field, fields
 from typing import Any

@@ -3,10 +3,7 @@
 import asyncio
 import logging
 import multiprocessing
-import os
 import pickle
-import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import cv2
 import grpc
 import numpy as np
 import pytest
@@ -468,24 +464,3 @@ def test_loaded_for_a_while(start_server: Callable[..., Server]) -> None:
             assert same.run_text("x") == "x"
             assert len(client.model_info()[0]["worker_pids"]) == 2
         assert client.model_info()[0]["state"] == "UNLOADED"
-
-
-def test_the_readmes_calls(start_server: Callable[..., Server], tmp_path: Path) -> None:
-    section = (ROOT / "README.md").read_text().partition("## Call it")[2].partition("### Security")[0]
-    code = "\n".join(re.findall(r"```python\n(.*?)```", section, re.S))
-    assert "AsyncModelClient" in code
-    assert "shared_array" in code
-    models_with(tmp_path, "edges")
-    server = start_server(models_with(tmp_path, "example"))
-    cv2.imwrite(str(tmp_path / "cat.jpg"), np.full((8, 8, 3), 90, np.uint8))
-    env = os.environ | {"TMS_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-W", "error", "-c", code]
-    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert len(ran.stdout.splitlines()) == 8
-
-
-def models_with(folder: Path, name: str) -> Path:
-    """A models folder of one of the examples."""
-    shutil.copytree(ROOT / "models" / name, folder / "models" / name)
-    return folder / "models"

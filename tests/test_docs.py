@@ -1,4 +1,4 @@
-"""Every code block and command of the pages in docs/, run as a reader would, in a copy of the tree."""
+"""Every code block and command of the README and of docs/, run as a reader would, in a copy of the tree."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.engine import copy_tree
 from tests.test_security import Certificates
 
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.M | re.S)
 FILE = re.compile(r"`(models/\w+/__init__\.py)`")
 SERVE = "python server.py"
@@ -39,6 +39,7 @@ ELSEWHERE = {  # commands that need an engine, a cluster or a network, and the t
     "make run TORCH_INDEX=https://download.pytorch.org/whl/cpu": "the same; that index is not to be had here",
     "make test": "CI",
 }
+APPLICATION = "from model_client import ModelClient\nassert ModelClient('example').run_text('a b') == {'words': 2}\n"
 
 
 class Reader:
@@ -52,9 +53,9 @@ class Reader:
         self.env |= {"PATH": path, "PYTHONPATH": str(folder), "VENV": sys.prefix, "TMS_HOST": "127.0.0.1"}
 
     def read(self, page: str) -> None:
-        if SERVE not in page.replace(f"{SERVE} check", ""):
+        if blocks := [block for block in BLOCK.finditer(page) if block[2] != "text"]:
             self.serve()
-        for block in BLOCK.finditer(page):
+        for block in blocks:
             kind, text = block[2], textwrap.dedent(block[3])
             if kind == "sh":
                 for line in text.splitlines():
@@ -65,11 +66,13 @@ class Reader:
                 file.write_text(text)
             else:
                 assert kind == "python", f"no test knows how to run {kind}"
-                self.run([sys.executable, "-c", text])
+                self.run([sys.executable, "-W", "error", "-c", text])
 
     def command(self, line: str) -> None:
         if line.endswith(SERVE):
             self.serve(**dict(setting.split("=") for setting in line.removesuffix(SERVE).split()))
+        elif line.startswith(("npm", "node")) and not shutil.which("npm"):
+            pass  # test_node.py reports that it is missing
         elif line not in ELSEWHERE:
             assert not line.startswith(("docker", "kubectl")), f"which test runs {line!r}?"
             self.run(["bash", "-euo", "pipefail", "-c", line])
@@ -79,9 +82,8 @@ class Reader:
             command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=120, check=False
         )
         assert ran.returncode == 0, f"{command[-1]}\n{ran.stdout}{ran.stderr}"
-        if "# " in command[-1] and "print(" in command[-1]:  # print(...)  # what is printed
-            said = re.findall(r"print\(.*\)  # (.*)", command[-1])
-            assert ran.stdout.splitlines() == said
+        if printed := re.findall(r"print\(.*\)  # (.*)", command[-1]):
+            assert ran.stdout.splitlines() == printed
 
     def serve(self, **settings: str) -> None:
         self.stop()
@@ -109,6 +111,8 @@ def reader(folder: Path) -> Iterator[Reader]:
     copy_tree(folder, "example")
     (folder / "tests").symlink_to(ROOT / "tests")
     cv2.imwrite(str(folder / "cat.jpg"), np.full((48, 64, 3), 90, np.uint8))
+    Certificates(folder).issue("server", "localhost")
+    (folder / "application.py").write_text(APPLICATION)
     made = Reader(folder)
     try:
         yield made
@@ -122,37 +126,32 @@ def test_the_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
         one.read(page.read_text())
 
 
-def test_the_readmes_commands(tmp_path: Path) -> None:
-    """Its Python is run by test_client_ways.py (the calls) and test_cli.py (the model)."""
-    text = (ROOT / "README.md").read_text()
-    with reader(tmp_path) as one:
-        certificates = Certificates(tmp_path)
-        certificates.issue("server", "localhost")
-        application = (
-            "from model_client import ModelClient\nassert ModelClient('example').run_text('a b') == {'words': 2}\n"
-        )
-        (tmp_path / "application.py").write_text(application)
-        (model,) = [block[3] for block in BLOCK.finditer(text) if "self.greeting" in block[3]]
-        (tmp_path / "models" / "greeter").mkdir()
-        (tmp_path / "models" / "greeter" / "__init__.py").write_text(model)
-        one.serve()
-        for block in BLOCK.finditer(text):
-            for line in block[3].splitlines() if block[2] == "sh" else []:
-                if line.startswith(("npm", "node")) and not shutil.which("npm"):
-                    continue  # test_node.py tells that it is missing
-                one.command(re.sub(r"\s+#.*", "", line).strip())
-            if "application.py" in block[3]:
-                one.serve()
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "BENCHMARKS.md", *PAGES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "BENCHMARKS.md", ROOT / "CHANGELOG.md"], ids=lambda page: page.stem)
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]*)(?:#[^)]*)?\)", page.read_text()):
-        if target and not target.startswith("http"):
-            assert (page.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        if not target.startswith("http"):
+            file = page.parent / target if target else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file.read_text()), f"{target}#{anchor}"
+
+
+def anchors(page: str) -> list[str]:
+    """The names of a page's headings in links, as GitHub makes them."""
+    return [
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)", page, re.M)
+    ]
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES[1:] if f"](docs/{page.name})" not in readme] == []
 
 
 def test_commands_of_other_tests_are_still_in_the_docs() -> None:
-    pages = "\n".join(page.read_text() for page in [*PAGES, ROOT / "README.md"])
+    pages = "\n".join(page.read_text() for page in PAGES)
     assert all(command in pages for command in ELSEWHERE)
     assert shutil.which("make")
