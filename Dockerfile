@@ -1,14 +1,14 @@
 # The server with the models in models/. Build: docker build -t tiny-model-server .
 ARG BASE=python:3.11-slim
 
-# The models' requirements alone, so that a change of their code leaves the layer that installs them as it is.
+# Only the models' requirements, so that a change of their code does not install them again.
 FROM ${BASE} AS requirements
 COPY models/ /models/
 RUN find /models -mindepth 1 -not -name requirements.txt -not -type d -delete && \
     find /models -mindepth 1 -type d -empty -delete
 
 FROM ${BASE}
-# CPU builds of torch by default, which keep the image small; for the CUDA builds: --build-arg TORCH_INDEX=
+# CPU builds of torch by default, which keep the image small. For the CUDA builds: --build-arg TORCH_INDEX=
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /app
@@ -22,10 +22,10 @@ COPY server.py model_client.py model_interface.py server.proto ./
 COPY tiny_model_server/ tiny_model_server/
 COPY models/ models/
 
-# Nothing is written but to /tmp and memory: the container's root may be read-only.
+# The server writes to /tmp and memory only, so the container's root may be read-only.
 RUN useradd --system --uid 10001 --home-dir /tmp server
 USER 10001
-# With TMS_ADMIN_TOKEN, its holders may stop the server and change its models; without one, nobody may.
+# Callers with TMS_ADMIN_TOKEN may stop the server and change its models. If none is set, nobody may.
 ENV HOME=/tmp TMS_ADMIN=token
 EXPOSE 50000 8080
 STOPSIGNAL SIGTERM

@@ -1,7 +1,7 @@
-# Everything runs in a virtual environment of its own, made on first use.
+# Everything runs in a virtual environment, which is created at first use.
 PYTHON ?= python3
 VENV ?= .venv
-# An index with CPU builds of torch, where the usual one would bring CUDA: see docs/deploying.md, "Install".
+# An index with CPU builds of torch. PyPI has CUDA builds: see docs/deploying.md, "Install".
 TORCH_INDEX ?=
 IMAGE ?= tiny-model-server
 DOCKER_FLAGS ?=
@@ -36,10 +36,10 @@ run_tests: test ## the same
 pythons: $(VENV)/test.done ## the core of the tests on every other Python that is here, or that Debian has
 	$(BIN)/python tests/pythons.py
 
-fuzz: $(VENV)/test.done ## malformed requests at random, thousands for each kind
+fuzz: $(VENV)/test.done ## send thousands of malformed requests of each kind
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --timeout=0
 
-check: $(VENV)/test.done ## lint, formatting, types, import direction, descriptors
+check: $(VENV)/test.done ## lint, check formatting, types, imports and descriptor sets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -48,23 +48,23 @@ check: $(VENV)/test.done ## lint, formatting, types, import direction, descripto
 bench: $(VENV)/test.done ## measure, and print the tables of BENCHMARKS.md
 	$(BIN)/python tests/bench.py
 
-bench-peers: $(VENV)/test.done ## the same model on other servers, each installed in build/peers, beside this one; a plot of the image sizes
+bench-peers: $(VENV)/test.done ## measure other servers beside this one (installed in build/peers), and plot the image sizes
 	$(BIN)/python tests/peers.py
 
-faults: $(VENV)/test.done ## what replicas may do, and what a steady load of one client sees of it
+faults: $(VENV)/test.done ## fail, freeze and restart replicas under a steady load, and print what one client sees
 	$(BIN)/python tests/balance.py
 
-locust: $(VENV)/test.done ## load test of the server at HOST (localhost:50000), with its page on port 8089; see tests/locustfile.py
+locust: $(VENV)/test.done ## load-test the server at HOST (localhost:50000); page on port 8089; see tests/locustfile.py
 	$(BIN)/locust -f tests/locustfile.py --host $(HOST) $(LOCUST)
 
-ray: $(VENV)/run.done ## serve the models on Ray: on a cluster of its own, or the one that RAY_ADDRESS names
+ray: $(VENV)/run.done ## serve the models on Ray: a new cluster, or the one that RAY_ADDRESS names
 	$(BIN)/pip install $(PIP_FLAGS) -r examples/requirements-ray.txt
 	$(BIN)/python examples/on_ray.py
 
-test_k8s: $(VENV)/test.done ## prove the manifests on a real node, as root; CLUSTER: the scripts that build and start it
+test_k8s: $(VENV)/test.done ## test the manifests on a real node, as root; CLUSTER: the scripts that build and start it
 	$(BIN)/python tests/k8s_cluster.py $(CLUSTER)
 
-soak: $(VENV)/test.done ## ten minutes of mixed load, with the memory each minute
+soak: $(VENV)/test.done ## ten minutes of mixed load; print the memory each minute
 	$(BIN)/python tests/bench.py soak
 
 proto: $(VENV)/test.done ## compile the .proto files to the committed descriptor sets

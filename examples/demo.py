@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def call_models() -> None:
-    """Sends each model something real, and prints what it answers."""
+    """Sends each model real data, and prints its answer."""
     flower = load_sample_images().images[1]
 
     example = ModelClient("example", connect_timeout=120)
@@ -47,7 +47,7 @@ def call_models() -> None:
     digits = load_digits().images[:8] / 16
     ready = {model["name"] for model in models if model["state"] == "READY"}
     for model in models:
-        if model["name"] not in ready:  # on the newest Python, some of what models need may have no package yet
+        if model["name"] not in ready:  # some packages may be missing for the newest Python
             print(f"{model['name']}:".ljust(10), f"is left out: {model['reason']}")
     for name in sorted(ready & {"digits", "digits_onnx"}):
         answers = ModelClient(name).run_image_batch(list(digits))

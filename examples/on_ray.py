@@ -1,9 +1,9 @@
 """Serves the same models folder on a Ray cluster: Ray Serve's gRPC ingress, the same contract, the same ModelClient.
 
 Run ``python examples/on_ray.py`` (it needs requirements-ray.txt beside the server's own), with the settings of
-the server. It joins the cluster that RAY_ADDRESS names, or starts one here. Each model is a deployment: ``workers`` is
-the number of its replicas, each with one worker process; with ``max_workers`` above that, Ray scales between the two by
-calls in flight. A model whose ``devices`` is not "cpu" gets a GPU a replica where the cluster has one.
+the server. It joins the cluster that RAY_ADDRESS names, or starts one here. Each model is a deployment. ``workers`` is
+the number of its replicas, each with one worker process. If ``max_workers`` is higher, Ray scales between the two by
+calls in flight. Each replica gets a GPU if the cluster has one and ``devices`` is not "cpu".
 """
 
 import asyncio
@@ -36,13 +36,14 @@ from tiny_model_server.settings import ModelOptions, Settings  # noqa: E402
 
 METHODS = schemas.methods(native.SCHEMA, native.SERVICE)
 LOCAL = {"ListModels", "GetModelStates", "GetPID", "GetNumParallelWorkers"}
-"""What the ingress answers itself; what changes a server is Ray's own matter here."""
+"""Calls that the ingress answers itself."""
 REFUSED = {"StopServer", "LoadModel", "UnloadModel", "ReloadModel"}
+"""Calls that change the server. Here Ray does that."""
 TIMEOUT_S = 300.0
 
 
 class Served:
-    """One replica of one model: an engine with that model alone, and its stages if it is a pipeline."""
+    """One replica of one model: an engine with only that model, and its stages if it is a pipeline."""
 
     def __init__(self, name: str) -> None:
         self.engine = Engine(replace(Settings.from_env(), one_core=False))
@@ -54,7 +55,7 @@ class Served:
         self.replica = serve.get_replica_context().replica_id.unique_id
 
     async def answer(self, method: str, request: bytes, metadata: dict[str, str]) -> tuple[str, str, bytes]:
-        """(status, message, response), as the server's own front would answer."""
+        """Returns (status, replica or error message, response), as the server itself would answer."""
         call = Call(time.monotonic() + TIMEOUT_S, metadata=metadata, repeatable=metadata.get("tms-retry") != "no")
         try:
             parsed = METHODS[method].request.FromString(request)
@@ -64,7 +65,7 @@ class Served:
             return error.status, str(error), b""
 
     def stream(self, method: str, request: bytes, metadata: dict[str, str]) -> Iterator[tuple[str, str, bytes]]:
-        """As ``answer``, one for each value that the model yields."""
+        """Yields what ``answer`` returns, once for each value that the model yields."""
         call = Call(time.monotonic() + TIMEOUT_S, metadata=metadata)
         try:
             for response in self.handlers[method](METHODS[method].request.FromString(request), call):
@@ -77,10 +78,10 @@ class Served:
 
 
 class Bytes(bytes):
-    """A response that is serialised already, in the form that Ray asks for."""
+    """A serialized response, with the method that Ray calls."""
 
     def SerializeToString(self) -> bytes:
-        """The bytes."""
+        """Returns the bytes."""
         return bytes(self)
 
 
@@ -91,7 +92,7 @@ class Ingress:
         self.models = models
 
     async def unary(self, method: str, request: bytes, context: RayServegRPCContext) -> Any:
-        """The response to a call that has one."""
+        """Answers a unary call."""
         if method in LOCAL:
             return self.local(method)
         if method in REFUSED:
@@ -108,7 +109,7 @@ class Ingress:
         return Bytes(response)
 
     async def streamed(self, method: str, request: bytes, context: RayServegRPCContext) -> AsyncIterator[Any]:
-        """The responses to a call that streams."""
+        """Answers a streaming call."""
         handle = self.handle(method, request, context)
         if handle is None:
             return
@@ -120,7 +121,7 @@ class Ingress:
             yield Bytes(response)
 
     def handle(self, method: str, request: bytes, context: RayServegRPCContext) -> Any:
-        """The deployment of the model that a request names; None, with the call failed, if there is none."""
+        """Returns the deployment of the model that a request names. If there is none, fails the call and returns None."""
         parsed = METHODS[method].request.FromString(request)
         name = parsed.data if method == "GetInputShape" else parsed.model
         if name not in self.models:
@@ -135,7 +136,7 @@ class Ingress:
         return Bytes()
 
     def local(self, method: str) -> Any:
-        """What needs no model."""
+        """Answers a call that needs no model."""
         if method == "GetModelStates":
             states = METHODS[method].response()
             for name in sorted(self.models):
@@ -161,14 +162,14 @@ for _method in METHODS:
 
 
 def add_servicer(servicer: Any, server: Any) -> None:
-    """What Ray's proxy calls to learn the contract; requests stay bytes until they reach a replica."""
+    """Registers the contract with Ray's proxy. Requests stay bytes until they reach a replica."""
     kinds = {False: grpc.unary_unary_rpc_method_handler, True: grpc.unary_stream_rpc_method_handler}
     table = {name: kinds[method.server_streaming](lambda request, context: None) for name, method in METHODS.items()}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(native.SERVICE, table),))
 
 
 def options_of(settings: Settings) -> dict[str, ModelOptions]:
-    """The options of every model that can be loaded here; what is wrong with the others is in the log."""
+    """Returns the options of every model that can be loaded here, and prints why others cannot."""
     engine, found = Engine(settings), {}
     for model in engine.models():
         try:
@@ -183,7 +184,7 @@ def options_of(settings: Settings) -> dict[str, ModelOptions]:
 
 
 def ray_options(name: str, options: ModelOptions, cpus: float, gpus: float) -> dict[str, Any]:
-    """Replicas, GPUs and autoscaling of a model's deployment, as its own options say."""
+    """Returns the replicas, GPUs and autoscaling of a model's deployment, from the model's options."""
     at_once = max(1, options.max_batch_size * options.concurrency)
     settings: dict[str, Any] = {"name": name, "max_ongoing_requests": 2 * at_once + 2}
     settings["ray_actor_options"] = {"num_cpus": cpus, "num_gpus": int(gpus > 0 and options.devices != ("cpu",))}
@@ -208,7 +209,7 @@ def main() -> None:
     serve.start(grpc_options=gRPCOptions(port=settings.port, grpc_servicer_functions=["on_ray.add_servicer"]))
     has = ray.cluster_resources()
     most = sum(max(options.workers, options.max_workers) for options in models.values())
-    cpus = min(1.0, has["CPU"] / (most + 1))  # a core a replica, or less where there are not as many
+    cpus = min(1.0, has["CPU"] / (most + 1))  # a core for each replica, or less if there are fewer cores
     served = {
         name: serve.deployment(Served).options(**ray_options(name, options, cpus, has.get("GPU", 0))).bind(name)
         for name, options in models.items()
@@ -225,6 +226,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import on_ray  # as a module, so that Ray's processes find its classes by name
+    import on_ray  # as a module, so that Ray's processes can import its classes by name
 
     on_ray.main()

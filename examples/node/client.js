@@ -1,7 +1,7 @@
 // Calls a model from Node.js: node client.js ADDRESS MODEL (image FILE | text TEXT)
 //
-// ADDRESS is what gRPC takes: localhost:50000, or dns:///models:50000 for every replica behind a name. TMS_TOKEN is sent
-// if it is set; with TMS_TLS_CA, a PEM file, the connection is secured. Prints the model's answer as JSON.
+// ADDRESS is a gRPC target: localhost:50000, or dns:///models:50000 for every replica behind a name. TMS_TOKEN is sent if
+// it is set. With TMS_TLS_CA, a PEM file, the connection uses TLS. Prints the model's answer as JSON.
 import { readFileSync } from "node:fs";
 import grpc from "@grpc/grpc-js";
 import loader from "@grpc/proto-loader";

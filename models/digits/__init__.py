@@ -1,4 +1,4 @@
-"""A PyTorch classifier with trained weights: what digit is in the picture? Teaches ``run_batch``."""
+"""A PyTorch classifier with trained weights: which digit is in the image? Shows ``run_batch``."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 class Model(ModelInterface):
-    """Any image of a light digit on dark ground, grey or RGB."""
+    """Takes an image of a light digit on a dark ground, grey or RGB."""
 
     example = np.zeros((8, 8), np.uint8)
     metadata = {

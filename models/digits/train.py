@@ -2,7 +2,7 @@
 
     pip install -r models/digits/requirements-train.txt && python models/digits/train.py
 
-Prints the accuracy on the fifth of the data that it never saw; it belongs into the metadata of both models.
+Prints the accuracy on a fifth of the data, which it does not train on. Write it into the metadata of both models.
 """
 
 import sys
@@ -34,7 +34,7 @@ def main() -> None:
     for _ in range(epochs):
         for batch in torch.from_numpy(known)[torch.randperm(len(known))].split(64):
             optimizer.zero_grad()
-            shift = int(torch.randint(-1, 2, ()))  # pixels to the side, so that a place is not learnt by heart
+            shift = int(torch.randint(-1, 2, ()))  # pixels to the side, so that the network does not learn positions
             shifted = torch.roll(images[batch], shift, dims=3) + 0.05 * torch.randn(len(batch), 1, 8, 8)
             torch.nn.functional.cross_entropy(network(shifted), labels[batch]).backward()
             optimizer.step()

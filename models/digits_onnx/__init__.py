@@ -1,4 +1,4 @@
-"""The network of ``digits`` as ONNX under onnxruntime. Teaches how to serve an exported file without PyTorch."""
+"""The network of ``digits`` as ONNX, run by onnxruntime. Shows how to serve an exported file without PyTorch."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ from model_interface import InvalidInput, ModelInterface
 
 
 class Model(ModelInterface):
-    """Any image of a light digit on dark ground, grey or RGB."""
+    """Takes an image of a light digit on a dark ground, grey or RGB."""
 
     example = np.zeros((8, 8), np.uint8)
     metadata = {"description": "The network of the model digits, exported to ONNX.", "accuracy": 0.9861}
 
     def __init__(self) -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.threads  # so that several workers don't fight for the cores
+        options.intra_op_num_threads = self.threads  # so that several workers share the cores
         self.session = onnxruntime.InferenceSession(str(Path(__file__).parent / "network.onnx"), options)
 
     def get_input_shape(self) -> list[int]:

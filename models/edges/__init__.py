@@ -1,4 +1,4 @@
-"""An OpenCV model, image to image: the contours of a picture. Teaches answers that are images."""
+"""An OpenCV model, image to image: the contours of an image. Shows answers that are images."""
 
 from typing import Any
 

@@ -8,7 +8,7 @@ from model_interface import InvalidInput, ModelInterface
 
 
 class Model(ModelInterface):
-    """Tells a few figures about an image, or about a text."""
+    """Returns a few figures about an image, or about a text."""
 
     example = np.zeros((4, 4, 3), np.uint8)
 

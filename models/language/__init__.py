@@ -1,4 +1,4 @@
-"""A text model: which language is it? A pretrained classifier from a package. Teaches texts and typed errors."""
+"""A text model: which language is it? A pretrained classifier from a package. Shows texts and typed errors."""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from model_interface import InvalidInput, ModelInterface
 
 
 class Model(ModelInterface):
-    """An image HxWx3 of uint8 in RGB; a list of texts with their places out."""
+    """An image HxWx3 uint8 in RGB in, a list of texts with their positions out."""
 
     example = np.full((64, 64, 3), 255, np.uint8)
     metadata = {"description": "PP-OCRv6, small: detection, orientation, recognition."}
@@ -25,7 +25,7 @@ class Model(ModelInterface):
         """``[{"text", "score", "box"}]``, the box being its 4 corners (4x2 float32: x, y)."""
         if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape[2:] != (3,):
             raise InvalidInput("send an image HxWx3 of uint8 in RGB, or an image file")
-        found = self.engine(np.ascontiguousarray(data[..., ::-1]))  # it wants BGR
+        found = self.engine(np.ascontiguousarray(data[..., ::-1]))  # RapidOCR takes BGR
         if found.txts is None:
             return []
         return [

@@ -1,4 +1,4 @@
-"""Optical flow between two frames: HxWx2 float32. Teaches inputs of several arrays, and answers of any dtype."""
+"""Optical flow between two frames: HxWx2 float32. Shows inputs of several arrays, and answers of any dtype."""
 
 from typing import Any
 
