@@ -121,7 +121,7 @@ class Ingress:
             yield Bytes(response)
 
     def handle(self, method: str, request: bytes, context: RayServegRPCContext) -> Any:
-        """Returns the deployment of the model that a request names. If there is none, fails the call and returns None."""
+        """Returns the deployment of the model that a request names, or fails the call and returns None."""
         parsed = METHODS[method].request.FromString(request)
         name = parsed.data if method == "GetInputShape" else parsed.model
         if name not in self.models:
