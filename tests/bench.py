@@ -69,7 +69,7 @@ class Model(ModelInterface):
         return self.made[shape]
 """
 COSTS = {"heavy": (10, 0.5), "light": (2, 0.1)}  # ms a batch, ms an item
-AWAKE_US = (0, 150, 300, 500)
+POLL_US = (0, 150, 300, 500)
 
 
 def bare_echo() -> None:
@@ -118,7 +118,7 @@ def models() -> Path:
 
 
 def echo_table(server: Server, stub: Any) -> None:
-    """Every payload: bare, ModelClient over gRPC, ModelClient by the short cut; with the CPU that a call takes."""
+    """Every payload: bare, ModelClient over gRPC and by the local transport; with the CPU that a call takes."""
     text = "twenty bytes of text"
     payloads: dict[str, Any] = {"20 B text": text}
     for shape in SHAPES:
@@ -169,7 +169,7 @@ def answers_table(server: Server) -> None:
 
 
 def asyncio_table(server: Server) -> None:
-    """``AsyncModelClient`` over gRPC and by the short cut, with one call in flight and with 16."""
+    """``AsyncModelClient`` over gRPC and by the local transport, with one call in flight and with 16."""
     print("\n| asyncio | in flight | gRPC: p50 ms | calls/s | same host: p50 ms | calls/s |")
     print("| --- | --- | --- | --- | --- | --- |")
 
@@ -245,10 +245,10 @@ def batching_table(server: Server, stub: Any) -> None:
     print(f"| none: the bare echo | 64 | {rate:.0f} | | | {p50:.2f} | |", flush=True)
 
 
-def awake_table() -> None:
-    """One caller of servers that stay awake for so long, in turns, beside the one that never does."""
+def busy_polling_table() -> None:
+    """One caller of servers that poll for so long before they sleep, in turns, beside one that never polls."""
     os.environ["TMS_LOCAL_TRANSPORT"] = "1"
-    servers = [Server(models(), TMS_BUSY_POLL_US=us) for us in AWAKE_US]
+    servers = [Server(models(), TMS_BUSY_POLL_US=us) for us in POLL_US]
     columns: dict[str, list[Callable[[], Any]]] = {}
     for server in servers:
         clients = {name: server.client(name) for name in ("heavy", "light", "length")}
@@ -261,7 +261,7 @@ def awake_table() -> None:
     p50s = np.array([[[p50_of(call) for call in calls] for calls in columns.values()] for _ in range(10)])
     print("\n| us |", " | ".join(columns), "|\n| --- |" + " --- |" * len(columns))
     middle, ratios = np.median(p50s, axis=0), np.median(p50s / p50s[:, :, :1], axis=0)
-    for number, us in enumerate(AWAKE_US):
+    for number, us in enumerate(POLL_US):
         cells = [f"{ms:.2f} ({ratio:.2f})" for ms, ratio in zip(middle[:, number], ratios[:, number], strict=True)]
         print(f"| {us} |", " | ".join(cells), "|", flush=True)
     for server in servers:
@@ -269,7 +269,7 @@ def awake_table() -> None:
 
 
 def p50_of(call: Callable[[], Any]) -> float:
-    """Milliseconds of the middle one of a quarter of a second's calls."""
+    """The median time in ms of the calls of a quarter of a second."""
     times: list[float] = []
     end = time.perf_counter() + 0.25
     while (start := time.perf_counter()) < end:
@@ -298,7 +298,7 @@ def client_overhead(server: Server) -> None:
 
 
 def hop() -> None:
-    """What queue, hand-over to the worker process and back add to a model that costs nothing."""
+    """The time through queue, worker process and back, for a model that takes no time."""
     logging.disable()
     engine = Engine(Settings(models_dir=models()))
     engine.load("length")
@@ -309,19 +309,19 @@ def hop() -> None:
 
 
 def recovery(server: Server) -> None:
-    """From SIGKILL of the only worker to the next answer, and what another model's callers notice."""
-    client, neighbour = server.client("length"), server.client("light")
+    """The time from SIGKILL of the only worker to the next answer, and the calls of another model meanwhile."""
+    client, other = server.client("length"), server.client("light")
     killed = []
     phases: dict[str, list[float]] = {"before": [], "during": [], "after": []}
     phase, end = "before", False
 
-    def call_neighbour() -> None:
+    def call_other() -> None:
         while not end:
             started = time.perf_counter()
-            neighbour.run_text("x")
+            other.run_text("x")
             phases[phase].append((time.perf_counter() - started) * 1000)
 
-    thread = threading.Thread(target=call_neighbour)
+    thread = threading.Thread(target=call_other)
     thread.start()
     time.sleep(2)
     phase = "during"
@@ -335,10 +335,11 @@ def recovery(server: Server) -> None:
     time.sleep(2)
     end = True
     thread.join()
-    print("\nFrom SIGKILL of the only worker to the next answer, ten times on end: ", end="")
-    print(f"first {killed[0]:.0f} ms, median {np.median(killed):.0f} ms, worst {max(killed):.0f} ms.")
-    print("Calls of another model meanwhile, p50 / p99 in ms: ", end="")
-    print(", ".join("{} {:.2f} / {:.2f}".format(name, *np.percentile(t, [50, 99])) for name, t in phases.items()))
+    print("\n| first ms | median ms | worst ms |\n| --- | --- | --- |")
+    print(f"| {killed[0]:.0f} | {np.median(killed):.0f} | {max(killed):.0f} |")
+    print("\n| |", " | ".join(phases), "|\n| --- |" + " --- |" * len(phases))
+    for name, percent in {"p50 ms": 50, "p99 ms": 99}.items():
+        print(f"| {name} |", " | ".join(f"{np.percentile(times, percent):.2f}" for times in phases.values()), "|")
 
 
 def soak() -> None:
@@ -392,7 +393,7 @@ def main() -> None:
         client_overhead(server)
         recovery(server)
         hop()
-        awake_table()
+        busy_polling_table()
     finally:
         channel.close()
         bare.kill()

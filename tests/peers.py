@@ -2,8 +2,9 @@
 
 Prints Markdown tables for BENCHMARKS.md: mosec, BentoML and LitServe by HTTP (the bytes as the body, in a form for
 LitServe), Triton and MLServer by tritonclient over gRPC, this server by the same tritonclient and by ModelClient over
-gRPC and over the short cut. Every server has two workers, every caller a kept-alive connection. All servers run at
-the same time, and each figure is the median of several turns, since machines are noisy. Then what open doors cost.
+gRPC and over the local transport. Every server has two workers, every caller a kept-alive connection. All servers run
+at the same time, and each figure is the median of several turns, since machines are noisy. Then what the other
+protocols cost.
 """
 
 import contextlib
@@ -176,7 +177,7 @@ MALLOC = {  # what docs/tuning.md advises for callers with large arrays
     "MALLOC_TRIM_THRESHOLD_": "2147483647",
     "MALLOC_TOP_PAD_": "67108864",
 }
-_CALL_S = 0.0003  # such as pass between two calls of one caller
+_CALL_S = 0.0003  # about the time between two calls of one caller
 SIDES = [32, 64, 128, 224, 384, 512, 720, 1024, 1440]
 PLOT = """
 import json, sys
@@ -288,7 +289,7 @@ def triton() -> Iterator[Caller]:
     """Triton by tritonclient, started by pytriton."""
     chosen = ports(3)
     program = python("triton")
-    # Its workers' program must find the library of the interpreter that made the environment, not the system's.
+    # Its workers must find the library of the interpreter that made the environment, not the system's.
     ask = [program, "-c", "import sysconfig; print(sysconfig.get_config_var('LIBDIR'))"]
     libraries = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()
     with running([program, "main.py", *chosen], chosen[0], script("triton", TRITON), LD_LIBRARY_PATH=libraries):
@@ -348,16 +349,16 @@ def table(head: str, rows: dict[str, dict[str, tuple[float, float]]], index: int
         print("|", " | ".join([name, *(f"{row[payload][index]:.{digits}f}" for payload in PAYLOADS)]), "|", flush=True)
 
 
-def doors(folder: Path) -> None:
-    """Prints what the other doors cost a call: one door open and all of them, in turns."""
+def protocols(folder: Path) -> None:
+    """Prints what enabling the other protocols costs a call: one protocol and all of them, in turns."""
     with contextlib.ExitStack() as stack:
         every = stack.enter_context(ours(folder, TMS_PROTOCOLS=",".join(PROTOCOLS)))
-        for door, way in {
+        for protocol, way in {
             "native": "ModelClient, gRPC, malloc set",
             "open_inference": "tritonclient, malloc set",
         }.items():
-            alone = stack.enter_context(ours(folder, TMS_PROTOCOLS=door))
-            rows = in_turns({f"{door} alone": alone[way], f"{door} with all others": every[way]}, 1, 5)
+            alone = stack.enter_context(ours(folder, TMS_PROTOCOLS=protocol))
+            rows = in_turns({f"{protocol} alone": alone[way], f"{protocol} with all others": every[way]}, 1, 5)
             table("p50 in ms", rows, 1, 3)
 
 
@@ -369,7 +370,7 @@ def slopes(callers: dict[str, Caller]) -> dict[str, list[tuple[int, float]]]:
 
 
 def copies(pause_s: float) -> float:
-    """GB/s of copies of an image with so long a pause before each."""
+    """GB/s of copies of an image, with a pause before each."""
     image = np.random.default_rng(0).integers(0, 256, (1440, 1440, 3), np.uint8)
     other, times = np.zeros_like(image), []
     for _ in range(300):
@@ -406,13 +407,14 @@ def main() -> None:
                 if "ModelClient" in name and "malloc" not in name
             }
         )
-    again, awoken = copies(0), copies(_CALL_S)
-    print(f"\nA copy in memory: {again:.1f} GB/s, and {awoken:.1f} where {_CALL_S * 1000:g} ms pass between two.")
+    at_once, paused = copies(0), copies(_CALL_S)
+    print("\n| way | GB/s beyond the first byte | r2 of the line |\n| --- | --- | --- |")
+    print(f"| a copy in memory | {at_once:.1f} ({paused:.1f} with {_CALL_S * 1000:g} ms between copies) | |")
     for name, line in points.items():
         slope, _ = np.polyfit([3 * pixels for pixels, _ in line], [ms for _, ms in line], 1)
         fit = np.corrcoef([pixels for pixels, _ in line], [ms for _, ms in line])[0, 1] ** 2
-        print(f"{name}: {1 / slope / 1e6:.1f} GB/s beyond the first byte, r2 of the line {fit:.3f}.")
-    doors(folder)
+        print(f"| {name} | {1 / slope / 1e6:.1f} | {fit:.3f} |")
+    protocols(folder)
     command = [python("plot"), "-c", PLOT, ROOT / "docs" / "images.png"]
     subprocess.run([str(part) for part in command], input=json.dumps(points), text=True, check=True)
 
