@@ -29,6 +29,7 @@ LAYERS = [
     ["engine.engine"],
     ["protocols"],
     ["server.tls"],
+    ["server.grpc_call"],
     ["server.admission", "server.forms"],
     ["server.health"],
     ["server.grpc_server", "server.local_server", "server.http_server", "server.http_app", "server.reload"],

@@ -1,19 +1,21 @@
-"""Who may hold a thread of the gRPC server, and for how long.
+"""Which gRPC calls get a thread, and for how long.
 
-grpcio gives a call a thread as soon as its headers arrive. So a call is authenticated before it gets one, counted
-against its connection before its message is read, and ended if its caller sends nothing or reads nothing for too long.
+grpcio would give a call a thread as soon as its headers arrive. Here, a call is authenticated and counted against its
+connection first, and gets a thread once its first message is here. It is ended if its caller sends nothing or reads
+nothing for too long.
 """
 
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NamedTuple
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -26,107 +28,86 @@ from tiny_model_server.errors import (
     Overloaded,
     ServerError,
     Unimplemented,
-    message_of,
 )
+from tiny_model_server.server.grpc_call import GrpcCall, abort
 
 log = logging.getLogger("tiny_model_server.admission")
 
-CROWDED_S = 0.25
-"""A call that has waited for so long may lose its thread to others, if too many wait."""
 NOTHING_READ = "the caller read nothing for too long (TMS_STREAM_IDLE_S)"
+NOTHING_SENT = "the caller sent nothing for too long (TMS_STREAM_IDLE_S)"
+NO_REQUEST = "the method takes exactly one request message"
+MOST_ARRIVING = 4096
+"""Calls whose first message is awaited. They hold memory, but no thread."""
+_CROWDED = "too many calls wait for their callers"
+_CROWDED_S = 0.25  # a call that has waited for so long is ended if too many wait
 _TICK_S = 0.1
 _RETRY_AFTER_MS = 100
 _LAST_RETRY_MS = 5000
 _SLOWEST = 1 << 20  # bytes a second that a caller must take of an answer, after the first seconds
 _NO_DEADLINE_S = 1e9
-_CROWDED = "too many calls wait for their callers"
-_NOTHING_SENT = "the caller sent nothing for too long (TMS_STREAM_IDLE_S)"
-_NO_REQUEST = "the method takes exactly one request message"
 _UPLOAD = 10  # a message with a deadline may take this many times stream_idle_s; its bytes on the way cannot be seen
 
 
-class AtOnce(ThreadPoolExecutor):
-    """Runs what it is given at once, in the thread that gives it: no thread is needed to refuse a call."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        """Runs ``fn`` and returns what came of it."""
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args, **kwargs))
-        except Exception as error:  # the caller finds it in the future, as it would of any executor
-            future.set_exception(error)
-        return future
-
-
-AT_ONCE = AtOnce(1)
-
-
-_Wait = tuple[float, float, Callable[[ServerError], None], str, int]
-"""Its limit on the monotonic clock; the limit while too many wait (infinite if no thread waits); ``end``; ``why``;
-``weight``."""
+class _Wait(NamedTuple):
+    kind: str
+    begun: float
+    seconds: float
+    why: str
+    weight: int
 
 
 class Waits:
-    """What calls wait for. Each wait has a limit, after which its call is ended."""
+    """The calls that wait for their callers. A call that waits for too long is ended."""
 
-    def __init__(self, most: int) -> None:
-        """Once waits of more than this weight in all are crowded, the oldest of them are ended early."""
+    def __init__(self, **most: int) -> None:
+        """``most`` is the weight that all waits of a kind may have; beyond it, the oldest are ended early."""
         self._most = most
-        self._waits: dict[Any, _Wait] = {}  # the oldest first; changed by single operations only
+        self._waits: dict[GrpcCall, _Wait] = {}  # the oldest first; changed by single operations only
         self._some = threading.Event()  # set while there may be waits; an idle server sleeps
         threading.Thread(target=self._watch, name="waits", daemon=True).start()
 
-    def begin(
-        self,
-        key: Any,
-        seconds: float,
-        crowded_s: float,
-        end: Callable[[ServerError], None],
-        why: str,
-        weight: int = 1,
-    ) -> None:
-        """Calls ``end`` after ``seconds``, or while too many wait after ``crowded_s``, unless ``over`` comes before.
-
-        ``why`` is the text of its DeadlineExceeded.
-        """
-        now = time.monotonic()
-        self._waits[key] = (now + seconds, now + crowded_s, end, why, weight)
+    def begin(self, call: GrpcCall, kind: str, seconds: float, why: str, weight: int = 1) -> None:
+        """Ends the call after ``seconds`` with DeadlineExceeded and this text, unless ``over`` is called before."""
+        self._waits[call] = _Wait(kind, time.monotonic(), seconds, why, weight)
         if not self._some.is_set():
             self._some.set()
 
-    def over(self, key: Any) -> None:
+    def over(self, call: GrpcCall) -> None:
         """The call goes on, or has ended."""
-        self._waits.pop(key, None)
+        self._waits.pop(call, None)
 
     def _watch(self) -> None:
-        while True:
+        while self._some.wait():
+            time.sleep(_TICK_S)
+            self._end_late(list(self._waits.items()), time.monotonic())
             if not self._waits:
                 self._some.clear()
-                if not self._waits:  # none has begun meanwhile, so whoever begins one will see that it must set this
-                    self._some.wait()
-            time.sleep(_TICK_S)
-            waits = list(self._waits.items())
-            crowd = sum(weight for _, (_, crowded, _, _, weight) in waits if crowded < math.inf) - self._most
-            now = time.monotonic()
-            for key, (limit, crowded, end, why, weight) in waits:
-                late = limit <= now
-                if (late or (crowd > 0 and crowded <= now)) and self._waits.pop(key, None) is not None:
-                    crowd -= weight
-                    log.warning("a call is ended: %s", why if late else _CROWDED)
-                    _end(end, DeadlineExceeded(why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS))
+                if self._waits:  # one has begun meanwhile, and may have seen the event set
+                    self._some.set()
 
+    def _end_late(self, waits: list[tuple[GrpcCall, _Wait]], now: float) -> None:
+        weights: Counter[str] = Counter()
+        for _, wait in waits:
+            weights[wait.kind] += wait.weight
+        for call, wait in waits:
+            late = now - wait.begun > wait.seconds
+            crowded = weights[wait.kind] > self._most.get(wait.kind, math.inf) and now - wait.begun > _CROWDED_S
+            if (late or crowded) and self._waits.pop(call, None) is not None:
+                weights[wait.kind] -= wait.weight
+                self._end(call, wait, DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS))
 
-def _end(end: Callable[[ServerError], None], error: ServerError) -> None:
-    try:
-        end(error)
-    except Exception:  # of one call; the others are watched on
-        log.exception("a call could not be ended")
+    def _end(self, call: GrpcCall, wait: _Wait, error: ServerError) -> None:
+        log.warning("a call is ended: %s", error)
+        try:
+            if call.end(error):  # the status waits behind what the caller does not read; after as long, it is cancelled
+                self.begin(call, "ending", wait.seconds, wait.why)
+        except Exception:  # of one call; the others are watched on
+            log.exception("a call could not be ended")
 
 
 @dataclass(slots=True)
 class _Connection:
-    held: int = 0
-    """Threads that it holds."""
+    calls: int = 0
     refused: int = 0
     """Calls that were refused, and will come again."""
     call_s: float = 0.1
@@ -134,263 +115,189 @@ class _Connection:
 
 
 class Callers:
-    """Counts the threads that each connection holds."""
+    """Counts the calls of each connection."""
 
     def __init__(self, most: int) -> None:
-        """``most`` is the number that one connection may hold."""
+        """``most`` is the number that one connection may have in the server."""
         self._most = most
         self._connections: dict[str, _Connection] = {}
         self._lock = threading.Lock()
 
-    def enter(self, peer: str) -> float:
-        """Counts a call and returns the time; Overloaded if its connection holds as many threads as it may."""
+    def enter(self, call: GrpcCall) -> None:
+        """Counts a call; Overloaded if its connection has as many as it may."""
         with self._lock:
-            found = self._connections.get(peer)
-            if found is None:
-                found = self._connections[peer] = _Connection()
+            found = self._connections.setdefault(call.peer, _Connection())
             # All callers of a unix socket look like one: its file's mode says who they are.
-            if found.held >= self._most and not peer.startswith("unix:"):
+            if found.calls >= self._most and not call.peer.startswith("unix:"):
                 found.refused += 1
                 wait_s = found.call_s * (1 + found.refused / self._most)
                 raise Overloaded(
-                    f"this connection has {found.held} calls in the server already, a quarter of TMS_THREADS",
+                    f"this connection has {found.calls} calls in the server already, a quarter of TMS_THREADS",
                     retry_after_ms=min(_LAST_RETRY_MS, _RETRY_AFTER_MS + int(1000 * wait_s)),
                 )
-            found.held += 1
+            found.calls += 1
             found.refused = max(0, found.refused - 1)
-        return time.monotonic()
 
-    def leave(self, peer: str, entered: float) -> None:
-        """The call that entered then is over."""
+    def leave(self, call: GrpcCall) -> None:
+        """The call is over."""
         with self._lock:
-            found = self._connections[peer]
-            found.held -= 1
-            found.call_s += (time.monotonic() - entered - found.call_s) / 8
-            if not found.held:
-                del self._connections[peer]
+            found = self._connections[call.peer]
+            found.calls -= 1
+            found.call_s += (time.monotonic() - call.began - found.call_s) / 8
+            if not found.calls:
+                del self._connections[call.peer]
 
 
-class Admission(grpc.ServerInterceptor):
-    """Guards every method but those of health, which has threads of its own. It must be the first interceptor,
+class _Arrived(NamedTuple):
+    """What a behaviour gets in place of its request."""
 
-    for it calls the behaviours that the others return.
+    call: GrpcCall
+    message: bytes | None
+    more: Callable[[], Iterator[bytes]]
+
+
+class _Behavior(partial):  # type: ignore[type-arg]
+    experimental_non_blocking = True  # grpcio leaves the sending of a stream's answers to it
+    handler: Any
+
+
+class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
+    """The first interceptor of grpcio's server, and its thread pool.
+
+    A call passes ``intercept_service``, ``submit`` and, in a thread, ``_unary`` or ``_stream``. Health has a pool of
+    its own.
     """
 
-    def __init__(self, engine: Engine, exempt: str, *, alone: bool) -> None:
-        """``exempt`` is the service that is not guarded; ``alone`` says that no other interceptor follows."""
-        self._alone = alone
-        self._guarded: dict[str, Any] = {}  # handlers by method, if they are always the same
+    def __init__(self, engine: Engine, exempt: str, threads: int) -> None:
+        """``exempt`` is the service that is not guarded; ``threads`` are for calls at work."""
+        waiting = max(8, threads // 2)
+        super().__init__(threads + waiting, thread_name_prefix="grpc")
         self._engine = engine
         self._exempt = f"/{exempt}/"
         self._idle_s = engine.settings.stream_idle_s
         self._callers = Callers(max(2, engine.settings.threads // 4))
-        self._waits = Waits(waiting_threads(engine.settings.threads))
-        self._unread = Waits(engine.inflight.limit // 2)  # of answers; bytes
+        self._waits = Waits(arriving=MOST_ARRIVING, threads=waiting, unread=engine.inflight.limit // 2)
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Refuses a call without the server's token before it gets a thread. Probes of health bring none."""
-        if details.method.startswith(self._exempt):
-            return continuation(details)
-        if self._engine.settings.token:
+        """Guards a method. Its behaviour is called by ``_unary`` or ``_stream``."""
+        handler = continuation(details)
+        if handler is None or details.method.startswith(self._exempt):
+            return handler
+        made = [grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler]
+        if handler.request_streaming:
+            made = [grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler]
+        behavior = _Behavior(self._stream if handler.response_streaming else self._unary, handler)
+        behavior.handler = handler
+        return made[handler.response_streaming](behavior, None, handler.response_serializer)
+
+    def submit(  # type: ignore[override]
+        self, run: Any, respond: Any, event: Any, state: Any, behavior: Any, requests: Any, *codecs: Any
+    ) -> None:
+        """Admits a call: grpcio hands it in when its headers have arrived, with how to read it and to answer it."""
+        call = GrpcCall(event, state)
+
+        def start(message: bytes | None) -> None:
+            self._waits.over(call)
             try:
-                self._engine.authenticate(dict(details.invocation_metadata))
+                if message is None and not (behavior.handler.request_streaming and call.context.is_active()):
+                    raise Unimplemented(NO_REQUEST)
+                self._hold(call, message)
             except ServerError as error:
-                return _refusal(error)
-        if guarded := self._guarded.get(details.method):
-            return guarded
-        if (handler := continuation(details)) is None:
-            return None
-        guarded = self._streaming(handler) if handler.response_streaming else self._unary(handler)
-        if self._alone:
-            self._guarded[details.method] = guarded
-        return guarded
+                self._leave(call)
+                call.end(error)
+            else:
+                arrived = _Arrived(call, message, requests)
+                super(Admission, self).submit(run, respond, event, state, behavior, lambda: arrived, *codecs)
 
-    def _unary(self, handler: Any) -> Any:
-        # Its requests are said to be a stream, so that grpcio calls it before there is one. On the wire that is equal.
-        behavior, inflight = handler.unary_unary, self._engine.inflight
-
-        def answer(requests: Any, context: Any) -> Any:
-            call, peer, size = GuardedCall(context, self._waits, self._idle_s), context.peer(), 0
-            try:
-                entered = self._callers.enter(peer)
-                try:
-                    if (data := call.receive(requests, only=True)) is None:
-                        raise Unimplemented(_NO_REQUEST)
-                    inflight.take(len(data))
-                    size = len(data)
-                    made = behavior(_parsed(handler, data), context)
-                finally:
-                    inflight.give(size)
-                    self._callers.leave(peer, entered)
-            except ServerError as error:
-                abort(context, error)
-            call.hand_over(made, self._unread)
-            return made
-
-        return grpc.stream_unary_rpc_method_handler(answer, None, handler.response_serializer)
-
-    def _streaming(self, handler: Any) -> Any:
-        behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
-
-        def answer(requests: Any, context: Any, send: Callable[[Any], None]) -> None:
-            call, peer = GuardedCall(context, self._waits, self._idle_s, send), context.peer()
-            try:
-                entered = self._callers.enter(peer)
-                try:
-                    with closing(self._arriving(handler, requests, call)) as arriving:
-                        argument = arriving if handler.request_streaming else _only(arriving)
-                        with closing(behavior(argument, context)) as made:
-                            call.send_all(made)
-                finally:
-                    self._callers.leave(peer, entered)
-            except ServerError as error:
-                if not call.ended:
-                    abort(context, error)
-            except Exception:
-                if not call.ended:  # else grpcio is not to send a second status
-                    raise
-
-        # grpcio runs a behaviour with this attribute in a thread of the pool, and leaves the sending to it.
-        answer.experimental_non_blocking = True  # type: ignore[attr-defined]
-        return grpc.stream_stream_rpc_method_handler(answer, None, handler.response_serializer)
-
-    def _arriving(self, handler: Any, requests: Iterator[bytes], call: "GuardedCall") -> Generator[Any, None, None]:
-        """The requests, each counted among the bytes under way until the next one is asked for, or the end."""
-        while (data := call.receive(requests, only=not handler.request_streaming)) is not None:
-            with self._engine.inflight.held(len(data)):
-                yield _parsed(handler, data)
-
-
-def waiting_threads(threads: int) -> int:
-    """How many threads there are for calls that wait for their callers, beside those for calls at work."""
-    return max(8, threads // 2)
-
-
-class GuardedCall:
-    """A call that grpcio has given a thread, and how to end it from another one."""
-
-    def __init__(self, context: Any, waits: Waits, idle_s: float, send: Callable[[Any], None] | None = None) -> None:
-        self._context = context
-        self._waits = waits
-        self._idle_s = idle_s
-        self._send = send
-        self.ended = False
-        """True once its status was sent by ``end``."""
-
-    def receive(self, requests: Iterator[bytes], *, only: bool) -> bytes | None:
-        """The next request, None after the last; ``only`` says that there is but one."""
-        remaining = self._context.time_remaining() if only else math.inf
-        patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD * self._idle_s)
-        self._waits.begin(self, patience, CROWDED_S, self.end, _NOTHING_SENT)
         try:
-            data = next(requests, None)
+            self._engine.authenticate(dict(event.invocation_metadata))
+            self._callers.enter(call)
+        except ServerError as error:
+            call.end(error)
+            return
+        call.context.add_callback(lambda: self._waits.over(call))
+        remaining = call.context.time_remaining()
+        patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD * self._idle_s)
+        self._waits.begin(call, "arriving", patience, NOTHING_SENT)
+        call.receive(start)
+
+    def _hold(self, call: GrpcCall, message: bytes | None) -> None:
+        """Counts the bytes of a call's message among those under way, in place of its last one's."""
+        self._engine.inflight.give(call.held)
+        call.held = 0
+        self._engine.inflight.take(size := len(message or b""))
+        call.held = size
+
+    def _leave(self, call: GrpcCall) -> None:
+        self._engine.inflight.give(call.held)
+        self._callers.leave(call)
+
+    def _unary(self, handler: Any, arrived: _Arrived, context: Any) -> Any:
+        call = arrived.call
+        try:
+            answer = handler.unary_unary(_parsed(handler, arrived.message), context)
+        except ServerError as error:
+            abort(context, error)
+        finally:
+            self._leave(call)
+        # grpcio would keep the memory of an answer that is not read for ever.
+        self._waits.begin(call, "unread", self._seconds(answer), NOTHING_READ, len(answer))
+        if not context.is_active():
+            self._waits.over(call)
+        return answer
+
+    def _stream(self, handler: Any, arrived: _Arrived, context: Any, send: Callable[[Any], None]) -> None:
+        call = arrived.call
+        try:
+            with closing(self._requests(handler, arrived)) as requests:
+                argument, behavior = requests, handler.stream_stream
+                if not handler.request_streaming:
+                    argument, behavior = next(requests), handler.unary_stream
+                with closing(behavior(argument, context)) as answers:
+                    for answer in answers:
+                        self._waits.begin(call, "reading", self._seconds(answer), NOTHING_READ)
+                        send(answer)
+                        self._waits.over(call)
+                        if not context.is_active():
+                            return
+            call.finish()
+        except ServerError as error:
+            call.end(error)
+        except Exception:
+            if context.is_active():  # else grpcio is not to send a second status
+                raise
+        finally:
+            self._leave(call)
+
+    def _requests(self, handler: Any, arrived: _Arrived) -> Generator[Any, None, None]:
+        message = arrived.message
+        more = arrived.more() if handler.request_streaming else iter(())
+        while message is not None:
+            yield _parsed(handler, message)
+            message = self._next(arrived.call, more)
+            self._hold(arrived.call, message)
+
+    def _next(self, call: GrpcCall, requests: Iterator[bytes]) -> bytes | None:
+        self._waits.begin(call, "threads", self._idle_s, NOTHING_SENT)
+        try:
+            message = next(requests, None)
         except grpc.RpcError as error:
             error.__traceback__ = None  # grpcio keeps the error, which would keep the frames and the call's memory
-            raise Cancelled("the caller went away") from None
+            raise Cancelled("the caller has disconnected") from None
         finally:
-            self._waits.over(self)
-        if self.ended:
+            self._waits.over(call)
+        if not call.context.is_active():
             raise Cancelled("the call was ended")
-        return data
-
-    def send_all(self, answers: Iterable[Any]) -> None:
-        """Sends each answer, at the speed of a caller that reads; then the status."""
-        for answer in answers:
-            if not self.send(answer):
-                return
-        self.finish()
-
-    def send(self, answer: Any) -> bool:
-        """Sends one answer, and returns when the caller's window has taken it; False if nothing more can be sent."""
-        assert self._send
-        self._wait_for_reader(answer)
-        try:
-            self._send(answer)
-        finally:
-            self._waits.over(self)
-        active: bool = self._context.is_active()
-        return active
-
-    def _wait_for_reader(self, answer: Any) -> None:
-        self._waits.begin(self, self._seconds(answer), self._idle_s, self.end, NOTHING_READ)
-
-    def finish(self) -> None:
-        """Sends the status, unless the call has ended."""
-        if self._send and self._context.is_active():
-            self._send(None)
-
-    def on_end(self, callback: Callable[[], None]) -> bool:
-        """Calls this when the call ends; False if it has ended."""
-        added: bool = self._context.add_callback(callback)
-        return added
-
-    def hand_over(self, answer: Any, unread: Waits) -> None:
-        """Cancels the call if its caller does not read the only answer, whose memory grpcio would keep for ever."""
-        weight = len(answer) if isinstance(answer, bytes) else 0
-        unread.begin(self, self._seconds(answer), CROWDED_S, self._cancel, NOTHING_READ, weight)
-        if not self._context.add_callback(lambda: unread.over(self)):
-            unread.over(self)
-
-    def _over(self) -> None:
-        self._waits.over(self)
+        return message
 
     def _seconds(self, answer: Any) -> float:
         return self._idle_s + (len(answer) / _SLOWEST if isinstance(answer, bytes) else 0)
 
-    def end(self, error: ServerError) -> None:
-        """Ends the call with this status, from any thread. A call of one answer ends as CANCELLED."""
-        if self.ended:
-            return
-        self.ended = True
-        if self._send is None:
-            self._context.cancel()
-            return
-        set_status(self._context, error)
-        self.finish()
-        # It waits behind the values that the caller does not read. After as long again, the call ends without it.
-        self._waits.begin(self, self._idle_s, CROWDED_S, self._cancel, NOTHING_READ)
-        if not self.on_end(self._over):
-            self._over()
 
-    def _cancel(self, error: ServerError) -> None:
-        self._context.cancel()
-
-
-def set_status(context: Any, error: ServerError, trailing: Mapping[str, str | bytes] = MappingProxyType({})) -> str:
-    """Gives the call the status of an error, with when to call again; returns the message, which fits in a header."""
-    message, sent = message_of(error), dict(trailing)
-    if isinstance(error, Overloaded) and error.retry_after_ms is not None:
-        sent["grpc-retry-pushback-ms"] = str(error.retry_after_ms)
-    context.set_trailing_metadata(tuple(sent.items()))
-    context.set_code(grpc.StatusCode[error.status])
-    context.set_details(message)
-    return message
-
-
-def abort(context: Any, error: ServerError, trailing: Mapping[str, str | bytes] = MappingProxyType({})) -> NoReturn:
-    """Ends the call with the status of an error, by an exception that grpcio knows."""
-    context.abort(grpc.StatusCode[error.status], set_status(context, error, trailing))
-    raise AssertionError  # abort has raised
-
-
-def _refusal(error: ServerError) -> Any:
-    def refuse(requests: Any, context: Any) -> NoReturn:
-        abort(context, error)
-
-    refuse.experimental_thread_pool = AT_ONCE  # type: ignore[attr-defined]
-    return grpc.stream_unary_rpc_method_handler(refuse)
-
-
-def _only(requests: Iterator[Any]) -> Any:
-    for request in requests:
-        return request
-    raise Unimplemented(_NO_REQUEST)
-
-
-def _parsed(handler: Any, data: bytes) -> Any:
+def _parsed(handler: Any, message: Any) -> Any:
     if not handler.request_deserializer:
-        return data
+        return message
     try:
-        return handler.request_deserializer(data)
+        return handler.request_deserializer(message)
     except DecodeError:
         raise InvalidInput("the request cannot be parsed") from None

@@ -6,7 +6,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +18,8 @@ from tiny_model_server.engine.engine import Call, Engine
 from tiny_model_server.errors import ServerError, message_of
 from tiny_model_server.protocols import model_mesh, modzy, native, nos, open_inference
 from tiny_model_server.server import health, tls
-from tiny_model_server.server.admission import Admission, abort, waiting_threads
+from tiny_model_server.server.admission import Admission
+from tiny_model_server.server.grpc_call import abort
 from tiny_model_server.settings import Settings, SettingsError
 
 log = logging.getLogger("tiny_model_server.grpc")
@@ -51,10 +51,9 @@ class GrpcServer:
         self._health = health.Health()
         self._largest, self._most_items = settings.max_message_mb << 20, settings.max_items
         traced = tracing.interceptors("server_interceptor")
+        admission = Admission(engine, health.SERVICE, settings.threads + _SPARE_THREADS)
         self._server = grpc.server(
-            ThreadPoolExecutor(
-                settings.threads + waiting_threads(settings.threads) + _SPARE_THREADS, thread_name_prefix="grpc"
-            ),
+            admission,
             options=[
                 ("grpc.max_receive_message_length", settings.max_message_mb << 20),
                 ("grpc.max_send_message_length", -1),  # checked before it is sent, with an error that is not retried
@@ -68,7 +67,7 @@ class GrpcServer:
                 ("grpc.server_handshake_timeout_ms", _HANDSHAKE_MS),
                 ("grpc.max_allowed_incoming_connections", placement.descriptors() // 2),  # the rest is for workers
             ],
-            interceptors=[Admission(engine, health.SERVICE, alone=not traced), *traced],
+            interceptors=[admission, *traced],
         )
         if unknown := set(settings.protocols) - set(PROTOCOLS):
             raise SettingsError(f"TMS_PROTOCOLS names {', '.join(sorted(unknown))}; there are {', '.join(PROTOCOLS)}")

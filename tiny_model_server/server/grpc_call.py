@@ -1,0 +1,109 @@
+"""One call of grpcio's server, with ways to read, send and end it that hold no thread.
+
+grpcio's Python API reads and sends only by blocking a thread, so a caller who stays silent would hold one. This file
+alone uses what lies below that API: ``grpc._server`` and cygrpc, whose parts used here are alike from 1.60 to 1.85.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, NoReturn
+
+import grpc
+from grpc import _server
+from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+from tiny_model_server.errors import Overloaded, ServerError, message_of
+
+log = logging.getLogger("tiny_model_server.grpc")
+
+_RECEIVE, _SEND = "receive_message", "send_message"
+"""grpcio's names of operations that are under way."""
+
+
+class GrpcCall:
+    """A call as grpcio gives it to its thread pool. Any thread may use it."""
+
+    def __init__(self, event: Any, state: Any) -> None:
+        """``event`` and ``state`` are grpcio's own objects for the call."""
+        self._event, self._state = event, state
+        self.context: Any = _server._Context(event, state, None)
+        """A servicer context of the call."""
+        self.peer: str = self.context.peer()
+        self.began = time.monotonic()
+        self.held = 0
+        """Bytes of its requests that are counted among those under way."""
+
+    def receive(self, then: Callable[[bytes | None], None]) -> None:
+        """Calls ``then`` with the next message, None if there is none. grpcio's own thread does so: be quick."""
+        store = _server._receive_message(self._state, self._event.call, None)
+
+        def received(event: Any) -> Any:
+            done = store(event)
+            with self._state.condition:
+                message, self._state.request = self._state.request, None
+            self._go_on(lambda: then(message))
+            return done
+
+        with self._state.condition:
+            self._begin(cygrpc.ReceiveMessageOperation(0), _RECEIVE, received)
+
+    def send(self, message: bytes, then: Callable[[], None]) -> None:
+        """Sends one message of a stream, and calls ``then`` once the caller's window has taken it."""
+        finish = _server._send_message(self._state, _SEND)
+
+        def sent(event: Any) -> Any:
+            done = finish(event)
+            self._go_on(then)
+            return done
+
+        with self._state.condition:
+            if self.context.is_active():
+                if self._state.initial_metadata_allowed:
+                    self.context.send_initial_metadata(())
+                self._begin(cygrpc.SendMessageOperation(message, 0), _SEND, sent)
+
+    def finish(self, message: bytes | None = None) -> None:
+        """Sends the status, after a last message if there is one; without effect on a call that has its status."""
+        with self._state.condition:
+            if self.context.is_active():
+                _server._status(self._event, self._state, message)
+
+    def end(self, error: ServerError) -> bool:
+        """Sends the status of an error. A call that has its status already is cancelled: then it returns False."""
+        with self._state.condition:
+            if active := bool(self.context.is_active()):
+                set_status(self.context, error)
+                self.finish()
+            else:
+                self.context.cancel()
+        return active
+
+    def _begin(self, operation: Any, name: str, then: Callable[[Any], Any]) -> None:
+        self._event.call.start_server_batch((operation,), then)
+        self._state.due.add(name)
+
+    def _go_on(self, then: Callable[[], None]) -> None:
+        try:
+            then()
+        except Exception as error:  # it must not end grpcio's thread, which serves all calls
+            log.exception("a call failed")
+            self.end(ServerError(f"a fault in the server: {message_of(error, named=True)}"))
+
+
+def set_status(context: Any, error: ServerError, trailing: Mapping[str, str | bytes] = MappingProxyType({})) -> str:
+    """Gives the call the status of an error, with when to call again; returns the message, which fits in a header."""
+    message, sent = message_of(error), dict(trailing)
+    if isinstance(error, Overloaded) and error.retry_after_ms is not None:
+        sent["grpc-retry-pushback-ms"] = str(error.retry_after_ms)
+    context.set_trailing_metadata(tuple(sent.items()))
+    context.set_code(grpc.StatusCode[error.status])
+    context.set_details(message)
+    return message
+
+
+def abort(context: Any, error: ServerError, trailing: Mapping[str, str | bytes] = MappingProxyType({})) -> NoReturn:
+    """Ends the call with the status of an error, by an exception that grpcio knows."""
+    context.abort(grpc.StatusCode[error.status], set_status(context, error, trailing))
+    raise AssertionError  # abort has raised
