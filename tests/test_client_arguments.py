@@ -50,10 +50,10 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception] | tuple[type[Exc
     "items dict": (lambda c: c.run_batch({"a": 1}), TypeError, "not a dict"),
     "items 5": (lambda c: c.run_batch(5), TypeError, "takes a list, not 5"),
     "items 0-d": (lambda c: c.run_batch(np.array(5)), TypeError, "takes a list"),
-    "value": (lambda c: c.run({1, 2}), TypeError, "set cannot travel"),
+    "value": (lambda c: c.run({1, 2}), TypeError, "cannot serialize set"),
     "args list": (lambda c: c.run_text("x", ["a"]), TypeError, "args must be a dict, not list"),
-    "args object": (lambda c: c.run(1, {"a": object()}), TypeError, r"object cannot travel \(at \.a\)"),
-    "args bytes": (lambda c: c.run_image(IMAGE, {"a": b"x"}), TypeError, "cannot be in args"),
+    "args object": (lambda c: c.run(1, {"a": object()}), TypeError, r"cannot serialize object at \.a"),
+    "args bytes": (lambda c: c.run_image(IMAGE, {"a": b"x"}), TypeError, "in args at"),
     "timeout text": (lambda c: c.run_text("x", timeout="5"), TypeError, "timeout is seconds, a number, not str '5'"),
     "timeout True": (lambda c: c.run(1, timeout=True), TypeError, "timeout is seconds"),
     "timeout 0": (lambda c: c.run_image(IMAGE, timeout=0), ValueError, "more than 0, not 0"),
@@ -89,7 +89,7 @@ SUBMITTED: list[tuple[Callable[[ModelClient], Any], type[Exception], str]] = [
     (lambda c: c.submit_text(None), TypeError, "a text is a str"),  # type: ignore[arg-type]
     (lambda c: c.submit_image("http://x/y.png"), ValueError, "urlopen"),
     (lambda c: c.submit_image_to_image(5), TypeError, "an image is"),  # type: ignore[arg-type]
-    (lambda c: c.submit(object()), TypeError, "object cannot travel"),
+    (lambda c: c.submit(object()), TypeError, "cannot serialize object"),
     (lambda c: c.submit(1, timeout="1"), TypeError, "timeout is seconds"),  # type: ignore[arg-type]
     (lambda c: c.submit_text_batch("ab"), TypeError, "takes a list"),
     (lambda c: c.submit_image_batch(IMAGE), TypeError, "not an array of shape"),
@@ -101,7 +101,7 @@ SUBMITTED: list[tuple[Callable[[ModelClient], Any], type[Exception], str]] = [
     (lambda c: next(c.map([1], method="run_batch")), ValueError, "method is one of run, run_text"),
     (lambda c: next(c.map([5], method="run_text")), TypeError, "a text is a str"),
     (lambda c: next(c.map([1], in_flight=0)), ValueError, "in_flight"),
-    (lambda c: next(c.run_stream({1})), TypeError, "set cannot travel"),
+    (lambda c: next(c.run_stream({1})), TypeError, "cannot serialize set"),
     (lambda c: next(c.run_stream(1, timeout=-1)), ValueError, "more than 0"),
     (lambda c: next(c.map([1], in_flight="4")), TypeError, "in_flight is a whole number, not str '4'"),  # type: ignore[arg-type]
     (lambda c: next(c.map([1], in_flight=math.nan)), TypeError, "in_flight is a whole number"),  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def test_async_streams_and_maps_tell_it_too() -> None:
             for answers, kind, message in (
                 (client.map("abc"), TypeError, "map takes a list"),
                 (client.map([1], timeout="1"), TypeError, "timeout is seconds"),  # type: ignore[arg-type]
-                (client.run_stream({1}), TypeError, "set cannot travel"),
+                (client.run_stream({1}), TypeError, "cannot serialize set"),
                 (client.run_stream(1, timeout=0), ValueError, "more than 0"),
             ):
                 with pytest.raises(kind, match=message):

@@ -76,11 +76,11 @@ def clients(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[ModelClient
 
 
 @pytest.mark.parametrize(("answer", "message"), [("dimensions", "32 dimensions"), ("empty rows", "rows without")])
-def test_an_array_that_cannot_travel_fails_where_it_is_made(
+def test_an_array_that_cannot_be_sent_fails_where_it_is_made(
     answers: Server, monkeypatch: pytest.MonkeyPatch, answer: str, message: str
 ) -> None:
     for client in clients(answers, monkeypatch):
-        with pytest.raises(model_client.ModelFailed, match=f"cannot travel: .*{message}"):
+        with pytest.raises(model_client.ModelFailed, match=f"cannot serialize this array .*{message}"):
             client.run(answer)
         with pytest.raises(model_client.ModelFailed, match=message):
             list(client.run_stream(answer))

@@ -114,20 +114,20 @@ def test_an_array_arrives_equal(server: Server, kind: str) -> None:
         assert answer.dtype.kind == ("U" if array.dtype.kind == "O" else array.dtype.kind)
 
 
-CANNOT_TRAVEL = [
-    (np.ma.masked_array([1.0, -9999.0], mask=[False, True]), r"masked array cannot travel; send array\.filled"),
+REFUSED = [
+    (np.ma.masked_array([1.0, -9999.0], mask=[False, True]), r"masked array at the top: send array\.filled"),
     (np.ma.masked, "masked array"),
-    ({"a": np.ma.masked_array([1], mask=[True])}, r"filled\(VALUE\).*\(at \.a\)"),
-    ({1: "a", "1": "b"}, "keys become the same text cannot travel"),
-    ({"x": {True: 1, "true": 2}}, r"same text cannot travel \(at \.x\)"),
+    ({"a": np.ma.masked_array([1], mask=[True])}, r"masked array at \.a: send array\.filled\(VALUE\)"),
+    ({1: "a", "1": "b"}, "keys that become the same text"),
+    ({"x": {True: 1, "true": 2}}, r"same text at \.x"),
     ({None: 1, "null": 2}, "use texts as keys"),
-    ({(1, 2): 3}, "a tuple cannot be a key"),
-    (Colour.RED, r"Colour cannot travel .*send its \.value"),
+    ({(1, 2): 3}, "a key of type tuple"),
+    (Colour.RED, r"Colour at the top: send its \.value"),
     ({3, 1}, r"send sorted\(value\)"),
     (date(2020, 1, 1), "isoformat"),
     (Box(1), "asdict"),
     (Path("x"), r"send str\(value\)"),
-    (1j, "complex cannot travel"),
+    (1j, "cannot serialize complex"),
     (np.datetime64("2020-01-01"), r"np\.asarray\(value\)"),
     (np.longdouble(1) / 3, r"more digits than a float.*float\(value\)"),
     (np.array([1, "a"], object), r"array\.tolist\(\)"),
@@ -138,11 +138,11 @@ CANNOT_TRAVEL = [
     (np.rec.array([(1, 2.0)], dtype=[("a", "i4"), ("b", "f8")]), "a dict of its columns"),
     (memoryview(np.arange(3)), r"np\.asarray\(view\)"),
     ("\ud83d\ude00", "both halves of a surrogate pair"),
-    (10**5000, "cannot travel"),
+    (10**5000, "cannot serialize the value"),
 ]
 
 
-@pytest.mark.parametrize(("value", "message"), CANNOT_TRAVEL, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(("value", "message"), REFUSED, ids=lambda value: type(value).__name__)
 def test_what_would_change_is_refused(server: Server, value: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         server.client("echo").run(value)
@@ -235,7 +235,7 @@ def test_json_with_numbers_that_it_lacks_is_refused(server: Server, literal: str
     with grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary(run.path, run.request.SerializeToString, run.response.FromString)
         for fields in ({"data": {"json": literal}}, {"data": {"json": "1"}, "args": f'{{"a": {literal}}}'}):
-            with pytest.raises(grpc.RpcError, match="is no JSON; send null, or") as caught:
+            with pytest.raises(grpc.RpcError, match="is not JSON; send null, or") as caught:
                 call(run.request(model="echo", **fields), timeout=20)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
@@ -247,10 +247,10 @@ def test_args_arrive_equal_or_fail(server: Server) -> None:
     assert math.isnan(client.run_text("x", {"nan": math.nan})["args"]["nan"])
     assert client.run_text("x", {"row": np.array([1.5, np.inf])})["args"] == {"row": [1.5, math.inf]}
     for wrong, message in (
-        ({"a": b"x"}, r"bytes cannot be in args \(at \.a\)"),
-        ({"a": {1, 2}}, "set cannot travel"),
+        ({"a": b"x"}, r"bytes of dtype uint8 in args at \.a"),
+        ({"a": {1, 2}}, "cannot serialize set"),
         ({1: 2, "1": 3}, "the same text"),
-        ({"a": np.array([1j])}, "cannot be in args"),
+        ({"a": np.array([1j])}, "complex128 in args"),
     ):
         with pytest.raises(TypeError, match=message):
             client.run_text("x", wrong)  # type: ignore[arg-type]

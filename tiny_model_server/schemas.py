@@ -4,35 +4,42 @@ Generated modules would register in protobuf's default pool, where they clash wi
 a version stamp; descriptor sets do neither. ``make proto`` writes them from the .proto files.
 """
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf import descriptor, descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
-from tiny_model_server.codec import varint
 from tiny_model_server.errors import InvalidInput, Overloaded
 
 _FOLDER = Path(__file__).parent / "protocols"
 
 LARGE = 1 << 15
 """Bytes of an array or image that are worth being kept out of messages."""
-_MOST_FIELDS = 100  # to be looked through; no caller shall have us look at millions
 MOST_ITEMS = 100_000
 """Elements of a repeated field in one request, if TMS_MAX_ITEMS does not say otherwise."""
 _FIELDS_PER_ITEM = 12  # an array of two dimensions in an item has ten
 _SPARE_FIELDS = 1000
-_LARGEST_NUMBERS = 1 << 25  # bytes of the numbers that a message has as varints, which each may be one byte in it
-_VARINTS = {"INT64": 16, "UINT64": 16, "SINT64": 16, "INT32": 4, "UINT32": 4, "SINT32": 4, "ENUM": 4, "BOOL": 1}
+_LARGEST_NUMBERS = 1 << 25  # bytes of memory for the packed numbers of one request
+_MOST_SEARCHED = 100  # fields; no caller shall have us look at millions for trailing bytes
+_VARINT, _BYTES = 0, 2  # wire types
+_FIXED_SIZES = {1: 8, 5: 4}  # bytes, by wire type
+_NUMBER_SIZES = {
+    getattr(descriptor.FieldDescriptor, f"CPPTYPE_{name}"): size
+    for name, size in {"INT32": 4, "UINT32": 4, "ENUM": 4, "BOOL": 4, "INT64": 16, "UINT64": 16}.items()
+}
+"""Bytes of memory that a packed number may take, which may be one byte on the wire."""
 _TRAILING_FIELDS = {
     "server.ImageArgs": (1, 4),
     "server.RunArgs": (1, 2, 3),
     "server.Response": (2, 3),
     "server.ImageResponse": (2, 4),
 }
-"""The fields that lead to the bytes of the last array or image."""
+"""The numbers of the fields that lead to the bytes of the last array or image."""
 
 pool = descriptor_pool.DescriptorPool()
 """Every schema of ours; give it to reflection."""
@@ -55,7 +62,7 @@ class Method(NamedTuple):
 
 
 class WithTrailingBytes(NamedTuple):
-    """A message but for its last array or image, whose bytes protobuf would copy once more and its parser twice.
+    """A message without its last array or image, whose bytes protobuf would copy once more and its parser twice.
 
     They come at the end, in an occurrence of their own of that field. ``owner`` has what else an array says of itself,
     serialized; an image has said it in the message: parsers join what they find of it.
@@ -65,23 +72,19 @@ class WithTrailingBytes(NamedTuple):
     owner: bytes
     data: memoryview
 
-    def head(self) -> bytes:
-        """All bytes before those of the array."""
-        *path, last = _TRAILING_FIELDS[self.message.DESCRIPTOR.full_name]
-        head = b"".join((self.owner, _tag(last), varint(len(self.data))))
-        for field in reversed(path):
-            head = b"".join((_tag(field), varint(len(head) + len(self.data)), head))
-        return bytes(self.message.SerializeToString() + head)
-
     def SerializeToString(self) -> bytes:
         """All bytes, as of any message."""
-        return b"".join((self.head(), self.data))
+        *path, last = _TRAILING_FIELDS[self.message.DESCRIPTOR.full_name]
+        head = self.owner + _prefix(last, len(self.data))
+        for field in reversed(path):
+            head = _prefix(field, len(head) + len(self.data)) + head
+        return b"".join((self.message.SerializeToString(), head, self.data))
 
 
 def parse_trailing(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
     """A message, and the bytes of its last array or image if they are many, at its end, and so left out of it."""
-    data, tail = _split_trailing(data, _TRAILING_FIELDS.get(kind.DESCRIPTOR.full_name, ()))
-    return kind.FromString(data), tail
+    data, trailing = _split_trailing(data, _TRAILING_FIELDS.get(kind.DESCRIPTOR.full_name, ()))
+    return kind.FromString(data), trailing
 
 
 def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_ITEMS) -> Any:
@@ -89,139 +92,122 @@ def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_
 
     Protobuf makes 80 bytes of two, and 16 of one: what would become too much is refused before it is parsed.
     """
-    if len(data) > 2 * most_items:  # else there cannot be more
-        _Count(method.request.DESCRIPTOR.full_name, most_items).add(data, _fields(method.request.DESCRIPTOR))
+    kind = method.request.DESCRIPTOR
     try:
+        if len(data) > 2 * most_items:  # else there cannot be more
+            _Counter(most_items).count(kind, data, 0, len(data))
         if call is None or call.lane:  # where a place may be told as well, and is what counts
             return method.request.FromString(data)
         request, call.trailing_bytes = parse_trailing(method.request, data)
         return request
-    except DecodeError:
-        raise InvalidInput(f"the request is no {method.request.DESCRIPTOR.full_name}") from None
-
-
-class _Field(NamedTuple):
-    """What counts of a length-delimited field: elements if it is repeated, what is in a message, numbers in a list."""
-
-    name: str
-    repeated: bool
-    fields: "dict[int, _Field] | None"
-    width: int
+    except (DecodeError, LookupError):
+        raise InvalidInput(f"the request is not a {kind.full_name}") from None
 
 
 @cache
-def _fields(descriptor: Any) -> dict[int, _Field]:
-    """The fields of a message that may become much, by number. Ours contain no message of their own kind."""
-    fields = {}
-    for field in descriptor.fields:
-        inner = _fields(field.message_type) if field.message_type else None
-        kind = descriptor_pb2.FieldDescriptorProto.Type.Name(field.type).removeprefix("TYPE_")
-        # Older protobuf has no is_repeated, newer no label.
-        repeated = field.is_repeated if hasattr(field, "is_repeated") else field.label == field.LABEL_REPEATED
-        if repeated or inner is not None:
-            fields[field.number] = _Field(field.name, repeated, inner, _VARINTS.get(kind, 0) if repeated else 0)
-    return fields
+def _counted_fields(kind: Any) -> dict[int, tuple[str, int, Any]]:
+    """The fields that are repeated or messages: their names, bytes in memory for a packed number, message types."""
+    return {
+        field.number: (field.name, field.is_repeated and _NUMBER_SIZES.get(field.cpp_type, 0), field.message_type)
+        for field in kind.fields
+        if field.is_repeated or field.message_type
+    }
 
 
-class _Count:
-    """Counts what a message has, from its bytes alone; InvalidInput if it is too much."""
+class _Counter:
+    """Counts what a message has, from its bytes alone."""
 
-    def __init__(self, kind: str, most_items: int) -> None:
-        self._kind, self._most_items = kind, most_items
-        self._left = most_items * _FIELDS_PER_ITEM + _SPARE_FIELDS
-        self._numbers = 0
-        self._items: dict[str, int] = {}
+    def __init__(self, most_items: int) -> None:
+        self._most_items = most_items
+        self._fields_left = most_items * _FIELDS_PER_ITEM + _SPARE_FIELDS
+        self._left: dict[str, int] = {}
 
-    def add(self, data: bytes, fields: dict[int, _Field]) -> None:
-        """Counts the fields of a whole message."""
-        try:
-            at = self._add(data, 0, len(data), fields)
-        except IndexError:
-            at = -1
-        if at != len(data):
-            raise InvalidInput(f"the request is no {self._kind}")
-
-    def _add(self, data: bytes, at: int, end: int, fields: dict[int, _Field]) -> int:
-        while at < end:
-            self._left -= 1
-            if self._left < 0:
+    def count(self, kind: Any, data: bytes, begin: int, end: int) -> None:
+        """InvalidInput if the message has too much, LookupError if it is malformed."""
+        counted = _counted_fields(kind)
+        for tag, _, at, after in _fields(data, begin, end):
+            self._fields_left -= 1
+            if self._fields_left < 0:
                 raise InvalidInput(f"the request has too many fields for {self._most_items} items (TMS_MAX_ITEMS)")
-            tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
-            kind = tag & 7
-            if kind == 0:
-                at = at + 1 if data[at] < 0x80 else _varint(data, at)[1]
-            elif kind == 2:
-                size, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
-                if field := fields.get(tag >> 3):
-                    self._take(field, data, at, size)
-                at += size
-            elif kind in (1, 5):
-                at += 8 if kind == 1 else 4
-            else:  # groups, which none of our messages has
-                raise IndexError
-        return at
+            if tag & 7 != _BYTES or (tag >> 3) not in counted:
+                continue
+            name, number_size, inner = counted[tag >> 3]
+            if number_size:
+                numbers = int(np.count_nonzero(np.frombuffer(data, np.uint8)[at:after] < 0x80))  # ends of varints
+                self._take("packed numbers", numbers * number_size, _LARGEST_NUMBERS)
+            else:
+                self._take(name, 1, self._most_items)
+            if inner:
+                self.count(inner, data, at, after)
 
-    def _take(self, field: _Field, data: bytes, at: int, size: int) -> None:
-        if at + size > len(data):
-            raise IndexError
-        if field.width:
-            if self._numbers + size * field.width > _LARGEST_NUMBERS:
-                size = int(np.count_nonzero(np.frombuffer(data, np.uint8, size, at) < 0x80))
-            self._numbers += size * field.width
-            if self._numbers > _LARGEST_NUMBERS:
-                raise InvalidInput(f"{field.name} has too many numbers; send them as raw bytes")
-            return
-        if field.repeated:
-            count = self._items[field.name] = self._items.get(field.name, 0) + 1
-            if count > self._most_items:
-                raise InvalidInput(
-                    f"the request has more than {self._most_items} {field.name}, which TMS_MAX_ITEMS allows at most"
-                )
-        if field.fields and self._add(data, at, at + size, field.fields) != at + size:
-            raise IndexError
+    def _take(self, what: str, size: int, most: int) -> None:
+        self._left[what] = left = self._left.get(what, most) - size
+        if left < 0:
+            raise InvalidInput(f"the request has too many {what}; TMS_MAX_ITEMS allows {self._most_items} items")
 
 
 def _split_trailing(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview | None]:
     """The message without the bytes of the field at the end of ``path``, if they are the last and many; and those."""
-    before: list[bytes] = []
-    begin = size = 0
+    heads: list[bytes] = []
+    begin = 0
     try:
-        for field in path if len(data) > LARGE else ():
-            start = at = begin
-            for _ in range(_MOST_FIELDS):
-                start, tag = at, data[at]
-                size, at = _varint(data, at + 1)
-                if tag > 0x7F or tag & 5:  # none of our fields
-                    return data, None
-                at += size if tag & 2 else 0
-                if at >= len(data):
-                    break
-            if at != len(data) or data[start] != field << 3 | 2:
+        for number in path if len(data) > LARGE else ():
+            *_, (tag, start, at, after) = islice(_fields(data, begin, len(data)), _MOST_SEARCHED)
+            if tag != number << 3 | _BYTES or after != len(data):
                 return data, None
-            before.append(data[begin:start])
-            begin = len(data) - size
-    except IndexError:  # malformed, as protobuf will say
+            heads.append(data[begin:start])
+            begin = at
+    except (LookupError, ValueError):  # malformed, as protobuf will say
         return data, None
-    if size <= LARGE or not before:
+    if not heads or len(data) - begin <= LARGE:
         return data, None
-    rest = before.pop()
-    for field, head in zip(reversed(path[:-1]), reversed(before), strict=True):
-        rest = b"".join((head, _tag(field), varint(len(rest)), rest))
+    rest = heads.pop()
+    for number, head in zip(reversed(path[:-1]), reversed(heads), strict=True):
+        rest = b"".join((head, _prefix(number, len(rest)), rest))
     return rest, memoryview(data)[begin:]
 
 
-def _tag(field: int) -> bytes:
-    return bytes((field << 3 | 2,))
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """The fields of a message: their tags, where these are, and where the contents begin and end.
+
+    LookupError for what is not a message, or has groups, which none of ours has.
+    """
+    while at < end:
+        start, size = at, 0
+        tag, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
+        if tag & 7 == _BYTES:
+            size, at = (data[at], at + 1) if data[at] < 0x80 else _varint(data, at)
+        elif tag & 7 == _VARINT:
+            _, at = _varint(data, at)
+        else:
+            size = _FIXED_SIZES[tag & 7]
+        if at + size > end:
+            raise IndexError("a field ends after its message")
+        yield tag, start, at, at + size
+        at += size
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = 0
-    for shift in range(0, 70, 7):
-        byte = data[at]
-        value, at = value | (byte & 0x7F) << shift, at + 1
-        if byte < 0x80:
-            return value, at
-    raise IndexError("that is no number")
+    for index in range(10):
+        value |= (data[at + index] & 0x7F) << 7 * index
+        if data[at + index] < 0x80:
+            return value, at + index + 1
+    raise IndexError("a number has more than ten bytes")
+
+
+def varint(number: int) -> bytes:
+    """A number as protobuf writes it."""
+    groups = bytearray()
+    while number > 0x7F:
+        groups.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*groups, number])
+
+
+def _prefix(field: int, size: int) -> bytes:
+    """What stands before the content of a length-delimited field."""
+    return bytes((field << 3 | _BYTES,)) + varint(size)
 
 
 def serialized(answer: Any, largest: int | None = None) -> bytes:
