@@ -243,9 +243,9 @@ BAD_IMAGES = [
     (np.zeros((2, 2, 2, 2)), r"not float64 of shape \(2, 2, 2, 2\)"),
     (np.zeros((0, 4)), "HxW or HxWxC"),
     (np.array([["a"]]), "an array of numbers"),
-    (b"no image at all", "15 bytes that are no image file"),
-    (b"", "no image file"),
-    (b"\x89PNG\r\n\x1a\n" + b"\x00" * 50, "no image file"),
+    (b"no image at all", "15 bytes are not an image file"),
+    (b"", "(no|not an) image file"),
+    (b"\x89PNG\r\n\x1a\n" + b"\x00" * 50, "(no|not an) image file"),
 ]
 
 
@@ -259,7 +259,7 @@ def test_bad_images_are_told(server: Server, image: object, message: str) -> Non
 def test_a_decompression_bomb_is_refused(start_server: object) -> None:
     server = start_server(TMS_MAX_IMAGE_PIXELS=10_000)  # type: ignore[operator]
     _, data = cv2.imencode(".png", np.zeros((200, 200), np.uint8))
-    with pytest.raises(model_client.InvalidInput, match="could not be decoded|no image file"):
+    with pytest.raises(model_client.InvalidInput, match="could not be decoded|not an image file"):
         server.client("echo").run_image(data.tobytes())
     _, data = cv2.imencode(".png", np.zeros((90, 90), np.uint8))
     assert server.client("echo").run_image(data.tobytes()).shape == (90, 90, 3)

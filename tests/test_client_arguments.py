@@ -37,7 +37,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception] | tuple[type[Exc
     "image data URL": (lambda c: c.run_image("data:image/png;base64,AAAA"), ValueError, "not the path of an image"),
     "image empty path": (lambda c: c.run_image(""), ValueError, "not the path of an image file"),
     "image no file": (lambda c: c.run_image("no/such/file.jpg"), FileNotFoundError, "no/such/file.jpg"),
-    "image empty": (lambda c: c.run_image(b""), model_client.InvalidInput, "no image file"),
+    "image empty": (lambda c: c.run_image(b""), model_client.InvalidInput, "(no|not an) image file"),
     "image objects": (lambda c: c.run_image(np.zeros((2, 2), object)), model_client.InvalidInput, "array of numbers"),
     "image masked": (lambda c: c.run_image(np.ma.masked_equal(np.zeros((2, 2)), 0)), TypeError, r"\.filled\("),
     "image to image": (lambda c: c.run_image_to_image(None), TypeError, "an image is"),

@@ -175,7 +175,7 @@ def test_malformed_args(raw: RawClient, method: str, args: str, message: str) ->
         ('{"$array": 0}', [("uint8", [0, 2**62, 2**62], b"")], "too long ones"),
         ('{"$array": 0}', [("uint8", [1] * 65, b"1")], "at most 32 dimensions"),
         ('{"$array": 0}', [("<U999999999", [1], b"1")], "unknown dtype"),
-        ('{"$image": 0}', [("uint8", [1], b"1")], "no image file"),
+        ('{"$image": 0}', [("uint8", [1], b"1")], "not an image file"),
         ("[" * 100_000, [], "nested too deeply"),
     ],
 )

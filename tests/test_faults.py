@@ -21,6 +21,7 @@ import model_client
 from tests.conftest import Server, shared_memory, wait_for
 from tiny_model_server import schemas
 from tiny_model_server.engine import busy_polling, placement
+from tiny_model_server.settings import parse_devices
 
 StartServer = Callable[..., Server]
 
@@ -470,7 +471,7 @@ def test_waits_that_do_not_pay_take_no_cpu(
 
 def test_workers_are_spread_over_the_gpus() -> None:
     def of(index: int, workers: int, given: str, found: list[str]) -> Any:
-        return placement.environment(index, workers, placement.parse(given), {}, found).get("CUDA_VISIBLE_DEVICES")
+        return placement.environment(index, workers, parse_devices(given), {}, found).get("CUDA_VISIBLE_DEVICES")
 
     assert [of(i, 4, "auto", ["0", "1"]) for i in range(4)] == ["0", "1", "0", "1"]
     assert of(0, 1, "auto", []) is None
@@ -482,7 +483,7 @@ def test_workers_are_spread_over_the_gpus() -> None:
     assert placement.gpus({}, Path("/no/such/folder")) == []
     for wrong in ("gpu", "", "cuda:-1", "cuda:x"):
         with pytest.raises(ValueError, match="auto"):
-            placement.parse(wrong)
+            parse_devices(wrong)
 
 
 def test_threads_are_divided_and_the_operators_word_counts(tmp_path: Path) -> None:

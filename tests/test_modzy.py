@@ -70,7 +70,7 @@ def test_files_in_and_out(start_server: Callable[..., Server], tmp_path: Path, c
     assert (answer.status_code, answer.message) == (422, "item 0 has the inputs ['photo']; it must have note, photo")
     answer = call(server, "Run", inputs=[{"input": {"photo": b"\x89PNG broken", "note": b""}}])
     assert answer.status_code == 422
-    assert "no image file" in answer.message
+    assert "not an image file" in answer.message
     answer = call(server, "Run", inputs=[{"input": {"photo": photo, "note": b"\xff"}}])
     assert answer.status_code == 422
     assert "not UTF-8" in answer.message

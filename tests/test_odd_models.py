@@ -71,6 +71,8 @@ PROGRAMS = """
                 observe(Label.RGB, 1)
             elif what == "status":
                 raise Wrong("as usual")
+            elif what == "proxies":
+                return (Proxy() for _ in range(2))
             return data
 
         def run_batch(self, items, args):
@@ -165,6 +167,8 @@ def test_an_answer_without_a_class_is_one_items_affair(programs: Server) -> None
     answers = programs.client("program").run_batch([1, 2, 3], {"whole": "proxy"}, return_exceptions=True)
     assert isinstance(answers[0], model_client.ModelFailed)
     assert answers[1:] == [2, 3]
+    with pytest.raises(model_client.ModelFailed, match="cannot be encoded"):
+        list(programs.client("program").run_stream(1, {"do": "proxies"}))
 
 
 LOADS = {
@@ -172,9 +176,9 @@ LOADS = {
     "number": ("metadata = {'inputs': 7}", "must be a list of dicts"),
     "numbers": ("metadata = {'inputs': [3]}", "must be a list of dicts"),
     "one": ("metadata = {'outputs': {'name': 'x'}}", "must be a list of dicts"),
-    "size": ("metadata = {'inputs': [{'shape': 5}]}", "must be a list of whole numbers"),
-    "text": ("metadata = {'inputs': [{'shape': 'abc'}]}", "must be a list of whole numbers"),
-    "dtype": ("metadata = {'inputs': [{'dtype': [1]}]}", "the dtype in .* must be a text"),
+    "size": ("metadata = {'inputs': [{'shape': 5}]}", "must be a list of dicts .*'shape': 5"),
+    "text": ("metadata = {'inputs': [{'shape': 'abc'}]}", "must be a list of dicts .*'shape': 'abc'"),
+    "dtype": ("metadata = {'inputs': [{'dtype': [1]}]}", "must be a list of dicts .*'dtype': .1"),
     "shape": ("def get_input_shape(self): return [10**30]", "must return whole numbers"),
     "end": ("def warmup(self): raise EOFError('the file of weights ends')", "EOFError: the file of weights ends"),
 }

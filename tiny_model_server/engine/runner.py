@@ -1,52 +1,45 @@
-"""One model in its worker process: import the plug-in, read what it declares, run batches. No sockets in here."""
+"""One model in its worker process: import the plug-in, read what it declares, run batches. No sockets in here.
+
+The code of a model may do anything: raise SystemExit, return objects whose methods raise, fork. So everything of it
+that may raise runs in ``attempt``, and what it returns is recognized by ``type``: ``isinstance`` runs its code.
+"""
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import re
-import sys
-import types
 from collections.abc import Callable, Generator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
+from types import GeneratorType
 from typing import Any
 
 import numpy as np
 
 from model_interface import ModelInterface, Pipeline
 from tiny_model_server import PLUGIN, codec
-from tiny_model_server.errors import CODES, InvalidInput, ModelError, ServerError, message_of
+from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.settings import ModelOptions
 
 
-class SafeLog:
-    """A log that never raises, though a model may break what logs, or raise what cannot even be logged."""
+class SafeLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.9 has no LoggerAdapter[...]
+    """A log that never raises, though a model may break the logging, or raise an error that cannot be formatted."""
 
     def __init__(self, logger: logging.Logger) -> None:
-        self._logger = logger
+        super().__init__(logger, {})
 
-    def warning(self, text: str, *values: object) -> None:
-        """As Logger.warning."""
-        self._log(logging.WARNING, text, *values)
-
-    def error(self, text: str, *values: object, exc_info: BaseException | None = None) -> None:
-        """As Logger.error."""
-        self._log(logging.ERROR, text, *values, exc_info=exc_info)
-
-    def exception(self, text: str) -> None:
-        """As Logger.exception."""
-        self.error(text, exc_info=sys.exc_info()[1])
-
-    def _log(self, level: int, text: str, *values: object, exc_info: BaseException | None = None) -> None:
+    def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
+        """As Logger.log."""
         try:
-            self._logger.log(level, text, *values, exc_info=exc_info)
+            super().log(level, msg, *args, **kwargs)
         except BaseException as error:
             with suppress(BaseException):
-                self._logger.log(level, "%s: this cannot be logged whole: %s", text, type(error).__name__)
+                super().log(level, "%s: this cannot be logged whole: %s", msg, type(error).__name__)
 
 
 log = SafeLog(logging.getLogger("tiny_model_server.worker"))
@@ -55,15 +48,26 @@ DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
 _LARGEST_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
 _MOST_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends must not take all memory
+_END = object()  # of a generator
+_COLOURS = {
+    "rgb": "IMREAD_COLOR_RGB",
+    "bgr": "IMREAD_COLOR",
+    "gray": "IMREAD_GRAYSCALE",
+    "unchanged": "IMREAD_UNCHANGED",
+}
+# torch.OutOfMemoryError by its name, which need not be installed; onnxruntime and CUDA libraries by their words.
+_OUT_OF_DEVICE_MEMORY = re.compile(
+    "^OutOfMemoryError|CUDA out of memory|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED|Failed to allocate memory"
+)
 
 
 def import_plugin(name: str, path: Path) -> type[ModelInterface]:
     """The class Model of the plug-in folder ``path``, imported as a package ``models.<name>``.
 
-    An alias may be any text, and so may the name of a folder that an orchestrator made.
+    ``name`` may be any text: an alias, or the name of a folder that an orchestrator made.
     """
     name = re.sub(r"[^\w-]", "_", name)
-    os.environ[PLUGIN] = f"{name}={path}"  # by which the package ``models`` finds it, in this process and its children
+    os.environ[PLUGIN] = f"{name}={path}"  # tells the package ``models``, here and in processes that the model starts
     module = importlib.import_module(f"models.{name}")
     plugin = getattr(module, "Model", None)
     if not (isinstance(plugin, type) and issubclass(plugin, ModelInterface)):
@@ -72,58 +76,49 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
 
 
 def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
-    """What the class declares: options (a batch size of None is resolved here), metadata, example, stages."""
-    options: dict[str, Any] = {
-        name: _plain(getattr(plugin, name, None)) for name in ModelOptions.__dataclass_fields__ if name != "args"
-    }
+    """What the class declares: options (a batch size of None is resolved here), metadata, example, stages.
+
+    All values are of Python's own classes: to unpickle one of the model's, the front would have to import the model.
+    """
+    options = {name: getattr(plugin, name, None) for name in ModelOptions.__dataclass_fields__ if name != "args"}
     if options["max_batch_size"] is None:
         options["max_batch_size"] = 1 if plugin.run_batch is ModelInterface.run_batch else DEFAULT_BATCH
-    if not isinstance(plugin.devices, (str, type(None))):
-        options["devices"] = ",".join(plugin.devices)
-    return {
-        "options": options,
-        "metadata": _checked_metadata(codec.parse_json(codec.json_only(plugin.metadata))),
+    stages = plugin.stages if issubclass(plugin, Pipeline) else ()
+    facts: dict[str, Any] = json.loads(json.dumps({"options": options, "stages": stages}, default=str))
+    return facts | {
+        "metadata": _checked_metadata(codec.parse_json(codec.json_only(plugin.metadata)) or {}),
         "example": None if plugin.example is None else codec.encode(plugin.example),
-        "stages": [_plain(stage) for stage in plugin.stages] if issubclass(plugin, Pipeline) else [],
     }
-
-
-def _plain(value: Any) -> Any:
-    """A value of Python's own class. The front must not meet a class of the model: to read it, it would import that."""
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return str.__str__(value) if isinstance(value, str) else kind(value)
-    return None if value is None else str(value)
 
 
 def _checked_metadata(metadata: Any) -> dict[str, Any]:
-    """The metadata, if protocols and the engine can read in it what they look for; TypeError says what is wrong."""
-    metadata = {} if metadata is None else metadata
+    """The metadata, if protocols can read the tensors that it describes. TypeError says what is wrong."""
     if not isinstance(metadata, dict):
         raise TypeError(f"class attribute metadata must be a dict, not {type(metadata).__name__}")
     for kind in ("inputs", "outputs"):
-        described = metadata.get(kind) or []
-        if not (isinstance(described, list) and all(isinstance(one, dict) for one in described)):
-            raise TypeError(f"metadata[{kind!r}] must be a list of dicts with name, dtype and shape")
-        for one in described:
-            if not is_shape(one.get("shape")):
-                raise TypeError(f"the shape in metadata[{kind!r}] must be a list of whole numbers from -1, not "
-                                f"{one['shape']!r}")  # fmt: skip
-            for key in ("name", "dtype"):
-                if not isinstance(one.get(key), (str, type(None))):
-                    raise TypeError(f"the {key} in metadata[{kind!r}] must be a text, not {one[key]!r}")
+        tensors = metadata.get(kind) or []
+        if not (isinstance(tensors, list) and all(map(_is_tensor, tensors))):
+            raise TypeError(
+                f"metadata[{kind!r}] must be a list of dicts with the texts 'name' and 'dtype' and the list 'shape', "
+                f"of whole numbers from -1; it is {tensors!r}"
+            )
     return metadata
+
+
+def _is_tensor(described: Any) -> bool:
+    if not (isinstance(described, dict) and is_shape(described.get("shape"))):
+        return False
+    return all(isinstance(described.get(key, ""), (str, type(None))) for key in ("name", "dtype"))
 
 
 def is_shape(shape: Any) -> bool:
     """True for None, and for a list of sizes that protocols can write; -1 stands for any size."""
-    return shape is None or (
-        isinstance(shape, list) and all(type(size) is int and -1 <= size < _LARGEST_SIZE for size in shape)
-    )
+    sizes = [] if shape is None else shape
+    return isinstance(sizes, list) and all(type(size) is int and -1 <= size < _LARGEST_SIZE for size in sizes)
 
 
 def describe(error: BaseException, path: Path) -> str:
-    """Why a plug-in could not be loaded, in one line, with the requirements file to install if that may help."""
+    """Why a plug-in could not be loaded, in one line, with what to do about a failed import."""
     reason = " ".join(message_of(error, named=True).split())
     needs = path / "requirements.txt"
     if isinstance(error, ImportError):
@@ -135,6 +130,24 @@ def describe(error: BaseException, path: Path) -> str:
     return reason
 
 
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function of the model returns, or the exception that it raises, of whatever class."""
+    pid = os.getpid()
+    try:
+        return function(*arguments)
+    except BaseException as error:
+        return error
+    finally:
+        end_if_forked(pid)
+
+
+def end_if_forked(worker: int) -> None:
+    """Ends this process unless it is ``worker``: a process that the model has forked must not answer in its place."""
+    if os.getpid() != worker:
+        log.error("a process that the model has forked came back from its code, and ends: let it end by os._exit()")
+        os._exit(1)
+
+
 class Runner:
     """Runs batches on one model; slots share it."""
 
@@ -142,186 +155,119 @@ class Runner:
         self._name = name
         self._model = model
         self._options = options
-        self._pid = os.getpid()
 
-    def run(self, packed: Sequence[codec.Encoded], args: dict[str, Any]) -> list[Any]:
+    def run(self, items: Sequence[codec.Encoded], args: dict[str, Any]) -> list[Any]:
         """One outcome an item, in order: the model's value, or a ServerError."""
-        if len(packed) == 1:
-            try:
-                return [self._run_one(codec.decode(packed[0], self._decode_image), args)]
-            except ServerError as error:
-                return [error]
-        outcomes: list[Any] = [None] * len(packed)
+        outcomes = [attempt(codec.decode, item, self._decode_image) for item in items]
         groups: dict[Any, list[int]] = {}
-        values: dict[int, Any] = {}
-        for index, item in enumerate(packed):
-            try:
-                value = codec.decode(item, self._decode_image)
-            except ServerError as error:
-                outcomes[index] = error
-                continue
-            values[index] = value
-            # Items share their shapes already, but for images that were files until now.
-            mixes = self._options.mix_shapes or not isinstance(value, np.ndarray)
-            groups.setdefault(None if mixes else (value.shape, value.dtype.str), []).append(index)
+        for index, value in enumerate(outcomes):
+            if not _failed(value):
+                groups.setdefault(self._group(value), []).append(index)
         for indices in groups.values():
-            for index, outcome in zip(indices, self._run_group([values[i] for i in indices], args)):
-                outcomes[index] = outcome
-        return outcomes
+            results = self._run_group([outcomes[index] for index in indices], args)
+            for index, result in zip(indices, results):
+                outcomes[index] = result
+        return [self._outcome(outcome) for outcome in outcomes]
 
-    def _run_group(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
-        if len(values) > 1:
-            try:
-                results = self._call(self._model.run_batch, values, args)
-            except BaseException as error:  # a model may raise anything, SystemExit too
-                if _is_out_of_device_memory(error):
-                    return self._in_halves(values, args)
-                log.warning("model %s: run_batch raised, running its %d items one by one: %s: %s", self._name,
-                            len(values), type(error).__name__, message_of(error))  # fmt: skip
-            else:
-                return self._one_each(results, len(values))
-        return [self._run_one(value, args) for value in values]
-
-    def _in_halves(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
-        log.warning("model %s: no device memory for %d items at once, halving", self._name, len(values))
-        if torch := sys.modules.get("torch"):
-            torch.cuda.empty_cache()
-        middle = len(values) // 2
-        return self._run_group(values[:middle], args) + self._run_group(values[middle:], args)
-
-    def stream(self, packed: codec.Encoded, args: dict[str, Any]) -> Generator[Any, None, None]:
-        """What the model yields for one item, or its only answer; a ServerError in the end if it fails."""
-        try:
-            result = self._call(self._model.run, codec.decode(packed, self._decode_image), args)
-        except BaseException as error:
-            yield self._error(error)
-            return
-        if not isinstance(result, types.GeneratorType):
+    def stream(self, item: codec.Encoded, args: dict[str, Any]) -> Generator[Any, None, None]:
+        """What the model yields for one item, or its only answer. A ServerError comes last if it fails."""
+        result = attempt(lambda: self._model.run(codec.decode(item, self._decode_image), args))
+        if type(result) is not GeneratorType:
             yield self._outcome(result)
             return
         try:
-            while True:
-                try:
-                    value = self._outcome(self._call(next, result))
-                except StopIteration:
-                    return
-                except BaseException as error:  # a GeneratorExit of the model's own, too
-                    value = self._error(error)
-                yield value
-                if isinstance(value, ServerError):
+            while (value := attempt(next, result, _END)) is not _END:
+                yield self._outcome(value)
+                if _failed(value):
                     return
         finally:
-            try:
-                result.close()
-            except BaseException as error:
-                self._error(error)  # which logs it; nobody waits for more
+            self._outcome(attempt(result.close))
 
-    def _one_each(self, results: Any, count: int) -> list[Any]:
+    def _group(self, value: Any) -> Any:
+        """Equal for values that share a run_batch. Image files may differ in shape, which was not known before."""
+        mixes = self._options.mix_shapes or not isinstance(value, np.ndarray)
+        return None if mixes else (value.shape, value.dtype.str)
+
+    def _run_group(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
+        """One result or exception a value."""
+        if len(values) == 1:
+            return [attempt(self._run_one, values[0], args)]
+        results = attempt(self._run_batch, values, args)
+        if not _failed(results):
+            return list(results)
+        reason = message_of(results, named=True)
+        if type(results) is ModelError:  # of _run_batch
+            log.error("%s", results)
+            return [results] * len(values)
+        if _OUT_OF_DEVICE_MEMORY.search(reason):
+            log.warning("model %s: no device memory for %d items at once, halving", self._name, len(values))
+            middle = len(values) // 2
+            return self._run_group(values[:middle], args) + self._run_group(values[middle:], args)
+        log.warning("model %s: run_batch raised, running its items one by one: %s", self._name, reason)
+        return [attempt(self._run_one, value, args) for value in values]
+
+    def _run_batch(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
+        """One result a value. ModelError if run_batch returns anything else."""
+        results = self._model.run_batch(values, args)
+        name, count = f"run_batch of model {self._name!r}", len(values)
         try:
-            if isinstance(
-                results, (str, bytes, Mapping, AbstractSet)
-            ):  # its parts are not the items' answers, in order
+            if isinstance(results, (str, bytes, Mapping, AbstractSet)):  # has parts, but not one an item, in order
                 raise TypeError(f"not {type(results).__name__}")
-            listed = self._call(list, islice(results, count + 1))  # what never ends is too long, too
+            listed = list(islice(results, count + 1))  # it may never end
         except BaseException as error:
-            self._error(error)
-            return [
-                ModelError(f"run_batch of model {self._name!r} must return a sequence: {message_of(error)}")
-            ] * count
+            raise ModelError(f"{name} must return a sequence: {message_of(error)}") from error
         if len(listed) != count:
             size = len(listed) if len(listed) < count else f"more than {count}"
-            message = f"run_batch of model {self._name!r} returned {size} results for {count} items"
-            log.error(message)
-            return [ModelError(message)] * count
-        return [self._outcome(item) for item in listed]
+            raise ModelError(f"{name} returned {size} results for {count} items")
+        return listed
 
     def _run_one(self, value: Any, args: dict[str, Any]) -> Any:
-        try:
-            result = self._call(self._model.run, value, args)
-            if isinstance(result, types.GeneratorType):
-                result = self._listed(result)
-        except BaseException as error:
-            return self._error(error)
-        return self._outcome(result)
-
-    def _listed(self, values: Generator[Any, None, None]) -> Any:
-        """All values of a generator; the first error among them stands for all."""
-        listed = self._call(list, islice(values, _MOST_VALUES + 1))
-        values.close()
+        """The model's answer; of a generator all values, or the first error among them."""
+        result = self._model.run(value, args)
+        if type(result) is not GeneratorType:
+            return result
+        listed = list(islice(result, _MOST_VALUES + 1))
+        result.close()
         if len(listed) > _MOST_VALUES:
-            return ModelError(f"model {self._name!r} yields more than {_MOST_VALUES} values; call it by RunStream")
-        return next((value for value in listed if isinstance(value, BaseException)), listed)
+            raise ModelError(f"model {self._name!r} yields more than {_MOST_VALUES} values; call it by RunStream")
+        return next(filter(_failed, listed), listed)
 
     def _outcome(self, result: Any) -> Any:
-        """What the model answered, an exception that it returned being as good as one that it raised."""
-        # By its type: isinstance asks the result for its class, which a proxy answers with an error.
-        return self._error(result) if issubclass(type(result), BaseException) else result
-
-    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function of the model returns or raises, in this process.
-
-        A process that the model has forked and that comes back from it ends: it must not answer in the worker's place.
-        """
-        try:
-            return function(*arguments)
-        finally:
-            end_if_forked(self._pid)
-
-    def _error(self, error: BaseException) -> ServerError:
-        if isinstance(error, InvalidInput):
-            return error
-        log.error("model %s raised", self._name, exc_info=error)
-        return ModelError(f"model {self._name!r} raised {message_of(error, named=True)}")
+        """A result, or the ServerError for an exception. The model may have returned it instead of raising it."""
+        kind = type(result)
+        if not _failed(result) or kind is ModelError:
+            return result
+        if issubclass(kind, InvalidInput):  # the model's own class of it may have any behaviour
+            return InvalidInput(message_of(result))
+        log.error("model %s raised", self._name, exc_info=result)
+        return ModelError(f"model {self._name!r} raised {message_of(result, named=True)}")
 
     def _decode_image(self, data: bytes) -> Any:
         try:
             import cv2
         except ImportError:
-            raise ModelError(
-                f"model {self._name!r} cannot decode image files: its interpreter lacks opencv-python-headless"
-            ) from None
-        flags = {
-            "rgb": cv2.IMREAD_COLOR_RGB,
-            "bgr": cv2.IMREAD_COLOR,
-            "gray": cv2.IMREAD_GRAYSCALE,
-            "unchanged": cv2.IMREAD_UNCHANGED,
-        }
+            lack = "its interpreter lacks opencv-python-headless"
+            raise ModelError(f"model {self._name!r} cannot decode image files: {lack}") from None
         try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags[self._options.image_mode]) if data else None
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, _COLOURS[self._options.image_mode]))
         except cv2.error as error:
             raise InvalidInput(f"the image file could not be decoded: {error.err}") from None
         if image is None:
-            raise InvalidInput(f"{len(data)} bytes that are no image file which OpenCV can decode (JPEG, PNG, ...)")
+            raise InvalidInput(f"{len(data)} bytes are not an image file that OpenCV can decode (JPEG, PNG, ...)")
         return image
 
 
-def encode_outcome(result: Any, plain: bool) -> tuple[str | None, str, list[codec.Array]]:
+def _failed(result: Any) -> bool:
+    return issubclass(type(result), BaseException)
+
+
+def encode_outcome(result: Any, json_only: bool) -> tuple[str | None, str, list[codec.Array]]:
     """(None, JSON, arrays) of a value, (status, message, []) of an error."""
-    if issubclass(type(result), ServerError):  # a model's own class of InvalidInput may have any status
-        known = isinstance(result.status, str) and CODES.get(result.status)
-        return _plain(result.status) if known else ModelError.status, message_of(result), []
+    if issubclass(type(result), ServerError):
+        return result.status, str(result), []
     try:
-        packed = codec.Encoded(codec.json_only(result), []) if plain else codec.encode(result)
+        encoded = codec.Encoded(codec.json_only(result), []) if json_only else codec.encode(result)
     except BaseException as error:  # a result may be of any class, with any behaviour
         log.error("a result could not be encoded: %s", message_of(error))
         return ModelError.status, f"the model's answer cannot be encoded: {message_of(error)}", []
-    return None, packed.text, packed.arrays
-
-
-def _is_out_of_device_memory(error: BaseException) -> bool:
-    # torch.OutOfMemoryError by name, so that torch need not be there; onnxruntime and CUDA libraries by their words.
-    words = (
-        "CUDA out of memory",
-        "CUDA_ERROR_OUT_OF_MEMORY",
-        "CUBLAS_STATUS_ALLOC_FAILED",
-        "Failed to allocate memory",
-    )
-    text = message_of(error)
-    return type(error).__name__ == "OutOfMemoryError" or any(word in text for word in words)
-
-
-def end_if_forked(worker: int) -> None:
-    """Ends this process at once if it is not the one of this id, but a fork of it that the model has made."""
-    if os.getpid() != worker:
-        log.error("a process that the model has forked came back from its code, and ends: let it end by os._exit()")
-        os._exit(1)
+    return None, encoded.text, encoded.arrays
