@@ -175,11 +175,11 @@ def test_a_body_in_tiny_chunks_is_refused(server: Server) -> None:
             "header",
         ),
         (b"--x\r\n" + b"A: b\r\n" * 50_000 + b"\r\nhi\r\n--x--\r\n", "x", "header"),
-        (b"--x\r\nContent-Disposition: form-data; name=a\r\n\r\nhi\r\n" * 100_000 + b"--x--\r\n", "x", "two fields"),
+        (b"--x\r\nContent-Disposition: form-data; name=text\r\n\r\nhi\r\n" * 9 + b"--x--\r\n", "x", "two fields"),
         (
             b"".join(b"--x\r\nContent-Disposition: form-data; name=a%d\r\n\r\nhi\r\n" % i for i in range(100_000)),
             "x",
-            "16 fields at most",
+            "send one of image",
         ),
         (b"--x\r\nContent-Disposition: form-data; name=text\r\n\r\nhi", "x", "ends before its last boundary"),
         (

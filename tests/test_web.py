@@ -75,8 +75,8 @@ def test_run_by_post(server: Server, png: bytes) -> None:
         ("/models/echo/run", b"\xff\xfe", "text/plain", 400, "text must be UTF-8"),
         ("/models/echo/run", b"{", "application/json", 400, "JSON"),
         ("/models/echo/run", b"x", "video/mp4", 400, "send one of image"),
-        ("/models/echo/run", b"", "multipart/form-data", 400, "send one of image"),
-        ("/models/echo/run", b"--b\r\n\r\n", "multipart/form-data; boundary=b", 400, "send one of image"),
+        ("/models/echo/run", b"", "multipart/form-data", 400, "malformed form"),
+        ("/models/echo/run", b"--b\r\n\r\n", "multipart/form-data; boundary=b", 400, "malformed form"),
         ("/models/describe/run", b"no png", "image/png", 400, "image"),
         ("/models/misbehave/run", b'{"do": "raise"}', "application/json", 500, ""),
     ],
@@ -93,7 +93,7 @@ def test_bad_posts_are_told(server: Server, path: str, body: bytes, kind: str, s
 def test_bodies_have_a_length_and_a_limit(start_server: StartServer) -> None:
     server = start_server(TMS_MAX_MESSAGE_MB=1)
     for length, status, message in [
-        *((length, 400, "malformed") for length in ("", "-1", "1e3")),
+        *((length, 400, "Invalid HTTP request") for length in ("", "-1", "1e3")),
         (str((1 << 20) + 1), 413, "TMS_MAX_MESSAGE_MB"),
     ]:
         connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=10)
@@ -102,7 +102,7 @@ def test_bodies_have_a_length_and_a_limit(start_server: StartServer) -> None:
         connection.endheaders()
         answer = connection.getresponse()
         assert answer.status == status
-        assert message in json.load(answer)["error"]
+        assert message in answer.read().decode()
         connection.close()
 
 
@@ -268,6 +268,6 @@ def test_the_page_on_a_phone(page: tuple[WebDriver, Server]) -> None:
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    text = (ROOT / "tiny_model_server" / "page.html").read_text()
+    text = (ROOT / "tiny_model_server" / "server" / "page.html").read_text()
     assert "http://www.w3.org/2000/svg" in text
     assert text.replace("http://www.w3.org/2000/svg", "").count("http") == 0

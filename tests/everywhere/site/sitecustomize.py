@@ -19,7 +19,7 @@ multiprocessing.resource_tracker multiprocessing.spawn multiprocessing.util path
 secrets select selectors shutil signal socket socketserver ssl string struct subprocess tempfile threading traceback
 types typing unittest.mock urllib.request uuid weakref zlib""".split()
 _PACKAGES = """anyio anyio._backends._asyncio cv2 google.protobuf.descriptor_pb2 google.protobuf.message_factory
-grpc grpc.aio grpc_reflection.v1alpha.reflection h11 numpy numpy.random prometheus_client python_multipart starlette
+grpc grpc.aio grpc_reflection.v1alpha.reflection h11 numpy numpy.random prometheus_client starlette
 uvicorn watchfiles""".split()
 
 
