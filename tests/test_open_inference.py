@@ -66,7 +66,7 @@ def test_typed_contents_are_answered_typed(server: Server) -> None:
             {"raw_input_contents": [b"1234"]},
             "send one of both",
         ),
-        ([tensor(np.zeros(1), "FP16", fp32_contents=[1])], {}, "travels only in raw_input_contents"),
+        ([tensor(np.zeros(1), "FP16", fp32_contents=[1])], {}, r"shape \[1\] has 1 elements, but there are 0"),
         ([tensor(np.zeros(1), "BYTES")], {"raw_input_contents": [struct.pack("<I", 9) + b"x"]}, "cut off"),
         ([tensor(np.zeros(2), "UINT8", uint_contents=[1, 300])], {}, "300"),
         ([{"name": "x", "datatype": "FP32", "shape": [-1]}], {"raw_input_contents": [b"1234"]}, "negative"),

@@ -172,11 +172,10 @@ def test_texts_in_json(tells: Server, model: str) -> None:
         found = answered(by_rest(tells, model, tensor, None, data))
         assert found == ([["str", "a"], ["str", "grün"]] if model == "rows" else [[["str", "a"], ["str", "grün"]]])
     tensor = {"name": "x", "datatype": "BYTES", "shape": [1]}
-    for data, message in (([1], "BYTES in JSON are texts"), (["\ud83d"], "half of a surrogate pair")):
+    for data, message in (([1], "not all of its data are BYTES"), (["\ud83d"], "half of a surrogate pair")):
         with pytest.raises(RuntimeError, match=f"400: .*{message}"):
             by_rest(tells, model, tensor, None, data)
-    with pytest.raises(RuntimeError, match="400: .*half of a surrogate pair"):
-        by_rest(tells, model, tensor | {"name": "\udc00"}, None, ["x"])
+    assert answered(by_rest(tells, model, tensor | {"name": "\udc00"}, None, ["x"])) == [["str", "x"]]
 
 
 @pytest.mark.parametrize("model", ["whole", "rows"])
@@ -239,7 +238,7 @@ def test_numbers(tells: Server, datatype: str, way: str, model: str) -> None:
         elif way == "typed" and field:
             found = by_grpc(tells, f"echo_{model}", tensor, None, {field: numbers})
         elif way == "typed":
-            with pytest.raises(grpc.RpcError, match="shape .* needs|travels only in raw_input_contents"):
+            with pytest.raises(grpc.RpcError, match="shape .* has 4 elements, but there are 0"):
                 by_grpc(tells, model, tensor, None, {"fp32_contents": numbers})
             return
         elif way == "REST raw":
@@ -286,13 +285,13 @@ def test_brain_floats(tells: Server) -> None:
 )
 def test_json_that_a_datatype_does_not_hold(tells: Server, datatype: str, data: list[Any]) -> None:
     tensor = {"name": "x", "datatype": datatype, "shape": [1]}
-    with pytest.raises(RuntimeError, match=f"400: input 'x': .* no {datatype}"):
+    with pytest.raises(RuntimeError, match=f"400: input 'x': not all of its data are {datatype}"):
         by_rest(tells, "whole", tensor, None, data)
 
 
 def test_typed_numbers_that_a_datatype_does_not_hold(tells: Server) -> None:
     for datatype, contents in (("INT8", {"int_contents": [128]}), ("UINT16", {"uint_contents": [1 << 16]})):
-        with pytest.raises(grpc.RpcError, match="is no u?int") as caught:
+        with pytest.raises(grpc.RpcError, match="out of bounds for u?int") as caught:
             by_grpc(tells, "whole", {"name": "x", "datatype": datatype, "shape": [1]}, None, contents)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 

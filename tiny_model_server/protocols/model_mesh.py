@@ -1,12 +1,12 @@
 """mmesh.ModelRuntime: ModelMesh's sidecar loads models from any path by ids of its own, and routes calls by these ids.
 
 The sidecar has no token. It may load what TMS_ADMIN lets it or, from this host, what is in TMS_MESH_MODELS_DIR.
-Loads and unloads of one id come one after the other. A load whose caller has gone ends, and leaves nothing behind.
+Loads and unloads of one id come one after the other. A load whose caller has disconnected leaves nothing behind.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +22,29 @@ SCHEMA = "model_mesh"
 SERVICE = "mmesh.ModelRuntime"
 
 _LOADS_AT_ONCE = 4
+_LOCKS = 64  # ids share them, so that ids which are gone take no memory
 _MIB = 1 << 20
-# Where these calls carry the model's name: field numbers. The sidecar passes on no other calls.
-_NAME_FIELDS = {
-    "inference.GRPCInferenceService": {"ModelInfer": 1, "ModelMetadata": 1},
-    "server.Server": dict.fromkeys(
-        ("RunText", "RunImage", "RunBatchText", "RunBatchImage", "RunImageToImage", "Run", "RunBatch", "RunStream"), 2
-    )
-    | {"GetInputShape": 1},
+_NATIVE = "RunText RunImage RunBatchText RunBatchImage RunImageToImage Run RunBatch RunStream".split()
+# Where these calls carry the model's name: a field's number. The sidecar passes on no other calls.
+_NAME_FIELDS = dict.fromkeys((f"server.Server/{method}" for method in _NATIVE), 2) | {
+    "server.Server/GetInputShape": 1,
+    "inference.GRPCInferenceService/ModelInfer": 1,
+    "inference.GRPCInferenceService/ModelMetadata": 1,
 }
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method; SettingsError if the sidecar would not start with these settings."""
-    door = _ModelMesh(engine)
-    return {name: getattr(door, name) for name in schemas.methods(SCHEMA, SERVICE)}
+    servicer = _ModelMesh(engine)
+    return {name: getattr(servicer, name) for name in schemas.methods(SCHEMA, SERVICE)}
 
 
 class _ModelMesh:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._methods = schemas.methods(SCHEMA, SERVICE)
-        self._turns: dict[str, _Turn] = {}
-        self._lock = threading.Lock()
+        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="mesh-load")
         self._adopted: set[str] = set()
         self._measured: dict[str, int] = {}  # bytes, by path
         self._default = engine.settings.mesh_default_mb * _MIB
@@ -60,36 +60,36 @@ class _ModelMesh:
         self._authorize(call, path := Path(request.modelPath).resolve())
         if not request.modelId or not request.modelPath:
             raise InvalidInput("send modelId, and modelPath: a folder with an __init__.py that holds class Model")
-        with self._turn(request.modelId):
-            if (known := self._find(request.modelId)) and known.state is State.READY:
-                return self._loaded(request, known)
-            model = self._engine.adopt(request.modelId, path)
-            self._adopted.add(request.modelId)
-            gone, loaded = threading.Event(), threading.Event()
+        with self._lock(request.modelId):
+            model = self._find(request.modelId)
+            if not model or model.state is not State.READY:
+                model = self._load(request.modelId, path, call)
+        size = self._measured[request.modelPath] = model.memory or self._default
+        return self._answer("loadModel", sizeInBytes=size, maxConcurrency=model.metrics.places)
 
-            def end() -> None:
-                gone.set()
-                if not loaded.is_set():
-                    threading.Thread(target=model.stop, args=(0,), name="undo").start()
-
-            if not call.on_end(end):
-                end()
-            try:
-                self._engine.load(request.modelId)
-                loaded.set()
-                if not gone.is_set():
-                    return self._loaded(request, model)
-                raise Cancelled("the load was cancelled")
-            except ServerError as error:
-                self._forget(request.modelId, 0)
-                if gone.is_set():
-                    raise Cancelled("the load was cancelled") from None
-                raise ModelError(str(error)) from None  # other codes say that no load was tried
+    def _load(self, name: str, path: Path, call: Call) -> ServedModel:
+        """Loads in a thread of its own, so that this one sees the caller disconnect and ends the load."""
+        self._engine.adopt(name, path)
+        self._adopted.add(name)
+        loading = self._loads.submit(self._engine.load, name)
+        over = threading.Event()
+        loading.add_done_callback(lambda _: over.set())
+        if call.on_end(over.set):
+            over.wait()
+        try:
+            if call.on_end(over.set):
+                return loading.result()
+        except ServerError as error:
+            self._forget(name, 0)
+            raise ModelError(str(error)) from None  # other codes say that no load was tried
+        loading.cancel()
+        self._forget(name, 0)  # which ends the load
+        wait([loading])
+        raise Cancelled("the load was cancelled")
 
     def unloadModel(self, request: Any, call: Call) -> Any:
         self._authorize(call)
-        with self._turn(request.modelId):
-            self._unload(request.modelId)
+        self._unload(request.modelId)
         return self._answer("unloadModel")
 
     def predictModelSize(self, request: Any, call: Call) -> Any:
@@ -107,13 +107,7 @@ class _ModelMesh:
         if not self._engine.started:
             return self._answer("runtimeStatus", status="STARTING")
         for model in self._engine.models():
-            with self._turn(model.name):
-                self._unload(model.name)
-        calls = {
-            f"{service}/{method}": {"idInjectionPath": [field]}
-            for service, fields in _NAME_FIELDS.items()
-            for method, field in fields.items()
-        }
+            self._unload(model.name)
         return self._answer(
             "runtimeStatus",
             status="READY",
@@ -122,60 +116,33 @@ class _ModelMesh:
             modelLoadingTimeoutMs=int(ModelOptions().load_timeout_s * 1000),
             defaultModelSizeInBytes=self._default,
             runtimeVersion=__version__,
-            methodInfos=calls,
+            methodInfos={path: {"idInjectionPath": [field]} for path, field in _NAME_FIELDS.items()},
         )
 
     def _authorize(self, call: Call, path: Path | None = None) -> None:
         """PermissionDenied if the caller may not load from this path, or may not be the sidecar."""
         folder = self._engine.settings.mesh_models_dir
         within = folder and (path is None or path.is_relative_to(folder.resolve()))
-        if within and callers.on_this_host(call.peer, call.metadata):
-            return
-        self._engine.authorize(call)
+        if not (within and callers.on_this_host(call.peer, call.metadata)):
+            self._engine.authorize(call)
 
     def _answer(self, method: str, **fields: Any) -> Any:
         return self._methods[method].response(**fields)
 
-    def _loaded(self, request: Any, model: ServedModel) -> Any:
-        size = self._measured[request.modelPath] = model.memory or self._default
-        return self._answer("loadModel", sizeInBytes=size, maxConcurrency=model.metrics.places)
+    def _lock(self, name: str) -> threading.Lock:
+        return self._locks[hash(name) % _LOCKS]
 
     def _find(self, name: str) -> ServedModel | None:
-        try:
-            return self._engine.model(name)
-        except ModelNotFound:
-            return None
+        return next((model for model in self._engine.models() if model.name == name), None)
 
     def _unload(self, name: str) -> None:
-        model = self._find(name)
-        if model and name in self._adopted:
-            self._forget(name, model.loaded.options.timeout_s if model.loaded else 0)
-        elif model:
-            model.unload()
+        with self._lock(name):
+            model = self._find(name)
+            if model and name in self._adopted:
+                self._forget(name, model.loaded.options.timeout_s if model.loaded else 0)
+            elif model:
+                self._engine.unload(name)
 
     def _forget(self, name: str, grace_s: float) -> None:
         self._engine.forget(name, grace_s)
         self._adopted.discard(name)
-
-    @contextmanager
-    def _turn(self, name: str) -> Iterator[None]:
-        """Waits until no other load or unload of this id is under way."""
-        with self._lock:
-            turn = self._turns.setdefault(name, _Turn())
-            turn.users += 1
-        try:
-            with turn.lock:
-                yield
-        finally:
-            with self._lock:
-                turn.users -= 1
-                if not turn.users:
-                    del self._turns[name]
-
-
-class _Turn:
-    """The lock of one model id, and how many hold it or wait for it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users = 0

@@ -1,46 +1,39 @@
-"""Open Inference Protocol v2 by HTTP (/v2/...), with the extension by which tensors follow the JSON as bytes.
-
-A request becomes a message of the gRPC form, whose handlers answer it; tensors travel raw in it.
-"""
+"""Open Inference Protocol v2 by HTTP (/v2/...), with the extension by which tensors follow the JSON as bytes."""
 
 import re
-import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tiny_model_server import codec, schemas
-from tiny_model_server.codec import Buffer
-from tiny_model_server.engine.engine import Call
+from tiny_model_server.codec import Array, Buffer
+from tiny_model_server.engine.engine import Call, Engine
 from tiny_model_server.errors import InvalidInput
+from tiny_model_server.protocols import open_inference, tensors
+from tiny_model_server.protocols.tensors import Tensor
 
-METHODS = schemas.methods("open_inference", "inference.GRPCInferenceService")
 LENGTH = "Inference-Header-Content-Length"
 """The header that says how many bytes of a body are JSON; the tensors follow."""
 
-_ROUTES = [
-    (re.compile(pattern), method)
-    for pattern, method in [
-        ("GET /v2", "ServerMetadata"),
-        ("GET /v2/health/live", "ServerLive"),
-        ("GET /v2/health/ready", "ServerReady"),
-        ("GET /v2/models/(?P<name>[^/]+)(/versions/[^/]+)?", "ModelMetadata"),
-        ("GET /v2/models/(?P<name>[^/]+)(/versions/[^/]+)?/ready", "ModelReady"),
-        ("GET /v2/models/(?P<name>[^/]+)(/versions/[^/]+)?/config", "ModelConfig"),
-        ("POST /v2/models/(?P<model_name>[^/]+)(/versions/[^/]+)?/infer", "ModelInfer"),
-        ("POST /v2/repository/index", "RepositoryIndex"),
-        ("POST /v2/repository/models/(?P<model_name>[^/]+)/load", "RepositoryModelLoad"),
-        ("POST /v2/repository/models/(?P<model_name>[^/]+)/unload", "RepositoryModelUnload"),
-    ]
-]
-_MOST_TENSORS = 1000
-_MOST_PARAMETERS = 1000
-_DEEPEST = 32  # lists in lists, as many as an array has dimensions
-_DTYPES = {"BOOL": "bool", "FP16": "float16", "FP32": "float32", "FP64": "float64"} | {
-    name: name.lower() for name in "UINT8 UINT16 UINT32 UINT64 INT8 INT16 INT32 INT64".split()
+_MODEL = "/v2/models/(?P<name>[^/]+)(?:/versions/[^/]+)?"
+_ROUTES = {
+    "ServerMetadata": "GET /v2",
+    "ServerLive": "GET /v2/health/live",
+    "ServerReady": "GET /v2/health/ready",
+    "ModelMetadata": f"GET {_MODEL}",
+    "ModelReady": f"GET {_MODEL}/ready",
+    "ModelConfig": f"GET {_MODEL}/config",
+    "ModelInfer": f"POST {_MODEL.replace('name', 'model_name')}/infer",
+    "RepositoryIndex": "POST /v2/repository/index",
+    "RepositoryModelLoad": "POST /v2/repository/models/(?P<model_name>[^/]+)/load",
+    "RepositoryModelUnload": "POST /v2/repository/models/(?P<model_name>[^/]+)/unload",
 }
+_PARTS = {"RepositoryIndex": "models", "ModelConfig": "config"}  # the field of a response that is the whole JSON
+_JSON_TYPES: dict[str, set[type]] = {"O": {str}, "b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
+"""The types of elements in JSON, by the kind of numpy's dtype."""
+_MOST_DIMENSIONS = 32
 
 
 class Answer(NamedTuple):
@@ -53,17 +46,17 @@ class Answer(NamedTuple):
 
 
 class Rest:
-    """The HTTP form of the handlers of the gRPC form."""
+    """The HTTP form of the protocol."""
 
-    def __init__(self, handlers: Mapping[str, Callable[[Any, Call], Any]]) -> None:
-        self._handlers = handlers
+    def __init__(self, engine: Engine) -> None:
+        self._servicer = open_inference.OpenInference(engine)
+        self._methods = schemas.methods(open_inference.SCHEMA, open_inference.SERVICE)
 
     def find(self, command: str, path: str) -> tuple[str, dict[str, str]]:
         """(method of the gRPC form, its fields that the path names) of a request; "" if there is no such method."""
-        asked = f"{command} {path.rstrip('/')}"
-        for route, method in _ROUTES:
-            if match := route.fullmatch(asked):
-                return method, {name: value for name, value in match.groupdict().items() if value}
+        for method, pattern in _ROUTES.items():
+            if match := re.fullmatch(pattern, f"{command} {path.rstrip('/')}"):
+                return method, match.groupdict()
         return "", {}
 
     def answer(
@@ -72,16 +65,12 @@ class Rest:
         """Answers what ``find`` found; ServerError says what was wrong. ``headers`` have names in lower case."""
         if method == "ModelInfer":
             return self._infer(fields["model_name"], headers, body, call)
-        request = METHODS[method].request(**fields)
+        request = self._methods[method].request(**fields)
         if method == "RepositoryIndex":
-            request.ready = _header(body or b"{}").get("ready") is True
-        answer = _plain(self._handlers[method](request, call))
-        if method == "RepositoryIndex":
-            answer = answer["models"]
-        elif method == "ModelConfig":
-            answer = answer["config"]
-        ok = method not in ("ServerReady", "ModelReady") or answer["ready"]
-        return Answer(200 if ok else 503, "application/json", {}, codec.standard_json(answer).encode())
+            request.ready = _object(body or b"{}").get("ready") is True
+        found = getattr(self._servicer, method)(request, call)
+        shown = codec.standard_json(found.get(_PARTS.get(method), found)).encode()
+        return Answer(503 if found.get("ready") is False else 200, "application/json", {}, shown)
 
     def _infer(self, name: str, headers: Mapping[str, str], body: Buffer, call: Call) -> Answer:
         if headers.get("content-encoding", "identity") != "identity":
@@ -89,169 +78,94 @@ class Rest:
         length = headers.get(LENGTH.lower(), str(len(body)))
         if not (length.isascii() and length.isdigit() and int(length) <= len(body)):
             raise InvalidInput(f"{LENGTH} is {length!r}; it must be the bytes of JSON in a body of {len(body)}")
-        header = _header(memoryview(body)[: int(length)])
-        parameters = _object(header, "parameters")
-        all_binary = parameters.pop("binary_data_output", False) is True
-        request = METHODS["ModelInfer"].request(model_name=name, id=_of(header, "id", str, ""))
-        _fill(request.parameters, parameters)
-        binary, at = memoryview(body)[int(length) :], 0
-        for tensor in _objects(header, "inputs"):
-            described = _object(tensor, "parameters")
-            size = described.pop("binary_data_size", None)
-            if size is None:
-                raw = _raw(tensor)
-            elif type(size) is not int or not 0 <= size <= len(binary) - at:
-                raise InvalidInput(f"binary_data_size is {size!r}, but {len(binary) - at} bytes are left in the body")
-            else:
-                raw, at = bytes(binary[at : at + size]), at + size
-            request.raw_input_contents.append(raw)
-            added = request.inputs.add(name=_of(tensor, "name", str, ""), datatype=_of(tensor, "datatype", str, ""))
-            _fill(added.parameters, described)
-            try:
-                added.shape.extend(_of(tensor, "shape", list, []))
-            except (TypeError, ValueError) as error:
-                raise InvalidInput(f"the shape of input {added.name!r} must be whole numbers: {error}") from None
-        if at != len(binary):
-            raise InvalidInput(f"{len(binary) - at} bytes of the body belong to no input")
-        as_binary = {}
-        for output in _objects(header, "outputs"):
-            request.outputs.add(name=_of(output, "name", str, ""))
-            as_binary[request.outputs[-1].name] = _object(output, "parameters").get("binary_data") is True
-        return _inferred(self._handlers["ModelInfer"](request, call), as_binary, all_binary)
+        header, binary = _object(memoryview(body)[: int(length)]), memoryview(body)[int(length) :]
+        args = _get(header, "parameters", dict)
+        all_binary = args.pop("binary_data_output", False)
+        wanted = {
+            _get(output, "name", str): _get(output, "parameters", dict).get("binary_data", False)
+            for output in _objects(header, "outputs")
+        }
+        outputs = self._servicer.infer(name, _inputs(header, binary), args, list(wanted), call)
+        shown = {"model_name": name, "model_version": "1", "id": _get(header, "id", str)}
+        return _answer(shown, outputs, {output: wanted.get(output, all_binary) is True for output in outputs})
 
 
-def _inferred(answer: Any, as_binary: Mapping[str, bool], all_binary: bool) -> Answer:
-    outputs, tail = [], []
-    for tensor, raw in zip(answer.outputs, answer.raw_output_contents, strict=True):
-        output = {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
-        if as_binary.get(tensor.name, all_binary):
-            tail.append(raw)
-            output["parameters"] = {"binary_data_size": len(raw)}
-        else:
-            output["data"] = list(_texts(raw)) if tensor.datatype == "BYTES" else _numbers(tensor.datatype, raw)
-        outputs.append(output)
-    told = {"model_name": answer.model_name, "model_version": answer.model_version, "outputs": outputs}
-    header = codec.standard_json(told | ({"id": answer.id} if answer.id else {})).encode()
-    if not tail:
-        return Answer(200, "application/json", {}, header)
-    return Answer(200, "application/octet-stream", {LENGTH: str(len(header))}, b"".join([header, *tail]))
+def _inputs(header: dict[str, Any], binary: memoryview) -> Iterator[Tensor]:
+    for tensor in _objects(header, "inputs"):
+        name, datatype, shape = _get(tensor, "name", str), _get(tensor, "datatype", str), _get(tensor, "shape", list)
+        if not all(type(size) is int for size in shape):
+            raise InvalidInput(f"the shape of input {name[:40]!r} must be whole numbers")
+        parameters = _get(tensor, "parameters", dict)
+        size = parameters.get("binary_data_size")
+        if type(size) not in (int, type(None)) or not 0 <= (size or 0) <= len(binary):
+            raise InvalidInput(f"binary_data_size is {size!r}, but {len(binary)} bytes are left in the body")
+        data = _elements(name, datatype, _get(tensor, "data", list)) if size is None else binary[:size]
+        binary = binary[size or 0 :]
+        yield Tensor(name, datatype, shape, data, str(parameters.get("content_type", "")))
+    if len(binary):
+        raise InvalidInput(f"{len(binary)} bytes of the body belong to no input")
 
 
-def _numbers(datatype: str, raw: bytes) -> list[Any]:
-    listed: list[Any] = codec.lists(np.frombuffer(raw, _DTYPES[datatype]))
-    return listed
-
-
-def _texts(raw: bytes) -> Iterator[str]:
-    at = 0
-    while at < len(raw):
-        (size,) = struct.unpack_from("<I", raw, at)
-        try:
-            yield raw[at + 4 : at + 4 + size].decode()
-        except UnicodeDecodeError:
-            raise InvalidInput("the output holds bytes that are no text; ask for it with binary_data") from None
-        at += 4 + size
-
-
-def _raw(tensor: Mapping[str, Any]) -> bytes:
-    """A tensor's ``data``, nested lists or flat, as it travels raw."""
-    data, datatype = tensor.get("data"), _of(tensor, "datatype", str, "")
-    where = f"input {_of(tensor, 'name', str, '')[:40]!r}"
-    if not isinstance(data, list):
-        raise InvalidInput(f"{where} needs data, a list, or the parameter binary_data_size")
-    flat = _flat(data)
-    if datatype == "BYTES":
-        if not all(isinstance(one, str) for one in flat):
-            raise InvalidInput(f"{where}: BYTES in JSON are texts; send others with binary_data_size")
-        try:
-            return b"".join(struct.pack("<I", len(one)) + one for one in (text.encode() for text in flat))
-        except UnicodeEncodeError:
-            raise InvalidInput(f"{where}: a text has half of a surrogate pair, which UTF-8 cannot hold") from None
-    if datatype not in _DTYPES:
-        raise InvalidInput(f"{where}: datatype {datatype[:20]!r} is none of BYTES, {', '.join(_DTYPES)}")
-    dtype = np.dtype(_DTYPES[datatype])
-    kinds: tuple[type, ...] = (bool,) if dtype.kind == "b" else (int, float) if dtype.kind == "f" else (int,)
-    if not set(map(type, flat)) <= set(kinds):
-        raise InvalidInput(f"{where}: these are no {datatype}")
-    if dtype.kind in "iu" and flat and not (np.iinfo(dtype).min <= min(flat) and max(flat) <= np.iinfo(dtype).max):
-        raise InvalidInput(f"{where}: its data are no {datatype}: the least is {min(flat)}, the greatest {max(flat)}")
-    try:
-        with np.errstate(over="ignore"):
-            array = np.array(flat, dtype)
-    except OverflowError as error:  # an int that no float holds
-        raise InvalidInput(f"{where}: its data are no {datatype}: {error}") from None
-    if dtype.kind == "f" and not np.isfinite(array).all():
-        raise InvalidInput(f"{where}: its data are no {datatype}: a number is too large")
-    return array.tobytes()
-
-
-def _flat(data: list[Any]) -> list[Any]:
-    """The elements of lists in lists."""
-    for _ in range(_DEEPEST):
-        if list not in set(map(type, data)):
-            return data
+def _elements(name: str, datatype: str, data: list[Any]) -> list[Any]:
+    """The elements of nested or flat lists; texts as bytes. InvalidInput if one is not of the datatype."""
+    for _ in range(_MOST_DIMENSIONS):
+        if list not in (kinds := set(map(type, data))):
+            break
         data = list(chain.from_iterable(one if isinstance(one, list) else (one,) for one in data))
-    raise InvalidInput(f"data are lists in lists, at most {_DEEPEST} deep")
+    dtype = np.dtype(tensors.DTYPES.get(datatype, "object"))
+    fits = kinds <= _JSON_TYPES[dtype.kind]
+    if not fits or (dtype.kind == "f" and max(map(abs, data), default=0) > float(np.finfo(dtype).max)):
+        raise InvalidInput(f"input {name[:40]!r}: not all of its data are {datatype[:20]}; send others as bytes")
+    try:
+        return [text.encode() for text in data] if dtype.kind == "O" else data
+    except UnicodeEncodeError:
+        raise InvalidInput(f"input {name[:40]!r}: a text has half of a surrogate pair") from None
 
 
-def _header(text: Buffer) -> dict[str, Any]:
+def _answer(shown: dict[str, Any], outputs: Mapping[str, Array], as_binary: Mapping[str, bool]) -> Answer:
+    binary = []
+    shown["outputs"] = []
+    for name, array in outputs.items():
+        output = {"name": name, "datatype": tensors.DATATYPES[str(array.dtype)], "shape": array.shape}
+        if as_binary[name]:
+            binary.append(tensors.raw(array))
+            output["parameters"] = {"binary_data_size": len(binary[-1])}
+        else:
+            output["data"] = _texts(array) if array.dtype == object else codec.lists(array.ravel())
+        shown["outputs"].append(output)
+    header = codec.standard_json({name: value for name, value in shown.items() if value != ""}).encode()
+    if not binary:
+        return Answer(200, "application/json", {}, header)
+    return Answer(200, "application/octet-stream", {LENGTH: str(len(header))}, b"".join([header, *binary]))
+
+
+def _texts(array: Array) -> list[str]:
+    try:
+        return [element.decode() for element in array.flat]
+    except UnicodeDecodeError:
+        raise InvalidInput("the output holds bytes that are not text; ask for it with binary_data") from None
+
+
+def _object(text: Buffer) -> dict[str, Any]:
     try:
         header = codec.parse_json(str(text, "utf-8"))
     except UnicodeDecodeError:
-        raise InvalidInput(
-            f"the JSON must be UTF-8; where tensors follow it, {LENGTH} must say where it ends"
-        ) from None
+        raise InvalidInput(f"the JSON must be UTF-8; if tensors follow it, {LENGTH} must say where it ends") from None
     if not isinstance(header, dict):
         raise InvalidInput("the body must be a JSON object")
     return header
 
 
-def _of(header: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
-    value = header.get(key, default)
+def _get(header: Mapping[str, Any], key: str, kind: type) -> Any:
+    """The value of a key, which must be of this kind; an empty one if there is none."""
+    value = header.get(key, kind())
     if not isinstance(value, kind):
         raise InvalidInput(f"{key} must be a {kind.__name__}")
-    if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
-        raise InvalidInput(f"{key} has half of a surrogate pair, which UTF-8 cannot hold")
     return value
 
 
-def _object(header: Mapping[str, Any], key: str) -> dict[str, Any]:
-    return dict(_of(header, key, dict, {}))
-
-
 def _objects(header: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = _of(header, key, list, [])
-    if len(found) > _MOST_TENSORS:
-        raise InvalidInput(f"{key} are at most {_MOST_TENSORS}, not {len(found)}")
+    found: list[dict[str, Any]] = _get(header, key, list)
     if not all(isinstance(one, dict) for one in found):
         raise InvalidInput(f"{key} must be a list of objects")
     return found
-
-
-def _fill(parameters: Any, values: Mapping[str, Any]) -> None:
-    kinds = {bool: "bool_param", int: "int64_param", float: "double_param", str: "string_param"}
-    if len(values) > _MOST_PARAMETERS:
-        raise InvalidInput(f"there are {len(values)} parameters; {_MOST_PARAMETERS} are allowed")
-    for name, value in values.items():
-        if type(value) not in kinds:
-            raise InvalidInput(f"parameter {name[:40]!r} must be a bool, a number or a text")
-        try:
-            setattr(parameters[name], kinds[type(value)], value)
-        except ValueError as error:
-            raise InvalidInput(f"parameter {name[:40]!r}: {error}") from None
-
-
-def _plain(message: Any) -> Any:
-    """A message as JSON has it, numbers as numbers, enums by name."""
-    if not hasattr(message, "DESCRIPTOR"):
-        return message
-    answer: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
-        value = getattr(message, field.name)
-        if field.is_repeated:
-            answer[field.name] = [_plain(one) for one in value]
-        elif field.enum_type:
-            answer[field.name] = field.enum_type.values_by_number[value].name
-        else:
-            answer[field.name] = _plain(value)
-    return answer

@@ -29,7 +29,6 @@ from starlette.types import Message, Receive, Scope, Send
 from tiny_model_server import codec
 from tiny_model_server.engine.engine import Call, Engine
 from tiny_model_server.errors import Cancelled, PermissionDenied, ServerError, Stopping
-from tiny_model_server.protocols import open_inference
 from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.server import callers
 from tiny_model_server.server.forms import read_input, view
@@ -66,7 +65,7 @@ class Web:
     def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
         self._own_names = {"localhost", socket.gethostname().lower(), *map(str.lower, settings.allowed_hosts)}
-        self._rest = Rest(open_inference.handlers(engine) if "open_inference" in settings.protocols else {})
+        self._rest = Rest(engine)
         self._threads = ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="http")
         routes = [
             Route("/", self._page),
