@@ -29,7 +29,7 @@ IMAGE = np.zeros((408, 408, 3), np.uint8)  # 499,392 bytes
 RATE = 60.0
 
 
-Scene = Callable[[], "Outcome"]
+Scene = Callable[..., "Outcome"]
 
 
 @dataclass
@@ -104,15 +104,16 @@ def addresses(servers: list[Server]) -> list[str]:
 def steady(
     client: ModelClient, seconds: float, event: Callable[[], None] | None = None, *, at_s: float = 2, rate: float = RATE
 ) -> Outcome:
-    """Sends images at a rate, whatever the answers take, while ``event`` happens after ``at_s`` seconds."""
+    """Sends images at a rate, whatever the answers take, at least until ``event``, begun after ``at_s``, has ended."""
     outcome, done, lock = Outcome(), threading.Semaphore(0), threading.Lock()
     client.list_models()
     happening = threading.Thread(target=lambda: (time.sleep(at_s), event and event()))
     happening.start()
     begun = time.monotonic()
-    count = int(seconds * rate)
-    for number in range(count):
-        time.sleep(max(0.0, begun + number / rate - time.monotonic()))
+    count = 0
+    while count < seconds * rate or happening.is_alive():
+        time.sleep(max(0.0, begun + count / rate - time.monotonic()))
+        count += 1
         sent = time.monotonic()
 
         def finished(future: Any, sent: float = sent) -> None:
@@ -153,17 +154,17 @@ def closed_loop(client: ModelClient, callers: int, seconds: float) -> Outcome:
 # ---- the scenes
 
 
-def kill_one() -> Outcome:
+def kill_one(seconds: float = 8) -> Outcome:
     with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
-        return steady(client, 8, servers[0].kill)
+        return steady(client, seconds, servers[0].kill)
 
 
-def terminate_one() -> Outcome:
+def terminate_one(seconds: float = 8) -> Outcome:
     with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
-        return steady(client, 8, lambda: assert_equal(servers[0].stop(), 0))
+        return steady(client, seconds, lambda: assert_equal(servers[0].stop(), 0))
 
 
-def rolling_restart() -> Outcome:
+def rolling_restart(seconds: float = 16) -> Outcome:
     with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
 
         def restart() -> None:
@@ -172,34 +173,34 @@ def rolling_restart() -> Outcome:
                 servers[index] = start(server.port)
                 time.sleep(1)
 
-        return steady(client, 16, restart)
+        return steady(client, seconds, restart)
 
 
-def freeze_one(rate: float = RATE) -> Outcome:
+def freeze_one(rate: float = RATE, frozen_s: float = 8) -> Outcome:
     with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
 
         def freeze() -> None:
             servers[0].process.send_signal(signal.SIGSTOP)
-            time.sleep(8)
+            time.sleep(frozen_s)
             servers[0].process.send_signal(signal.SIGCONT)
 
-        return steady(client, 14, freeze, rate=rate)
+        return steady(client, frozen_s + 6, freeze, rate=rate)
 
 
-def one_fails_fast(balancing: str = "load") -> Outcome:
+def one_fails_fast(balancing: str = "load", seconds: float = 20) -> Outcome:
     with (
         replicas({}, {}, {"fails": True}) as servers,
         ModelClient("steady", addresses=addresses(servers), balancing=balancing) as client,
     ):
-        return steady(client, 20)
+        return steady(client, seconds)
 
 
-def one_is_slow(balancing: str = "load", rate: float = RATE) -> Outcome:
+def one_is_slow(balancing: str = "load", seconds: float = 10) -> Outcome:
     with (
         replicas({"ms": 20}, {"ms": 20}, {"ms": 80}) as servers,
         ModelClient("steady", addresses=addresses(servers), balancing=balancing) as client,
     ):
-        return steady(client, 10, rate=rate)
+        return steady(client, seconds)
 
 
 def one_is_slow_closed_loop(balancing: str = "load") -> Outcome:
@@ -210,12 +211,12 @@ def one_is_slow_closed_loop(balancing: str = "load") -> Outcome:
         return closed_loop(client, 12, 8)
 
 
-def one_is_full() -> Outcome:
+def one_is_full(seconds: float = 8) -> Outcome:
     """One replica has room for two items only, each of which takes it a second."""
     servers = [start(), start(), Server(MODELS, TMS_MODEL_STEADY_ARGS='{"ms": 1000}', TMS_MODEL_STEADY_QUEUE_SIZE=1)]
     try:
         with ModelClient("steady", addresses=addresses(servers)) as client:
-            return steady(client, 8)
+            return steady(client, seconds)
     finally:
         for server in servers:
             server.kill()
@@ -241,17 +242,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def names_gone() -> Outcome:
+def names_gone(seconds: float = 16) -> Outcome:
     with named(3) as (_, names, address):
         names.hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
         with ModelClient("steady", addresses=address) as client:
 
             def silence() -> None:
                 names.silent = True
-                time.sleep(12)
+                time.sleep(seconds - 4)
                 names.silent = False
 
-            return steady(client, 16, silence)
+            return steady(client, seconds, silence)
 
 
 def assert_equal(found: object, expected: object) -> None:

@@ -1,8 +1,8 @@
 """``make pythons``: the core of the tests on every other Python that is on this machine, or can be had from a package.
 
-A Python is looked for on the PATH and in pyenv. Where it is missing, root gets it from Debian's newest release, into a
-folder of its own (mmdebstrap), in which the tests then run: with the machine's network, users and processes. What
-cannot be had is skipped with the reason. Environments stay in build/pythons for the next time.
+A Python is looked for on the PATH and in pyenv. Where Pythons are missing, root installs Debian's newest release with
+them into a folder (mmdebstrap). Their tests run in that folder, with the machine's network, users and processes. A
+Python that cannot be had is skipped with the reason. Environments stay in build/pythons for the next time.
 """
 
 import argparse
@@ -12,8 +12,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ CORE = ["tests/test_codec.py", "tests/test_calls.py", "tests/test_client.py", "t
 REQUIREMENTS = ["requirements.txt", "tests/requirements-core.txt"]
 MODELS = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("models/*/requirements.txt"))
 AT_ONCE = 2
-_DEBIAN = BUILD / "debian"
+_DEBIAN = BUILD / "sid"
 _AUTHORITIES = ["PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]
 _DEBIAN_S, _INSTALL_S, _TESTS_S = 300, 600, 1200  # on a busy machine
 
@@ -86,57 +87,69 @@ class Python:
         return program if any(twice) else None
 
     def have_wheels(self, program: str, files: Sequence[str]) -> bool:
-        """True if the versions pinned in these files can be had without a compiler."""
+        """True if each version pinned in these files has a wheel."""
         needed = [part for file in files for part in ("-r", file)]
-        dry = [program, "-m", "pip", "install", "--dry-run", "--quiet", "--only-binary=:all:"]
+        dry = [program, "-m", "pip", "install", "--dry-run", "--quiet", "--only-binary=:all:", "--no-deps"]
         return self.run(*dry, "--disable-pip-version-check", *needed, limit_s=_INSTALL_S)
 
 
-def find(version: str) -> Python:
-    """The interpreter of this version; Missing says why there is none."""
+@cache
+def on_this_machine(version: str) -> str | None:
+    """The program of an interpreter of this version that is on the PATH or in pyenv."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     programs = [*sorted(map(str, pyenv.glob(f"{version}.*/bin/python"))), shutil.which(f"python{version}")]
     for program in filter(None, programs):
         ran = subprocess.run([program, "-c", "import venv, ensurepip"], capture_output=True, check=False, timeout=60)
         if ran.returncode == 0:
-            return Python(version, program)
-    return Python(version, f"/usr/bin/python{version}", from_debian(version))
+            return program
+    return None
 
 
-def from_debian(version: str) -> Path:
-    """A folder with Debian's newest release, with this Python in it."""
-    folder = _DEBIAN / version
-    if (folder / "usr" / "bin" / f"python{version}").exists():
-        return folder
+def from_debian(versions: Sequence[str]) -> Path:
+    """A folder with Debian's newest release, and with those of these Pythons that Debian has."""
+    if all((_DEBIAN / "usr" / "bin" / f"python{version}").exists() for version in versions):
+        return _DEBIAN
     if os.geteuid() or not all(map(shutil.which, ("mmdebstrap", "unshare", "chroot"))):
-        raise Missing("not on the PATH and not in pyenv; to get it from Debian takes root and mmdebstrap")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+        raise Missing("not on the PATH and not in pyenv; only root with mmdebstrap can get it from Debian")
+    shutil.rmtree(_DEBIAN, ignore_errors=True)
     command = ["mmdebstrap", "--quiet", "--variant=minbase", '--aptopt=Acquire::Check-Valid-Until "false"']
-    command += [f"--include=python{version}-venv", "sid", str(folder)]
+    for version in versions:
+        command.append(f'--customize-hook=chroot "$1" apt-get install --quiet --yes python{version}-venv || true')
     try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_DEBIAN_S)
+        ran = subprocess.run(
+            [*command, "sid", str(_DEBIAN)], capture_output=True, text=True, check=False, timeout=_DEBIAN_S
+        )
     except subprocess.TimeoutExpired:
         raise Missing(f"mmdebstrap took longer than {_DEBIAN_S} s") from None
     if ran.returncode:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(_DEBIAN, ignore_errors=True)
         lines = [line for line in ran.stderr.splitlines() if line.startswith("E:")]
         raise Missing("; ".join(lines[:3]) or f"mmdebstrap ended with {ran.returncode}")
     for place in ("/proc", "/dev", "/sys", str(ROOT)):
-        (folder / place[1:]).mkdir(parents=True, exist_ok=True)
+        (_DEBIAN / place[1:]).mkdir(parents=True, exist_ok=True)
     authorities = [os.environ[name] for name in _AUTHORITIES if name in os.environ]
     for file in {"/etc/resolv.conf", "/etc/ssl/certs/ca-certificates.crt", *authorities}:
         if Path(file).is_file():
-            (folder / file[1:]).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, folder / file[1:])
-    return folder
+            (_DEBIAN / file[1:]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, _DEBIAN / file[1:])
+    return _DEBIAN
 
 
-def core_tests(version: str, tests: Sequence[str]) -> str:
-    """What came of the core tests on this Python, beginning with "passed", "FAILED" or "skipped"."""
+def find(version: str, debian: Callable[[], Path]) -> Python:
+    """The interpreter of this version; Missing says why there is none."""
+    if program := on_this_machine(version):
+        return Python(version, program)
+    program, folder = f"/usr/bin/python{version}", debian()
+    if not (folder / program[1:]).exists():
+        raise Missing(f"Debian has no python{version}-venv")
+    return Python(version, program, folder)
+
+
+def core_tests(version: str, debian: Callable[[], Path], tests: Sequence[str]) -> str:
+    """The outcome of the core tests on this Python. It begins with "passed", "FAILED" or "skipped"."""
     begun = time.monotonic()
     try:
-        python = find(version)
+        python = find(version, debian)
     except Missing as why:
         return f"skipped: {why}"
     python.log.write_bytes(b"")
@@ -161,10 +174,13 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", default=CORE)
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
-    versions = options.versions.split(",")
+    versions = sorted(options.versions.split(","), key=lambda version: on_this_machine(version) is None)
+    missing = [version for version in versions if not on_this_machine(version)]
     failed = False
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        every = threads.map(lambda version: core_tests(version, options.tests), versions)
+        # Debian is made while those tests run whose Pythons are here.
+        debian = threads.submit(from_debian, missing)
+        every = threads.map(lambda version: core_tests(version, debian.result, options.tests), versions)
         for version, came in zip(versions, every, strict=True):
             print(f"Python {version}: {came}", flush=True)
             failed = failed or came.startswith("FAILED")

@@ -17,7 +17,7 @@ import pytest
 
 import model_client
 from model_client import ModelClient
-from tests.conftest import MODELS, ROOT, Server, wait_for
+from tests.conftest import MODELS, ROOT, Server, only, wait_for
 from tests.test_cli import run as run_server
 from tests.test_faults import write_model
 from tests.test_security import Certificates, tls
@@ -165,7 +165,9 @@ def test_every_protocol_asks(
     start_server: StartServer, settings: dict[str, str], words: str, token: str | None
 ) -> None:
     """From this host, by this user: the token is what counts once it is set."""
-    server = start_server(TMS_PROTOCOLS="native,open_inference,modzy,nos", TMS_MODZY_MODEL="echo", **settings)
+    server = start_server(
+        only("echo", "masks"), TMS_PROTOCOLS="native,open_inference,modzy,nos", TMS_MODZY_MODEL="echo", **settings
+    )
     assert any("who may stop the server and change its models" in line and words in line for line in server.log)
     calls: list[tuple[schemas.Method, dict[str, Any]]] = [
         (NATIVE["ReloadModel"], {"model": "echo"}),

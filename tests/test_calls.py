@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 import model_client
 from model_client import ModelClient
-from tests.conftest import Server, wait_for
+from tests.conftest import Server, only, wait_for
 from tiny_model_server import codec, schemas
 
 
@@ -292,7 +292,7 @@ def test_a_caller_that_vanishes_is_forgotten(server: Server) -> None:
 
 
 def test_a_batch_may_be_larger_than_the_queue(start_server: object) -> None:
-    server = start_server(TMS_MODEL_BATCHES_QUEUE_SIZE=2, TMS_MODEL_BATCHES_MAX_BATCH_SIZE=1)  # type: ignore[operator]
+    server = start_server(only("batches"), TMS_MODEL_BATCHES_QUEUE_SIZE=2, TMS_MODEL_BATCHES_MAX_BATCH_SIZE=1)  # type: ignore[operator]
     for size in (2, 3, 9):
         assert len(server.client("batches").run_batch(list(range(size)))) == size
 

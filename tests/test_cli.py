@@ -18,7 +18,7 @@ import pytest
 
 import model_client
 from tests import settings_table
-from tests.conftest import MODELS, ROOT, Server, shared_memory, wait_for
+from tests.conftest import MODELS, ROOT, Server, only, shared_memory, wait_for
 from tiny_model_server.settings import ModelOptions, Settings, SettingsError, model_overrides
 
 BROKEN = ROOT / "tests" / "broken_models"
@@ -124,7 +124,10 @@ def test_a_wrong_setting_is_named_and_stops_the_start(variable: str, value: str,
 
 def test_settings_of_a_model_from_outside(start_server: Callable[..., Server]) -> None:
     server = start_server(
-        TMS_MODEL_DECLARES_ARGS='{"factor": 10}', TMS_MODEL_MISBEHAVE_WORKERS=3, TMS_MODEL_ECHO_WOKRERS=2
+        only("declares", "echo", "misbehave"),
+        TMS_MODEL_DECLARES_ARGS='{"factor": 10}',
+        TMS_MODEL_MISBEHAVE_WORKERS=3,
+        TMS_MODEL_ECHO_WOKRERS=2,
     )
     assert server.client("declares").run(np.ones((2, 2, 3), np.uint8)) == 10
     client = server.client("misbehave")
@@ -167,7 +170,7 @@ def test_two_servers_on_one_port(server: Server) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_in_good_order(start_server: Callable[..., Server], number: signal.Signals) -> None:
-    server = start_server()
+    server = start_server(only("misbehave", "worker"))
     workers = psutil.Process(server.process.pid).children(recursive=True)
     assert workers
     client = server.client("misbehave", timeout=10)
@@ -182,7 +185,7 @@ def test_a_signal_stops_it_in_good_order(start_server: Callable[..., Server], nu
 
 
 def test_a_stop_finishes_what_was_accepted(start_server: Callable[..., Server]) -> None:
-    server = start_server()
+    server = start_server(only("batches"))
     client = server.client("batches")
     client.run(1)
     outcome: list[Any] = []
@@ -205,7 +208,7 @@ def test_a_stop_during_the_start(start_server: Callable[..., Server]) -> None:
 
 def test_kill_minus_nine_of_the_front_leaves_no_worker_and_no_file(start_server: Callable[..., Server]) -> None:
     before = shared_memory()
-    server = start_server()
+    server = start_server(only("misbehave", "worker"))
     client = server.client("misbehave", timeout=5)
     workers = psutil.Process(server.process.pid).children(recursive=True)
     call = threading.Thread(target=lambda: pytest.raises(Exception, client.run, 1, {"do": "hang"}))  # noqa: B017
@@ -217,7 +220,7 @@ def test_kill_minus_nine_of_the_front_leaves_no_worker_and_no_file(start_server:
 
 
 def test_log_as_json(start_server: Callable[..., Server]) -> None:
-    server = start_server(TMS_LOG_FORMAT="json")
+    server = start_server(only("misbehave"), TMS_LOG_FORMAT="json")
     with pytest.raises(model_client.ModelFailed):
         server.client("misbehave").run(1, {"do": "raise"})
     server.wait_for_log("model misbehave raised")
@@ -264,6 +267,7 @@ def test_a_model_with_an_interpreter_of_its_own(start_server: Callable[..., Serv
 def test_one_folder_under_several_names(start_server: Callable[..., Server]) -> None:
     """Each name is a model of its own: its workers, its settings, its metrics."""
     server = start_server(
+        only("declares"),
         TMS_ALIASES="org/twice=declares, thrice=declares,lost=nowhere",
         TMS_MODEL_ORG_TWICE_ARGS='{"factor": 2}',
         TMS_MODEL_THRICE_ARGS='{"factor": 3}',
@@ -274,4 +278,4 @@ def test_one_folder_under_several_names(start_server: Callable[..., Server]) -> 
             assert client.run_image(image) == answer
     assert any("model lost FAILED: there is no folder 'nowhere'" in line for line in server.log)
     with pytest.raises(AssertionError, match="TMS_ALIASES='x' must be names and folders such as big=net,small=net"):
-        start_server(TMS_ALIASES="x")
+        start_server(only("declares"), TMS_ALIASES="x")

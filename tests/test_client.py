@@ -15,7 +15,7 @@ import pytest
 
 import model_client
 from model_client import ModelClient
-from tests.conftest import MODELS, ROOT, Server, wait_for
+from tests.conftest import MODELS, ROOT, Server, only, wait_for
 from tiny_model_server.client.channel import Target
 
 
@@ -93,7 +93,7 @@ def test_waits_for_a_server_that_is_still_starting(start_server: Callable[..., S
 
 
 def test_round_robin_over_two_servers_and_one_that_goes(start_server: Callable[..., Server]) -> None:
-    servers = [start_server(), start_server()]
+    servers = [start_server(only("misbehave")), start_server(only("misbehave"))]
     client = ModelClient("misbehave", addresses=[server.address for server in servers])
 
     def spread(count: int) -> list[int]:

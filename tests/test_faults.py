@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 import model_client
-from tests.conftest import Server, shared_memory, wait_for
+from tests.conftest import Server, only, shared_memory, wait_for
 from tiny_model_server import schemas
 from tiny_model_server.engine import busy_polling, placement
 from tiny_model_server.settings import parse_devices
@@ -563,7 +563,7 @@ def test_streams_fail_where_they_fail(server: Server) -> None:
 
 def test_a_stream_that_is_left_early_ends_the_models_work(start_server: StartServer, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
-    client = start_server(TEST_CLOSED=closed).client("tokens")
+    client = start_server(only("tokens"), TEST_CLOSED=closed).client("tokens")
     stream = client.run_stream(1_000_000)
     for _ in range(3):
         next(stream)

@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 import model_client
-from tests.conftest import MODELS, ROOT, Server, wait_for
+from tests.conftest import MODELS, ROOT, Server, only, wait_for
 from tiny_model_server import schemas
 from tiny_model_server.errors import bounded, message_of
 
@@ -184,7 +184,7 @@ def test_bytes_under_way_are_bounded(start_server: StartServer) -> None:
 
 
 def test_a_caller_that_does_not_read_loses_its_stream(start_server: StartServer) -> None:
-    server = start_server(TMS_STREAM_IDLE_S=1)
+    server = start_server(only("tokens", "worker"), TMS_STREAM_IDLE_S=1)
     stream = schemas.methods("server", "server.Server")["RunStream"]
     request = stream.request(model="tokens")
     request.data.json = "100000"

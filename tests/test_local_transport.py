@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import model_client
 from model_client import ModelClient
-from tests.conftest import ROOT, Server, shared_memory, wait_for
+from tests.conftest import ROOT, Server, only, shared_memory, wait_for
 from tests.test_faults import write_model
 from tiny_model_server import schemas
 from tiny_model_server.client import local
@@ -195,7 +195,7 @@ def test_memory_that_grows_beyond_all_bounds(server: Server, raw: local.LocalCon
 
 def test_places_over_each_other_count_each_time(start_server: Callable[..., Server]) -> None:
     """Many images that name the same bytes are not copied without end."""
-    server = start_server(TMS_MAX_MESSAGE_MB=4)
+    server = start_server(only("describe", "echo"), TMS_MAX_MESSAGE_MB=4)
     with contextlib.closing(local.LocalConnection(server.port, {})) as one:
         one.place([IMAGE])
         place = {"length": IMAGE.nbytes}
@@ -786,7 +786,7 @@ def test_a_forked_child_that_ends(server: Server, child: str) -> None:
 
 def test_args_that_are_nested_deeply(start_server: Callable[..., Server]) -> None:
     """They are the caller's fault, however deep the server meets its limit, and no such call keeps a place."""
-    server = start_server(TMS_THREADS=4)
+    server = start_server(only("echo", "keeps"), TMS_THREADS=4)
     with contextlib.closing(local.LocalConnection(server.port, {})) as one, server.client("echo") as client:
         for depth in range(1050, 880, -1):
             code, said = send(one, "RunText", text="x", model="echo", args='{"a":' * depth + "1" + "}" * depth)

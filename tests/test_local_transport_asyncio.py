@@ -12,7 +12,7 @@ import pytest
 
 import model_client
 from model_client import AsyncModelClient
-from tests.conftest import Server
+from tests.conftest import Server, only
 from tests.test_faults import write_model
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
@@ -156,7 +156,7 @@ def test_long_answers_and_memory_that_a_model_keeps(
                 before = image[:1]
             assert len(threads) == 5
 
-    keeper = start_server()
+    keeper = start_server(only("keeps"))
     asyncio.run(main())
 
 
