@@ -9,14 +9,16 @@ CLUSTER ?= ../shared/cluster
 HOST ?= localhost:50000
 LOCUST ?=
 PORT ?= 50000
+AT_ONCE ?= 2
 HTTP_PORT ?= 8080
 PIP_FLAGS = --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+UV_FLAGS = --quiet --compile-bytecode
 BIN = $(VENV)/bin
 MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test pythons fuzz check bench bench-peers faults locust ray test_k8s soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test pythons fuzz check bench bench-peers faults locust ray test_ray test_k8s soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -28,10 +30,14 @@ run: $(VENV)/run.done ## install, start the server, send real images through Mod
 serve: $(VENV)/run.done ## install and run the server until Ctrl-C
 	$(BIN)/python server.py
 
-test: $(VENV)/test.done ## install what the tests need and run them
-	$(BIN)/python -m pytest
+test: $(VENV)/test.done ## install what the tests need and run them, AT_ONCE (2) files side by side
+	$(BIN)/python -m compileall -q tiny_model_server *.py
+	$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 run_tests: test ## the same
+
+test_ray: $(VENV)/ray.done ## the tests of the models on Ray, in an environment of their own
+	$(VENV)/ray/bin/python -m pytest tests/test_ray.py
 
 pythons: $(VENV)/test.done ## the core of the tests on every other Python that is here, or that Debian has
 	$(BIN)/python tests/pythons.py
@@ -88,9 +94,15 @@ $(VENV)/run.done: requirements.txt examples/requirements.txt $(MODEL_REQUIREMENT
 	@touch $@
 
 $(VENV)/test.done: tests/requirements.txt tests/requirements-core.txt tests/requirements-lint.txt $(VENV)/run.done
-	$(BIN)/pip install $(PIP_FLAGS) -r tests/requirements.txt
-	$(PYTHON) -m venv $(VENV)/lint
-	$(VENV)/lint/bin/pip install $(PIP_FLAGS) -r tests/requirements-lint.txt
+	$(BIN)/pip install $(PIP_FLAGS) -r tests/requirements-core.txt
+	$(BIN)/uv pip install $(UV_FLAGS) --python $(BIN)/python -r tests/requirements.txt
+	$(PYTHON) -m venv --without-pip $(VENV)/lint
+	$(BIN)/uv pip install $(UV_FLAGS) --python $(VENV)/lint/bin/python -r tests/requirements-lint.txt
+	@touch $@
+
+$(VENV)/ray.done: requirements.txt examples/requirements-ray.txt $(VENV)/test.done
+	$(PYTHON) -m venv --without-pip $(VENV)/ray
+	$(BIN)/uv pip install $(UV_FLAGS) --python $(VENV)/ray/bin/python -r requirements.txt -r examples/requirements-ray.txt -r tests/requirements-core.txt
 	@touch $@
 
 tiny_model_server/protocols/server.binpb: server.proto

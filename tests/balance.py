@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model_client import ModelClient  # noqa: E402
-from tests.conftest import Server  # noqa: E402
+from tests.conftest import Server, free_port  # noqa: E402
 
 MODELS = ROOT / "tests" / "models_steady"
 IMAGE = np.zeros((408, 408, 3), np.uint8)  # 499,392 bytes
@@ -234,12 +234,6 @@ def named(count: int) -> Iterator[tuple[list[Server], Names, str]]:
     finally:
         for server in servers:
             server.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.2", 0))
-        return int(probe.getsockname()[1])
 
 
 def names_gone(seconds: float = 16) -> Outcome:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +25,22 @@ MODELS = ROOT / "tests" / "models"
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("fuzz", max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("suite")
+
+
+# Files that wait for much, begun first where files run side by side (make test).
+LONGEST = ["test_docker", "test_balancing", "test_clients", "test_workers", "test_docs", "test_faults", "test_http"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the tests of the longest files first."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
+def free_port() -> int:
+    """A port that no process listens at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20) -> Any:

@@ -25,6 +25,7 @@ REQUIREMENTS = ["requirements.txt", "tests/requirements-core.txt"]
 MODELS = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("models/*/requirements.txt"))
 AT_ONCE = 2
 _DEBIAN = BUILD / "sid"
+_UV = BUILD / "uv"  # a copy, for Debian's folder shows nothing but this tree
 _AUTHORITIES = ["PIP_CERT", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"]
 _DEBIAN_S, _INSTALL_S, _TESTS_S = 300, 600, 1200  # on a busy machine
 
@@ -44,6 +45,7 @@ class Python:
 
     def run(self, *command: str, limit_s: float) -> bool:
         """True if the command ended well in time; what it prints goes to the log."""
+        env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
         with self.log.open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
@@ -54,7 +56,7 @@ class Python:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                env={name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")},
+                env=env | {"UV_CACHE_DIR": str(BUILD / "cache")},
             )
             try:
                 return process.wait(limit_s) == 0
@@ -74,23 +76,17 @@ class Python:
 
     def environment(self) -> str | None:
         """The program of its environment with what the core tests need; None if that cannot be installed."""
-        program = str(BUILD / self.version / "bin" / "python")
-        install = [program, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--prefer-binary"]
-        needed = [part for file in REQUIREMENTS for part in ("-r", file)]
-        if not os.path.lexists(program) and not self.run(
-            self._program, "-m", "venv", str(BUILD / self.version), limit_s=60
-        ):
-            return None
-        twice = (
-            self.run(*install, *needed, limit_s=_INSTALL_S) for _ in range(2)
-        )  # a registry may fail to answer once
-        return program if any(twice) else None
+        folder = BUILD / self.version
+        program = str(folder / "bin" / "python")
+        made = os.path.lexists(program) or self.run(
+            self._program, "-m", "venv", "--without-pip", str(folder), limit_s=60
+        )
+        return program if made and self.install(program, "--compile-bytecode", *REQUIREMENTS) else None
 
-    def have_wheels(self, program: str, files: Sequence[str]) -> bool:
-        """True if each version pinned in these files has a wheel."""
+    def install(self, program: str, option: str, *files: str) -> bool:
+        """True if what these files name can be installed, with an option of uv."""
         needed = [part for file in files for part in ("-r", file)]
-        dry = [program, "-m", "pip", "install", "--dry-run", "--quiet", "--only-binary=:all:", "--no-deps"]
-        return self.run(*dry, "--disable-pip-version-check", *needed, limit_s=_INSTALL_S)
+        return self.run(str(_UV), "pip", "install", "--quiet", "--python", program, option, *needed, limit_s=_INSTALL_S)
 
 
 @cache
@@ -155,7 +151,7 @@ def core_tests(version: str, debian: Callable[[], Path], tests: Sequence[str]) -
     python.log.write_bytes(b"")
     if not (program := python.environment()):
         return f"FAILED: requirements cannot be installed, see {python.log}"
-    if not python.have_wheels(program, MODELS):
+    if not python.install(program, "--dry-run", *MODELS):
         return f"FAILED: the models' requirements have no wheels, see {python.log}"
     good = python.run(program, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, limit_s=_TESTS_S)
     text = python.log.read_text(errors="replace")
@@ -174,6 +170,7 @@ def main() -> int:
     parser.add_argument("tests", nargs="*", default=CORE)
     options = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(Path(sys.prefix) / "bin" / "uv", _UV)
     versions = sorted(options.versions.split(","), key=lambda version: on_this_machine(version) is None)
     missing = [version for version in versions if not on_this_machine(version)]
     failed = False

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.balance import free_port
-from tests.conftest import ROOT, Server, wait_for
+from tests.conftest import ROOT, Server, free_port, wait_for
 
 
 def locust(server: Server, folder: Path, *options: str) -> tuple[int, list[dict[str, str]], str]:

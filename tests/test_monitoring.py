@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.balance import free_port
-from tests.conftest import ROOT, Server, wait_for
+from tests.conftest import ROOT, Server, free_port, wait_for
 
 FOLDER = ROOT / "examples" / "monitoring"
 NEEDED = [tool for tool in ("prometheus", "promtool") if not shutil.which(tool)]

@@ -12,13 +12,14 @@ import pytest
 
 import model_client
 from model_client import ModelClient
-from tests.balance import free_port
-from tests.conftest import MODELS, ROOT
+from tests.conftest import MODELS, ROOT, free_port
 from tests.test_faults import write_model
 from tiny_model_server.settings import ModelOptions
 
 pytestmark = [
-    pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="not installed here: ray (make ray installs it)"),
+    pytest.mark.skipif(
+        not importlib.util.find_spec("ray"), reason="not installed here: ray (make test_ray installs it)"
+    ),
     pytest.mark.timeout(300),
     pytest.mark.filterwarnings("ignore"),  # Ray's own
 ]

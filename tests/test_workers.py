@@ -619,12 +619,12 @@ def python(version: str) -> str:
 
 
 def own_interpreter(folder: Path, version: str, *requirements: str) -> None:
-    subprocess.run([python(version), "-m", "venv", folder / ".venv"], check=True, timeout=100)
+    subprocess.run([python(version), "-m", "venv", "--without-pip", folder / ".venv"], check=True, timeout=100)
     if requirements:
-        pip = [folder / ".venv" / "bin" / "python", "-m", "pip", "-q", "--disable-pip-version-check", "install"]
-        ran = subprocess.run([*pip, *requirements], capture_output=True, text=True, timeout=200, check=False)
+        uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", folder / ".venv" / "bin" / "python"]
+        ran = subprocess.run([*uv, *requirements], capture_output=True, text=True, timeout=200, check=False)
         if ran.returncode:
-            pytest.skip(f"pip cannot install {requirements}: {ran.stderr[-200:]}")
+            pytest.skip(f"{requirements} cannot be installed: {ran.stderr[-200:]}")
 
 
 @pytest.mark.timeout(300)
