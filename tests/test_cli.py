@@ -19,7 +19,7 @@ import pytest
 import model_client
 from tests import settings_table
 from tests.conftest import MODELS, ROOT, Server, only, shared_memory, wait_for
-from tiny_model_server.settings import ModelOptions, Settings, SettingsError, model_overrides
+from tiny_model_server.settings import RENAMED, ModelOptions, Settings, SettingsError, model_overrides, renamed
 
 BROKEN = ROOT / "tests" / "broken_models"
 
@@ -109,7 +109,7 @@ def test_check_and_list() -> None:
         ("TMS_GRACE_S", "nan", "TMS_GRACE_S='nan' must be a number from 0 to 1000000"),
         ("TMS_TOKEN", "geheim\u00df", "error: TMS_TOKEN must be printable ASCII without spaces around"),
         ("TMS_ADMIN_TOKEN", " secret", "must be printable ASCII without spaces around"),
-        ("TMS_POTR", "1", "TMS_POTR is no setting of the server; there are TMS_ADMIN, TMS_ADMIN_TOKEN"),
+        ("TMS_POTR", "1", "TMS_POTR is not a setting of the server; there are TMS_ADMIN, TMS_ADMIN_TOKEN"),
         ("TMS_MODELS_DIR", "/no/such/folder", "must be a readable folder"),
         ("TMS_MODEL_ECHO_WORKERS", "-1", "TMS_MODEL_ECHO_WORKERS='-1' must be a whole number"),
         ("TMS_MODEL_ECHO_ARGS", "[]", "must be a JSON object"),
@@ -157,6 +157,23 @@ def test_settings_are_frozen_and_all_described() -> None:
         model_overrides("x", {"TMS_MODEL_X_TIMEOUT_S": "soon"})
     with pytest.raises(ValueError, match="class attribute workers = 0"):
         ModelOptions().declared({"workers": 0})
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_old_names_of_settings_work(old: str, new: str) -> None:
+    value = {"TMS_PROTOCOLS": "native", "TMS_LOCAL_TRANSPORT": "0", "TMS_BUSY_POLL_US": "7"}[new]
+    assert Settings.from_env({old: value}) == Settings.from_env({new: value}) != Settings()
+    assert Settings.from_env({old: "nonsense", new: value}) == Settings.from_env({new: value})
+    assert renamed({old: value, "TMS_PORT": "1"}) == [
+        f"{old} is called {new} now; the old name works until the next version"
+    ]
+    assert f"| `{old}` | `{new}` |" in (ROOT / "docs" / "settings.md").read_text()
+
+
+def test_an_old_name_is_reported_in_the_log() -> None:
+    ran = run("list", TMS_DOORS="native")
+    assert ran.returncode == 0
+    assert "TMS_DOORS is called TMS_PROTOCOLS now" in ran.stderr
 
 
 def test_two_servers_on_one_port(server: Server) -> None:

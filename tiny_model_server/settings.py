@@ -1,4 +1,4 @@
-"""All settings, frozen and checked; the only reader of the environment (``TMS_*``)."""
+"""All settings, frozen and checked. Only this file reads the server's environment variables (``TMS_*``)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,53 +15,59 @@ PREFIX = "TMS_"
 MODEL_PREFIX = "TMS_MODEL_"
 RENAMED = {"TMS_DOORS": "TMS_PROTOCOLS", "TMS_LANE": "TMS_LOCAL_TRANSPORT", "TMS_AWAKE_US": "TMS_BUSY_POLL_US"}
 """Old names of settings, which work until the next version."""
-_LONGEST_S = 1_000_000  # eleven days: more than that the system's calls do not take
 # What Kubernetes sets in a pod for each Service of its namespace; one may be called tms, tms-http or tms-model-x.
 _SERVICE_LINK = re.compile(
-    r"TMS_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)"
+    r"TMS_(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://\S+"
+    r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=.*)"
 )
-_SERVICE_PORT = re.compile(r"(?:tcp|udp|sctp)://\S+")
 _CUDA = re.compile(r"(?:cuda:)?(\d+)|(GPU-[0-9a-fA-F-]+|MIG-[0-9a-zA-Z/-]+)")
+_CLIENT = {"TMS_ADDRESS", "TMS_TLS", "TMS_TLS_CA", "TMS_CLIENT_CERT", "TMS_CLIENT_KEY"}  # read by the client
 _MODZY_PORT = "PSC_MODEL_PORT"  # Modzy's own name for what is TMS_PORT here
-Check = Callable[[str], Any]
+_FLAGS = {"0": False, "false": False, "no": False, "off": False, "1": True, "true": True, "yes": True, "on": True}
+Parse = Callable[[str], Any]
+"""Makes a value of a text; its ValueError says what is allowed."""
 
 
 class SettingsError(Exception):
     """A wrong setting; the message names the variable, the value and what is allowed."""
 
 
-def _number(kind: type[int] | type[float], low: float, high: float = float("inf")) -> Check:
-    def check(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(low - 1)
-        if not low <= value <= high:
-            name = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{name} from {low} to {high}" if high < float("inf") else f"{name}, at least {low}")
-        return value
+def _number(kind: type[int] | type[float], low: float, high: float = 1_000_000) -> Parse:
+    def parse(text: str) -> float:
+        with suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise ValueError(f"a {'whole ' if kind is int else ''}number from {low} to {high}")
 
-    return check
+    return parse
 
 
-def _seconds(low: float) -> Check:
-    return _number(float, low, _LONGEST_S)
+def _matching(pattern: str, allowed: str) -> Parse:
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(allowed)
+        return text
+
+    return parse
+
+
+def _one_of(*names: str) -> Parse:
+    matching = _matching("|".join(names), f"one of {', '.join(names)}")
+    return lambda text: matching(text.lower())
 
 
 def _flag(text: str) -> bool:
-    if text.lower() not in ("0", "1", "false", "true", "no", "yes", "off", "on"):
+    if text.lower() not in _FLAGS:
         raise ValueError("0 or 1")
-    return text.lower() in ("1", "true", "yes", "on")
+    return _FLAGS[text.lower()]
 
 
-def _one_of(*allowed: str) -> Check:
-    def check(text: str) -> str:
-        for value in allowed:
-            if text.lower() == value.lower():
-                return value
-        raise ValueError(f"one of {', '.join(allowed)}")
+def _port_or_off(text: str) -> int | None:
+    return None if text.lower() == "off" else int(_number(int, 0, 65535)(text))
 
-    return check
+
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -74,156 +81,103 @@ def _pairs(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((name, folder) for name, _, folder in pairs)
 
 
-def _port_or_off(text: str) -> int | None:
-    return None if text.lower() == "off" else int(_number(int, 0, 65535)(text))
-
-
-def _folder(text: str) -> Path | None:
-    return Path(text) if text else None
-
-
-def _mode(text: str) -> str:
-    if not re.fullmatch("0?[0-7]{3}", text):
-        raise ValueError("a file's mode in octal, such as 0600 or 0660")
-    return text
-
-
-def _token(text: str) -> str:
-    if text != text.strip() or any(not " " <= character <= "~" for character in text):
-        raise ValueError("printable ASCII without spaces around it, as it travels in a header")
-    return text
-
-
 def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError('a JSON object such as {"size": 3}')
-    return value
+    with suppress(ValueError):
+        if isinstance(value := json.loads(text), dict):
+            return value
+    raise ValueError('a JSON object such as {"size": 3}')
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
-    """The devices of "auto", "cpu" or "cuda:0,cuda:1" as CUDA_VISIBLE_DEVICES takes them; ValueError says what is."""
-    if text == "auto":
-        return ("auto",)
+    """The devices of "auto", "cpu" or "cuda:0,cuda:1" as CUDA_VISIBLE_DEVICES takes them; ValueError for others."""
     names = [name.strip() for name in text.strip("[]()").replace("'", "").split(",") if name.strip()]
-    if names == ["cpu"]:
-        return ("",)
+    if names in (["auto"], ["cpu"]):
+        return ("auto",) if names == ["auto"] else ("",)
     found = [_CUDA.fullmatch(name) for name in names]
     if not found or not all(found):
         raise ValueError('"auto", "cpu", or a list such as "cuda:0,cuda:1"')
     return tuple(match[1] or match[2] for match in found if match)
 
 
-def _setting(default: Any, check: Check, doc: str, secret: bool = False) -> Any:
-    return field(default=default, metadata={"check": check, "doc": doc, "secret": secret}, repr=not secret)
+_socket_mode = _matching("0?[0-7]{3}", "a file's mode in octal, such as 0600 or 0660")
+_token = _matching("([!-~]([ -~]*[!-~])?)?", "printable ASCII without spaces around it, as it is sent in a header")
+_port = _number(int, 0, 65535)
+_count = _number(int, 1)
+_count_or_0 = _number(int, 0)
+_seconds = _number(float, 0)
+
+
+def _env(default: Any, parse: Parse, doc: str) -> Any:
+    """A field that a variable of the environment sets; tokens are never shown."""
+    return field(default=default, metadata={"parse": parse, "doc": doc}, repr=parse is not _token)
 
 
 @dataclass(frozen=True)
 class Settings:
     """The server's settings; each field is the variable ``TMS_<FIELD>``."""
 
-    host: str = _setting("0.0.0.0", str, "address to listen on; [::] for IPv6 too")
-    port: int = _setting(50000, _number(int, 0, 65535), "gRPC port; 0 takes a free one")
-    http_port: int | None = _setting(8080, _port_or_off, "HTTP port; 0 takes a free one, off opens none")
-    socket: str = _setting("", str, "path of a unix socket to listen on as well")
-    socket_mode: str = _setting("0600", _mode, "mode of its file: who may connect, and so counts as a local caller")
-    allowed_hosts: tuple[str, ...] = _setting(
-        (),
-        _names,
-        "more names by which this host's callers may ask the HTTP port, as a proxy that keeps Host does; *: any",
+    host: str = _env("0.0.0.0", str, "address to listen on; [::] for IPv6 too")
+    port: int = _env(50000, _port, "gRPC port; 0: any free port")
+    http_port: int | None = _env(8080, _port_or_off, "HTTP port; 0: any free port, off: none")
+    socket: str = _env("", str, "path of a unix socket to listen on as well")
+    socket_mode: str = _env("0600", _socket_mode, "mode of that socket's file; who can connect counts as local")
+    allowed_hosts: tuple[str, ...] = _env((), _names, "more host names that HTTP callers on this host may use; *: any")
+    protocols: tuple[str, ...] = _env(("native", "open_inference"), _names, "protocols that the server speaks")
+    models_dir: Path = _env(Path("models"), Path, "folder whose subfolders are the models")
+    aliases: tuple[tuple[str, str], ...] = _env((), _pairs, "more models, as name=folder: big=net,small=net")
+    max_loaded: int = _env(0, _count_or_0, "most models loaded at once (least recently used makes room); 0: no limit")
+    log_level: str = _env("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
+    log_format: str = _env("text", _one_of("text", "json"), "text, or json: one object a line")
+    max_message_mb: int = _env(512, _number(int, 1, 2047), "largest request or answer, in MiB")
+    max_items: int = _env(100_000, _count, "most inputs in one request (texts, images, values, rows)")
+    max_inflight_mb: int = _env(0, _count_or_0, "most MiB of all requests in the server; 0: a quarter of the memory")
+    threads: int = _env(256, _number(int, 1, 4096), "most calls in the server at once, a quarter from one connection")
+    stream_idle_s: float = _env(10.0, _number(float, 0.1), "seconds until a call ends whose caller is inactive")
+    local_transport: bool = _env(True, _flag, "1: clients on this host use a unix socket and shared memory: faster")
+    one_core: bool = _env(True, _flag, "1: the main process stays on one core, which is faster; workers use all cores")
+    busy_poll_us: int = _env(
+        300, _number(int, 0, 10000), "microseconds to poll before sleeping: lowers latency, costs CPU; off on one core"
     )
-    protocols: tuple[str, ...] = _setting(
-        ("native", "open_inference"), _names, "protocols that are answered on the gRPC port"
+    strict: bool = _env(False, _flag, "1: the server stops if a model fails to load at the start")
+    lazy: bool = _env(False, _flag, "1: each model is loaded at its first call")
+    reload: bool = _env(False, _flag, "1: each model is reloaded when its files change")
+    drain_delay_s: float = _env(1.0, _seconds, "seconds from NOT_SERVING to the end of new calls when the server stops")
+    grace_s: float = _env(30.0, _seconds, "seconds that accepted calls have to finish when the server stops")
+    max_image_pixels: int = _env(1 << 27, _number(int, 1, 1 << 40), "largest image file that is decoded, in pixels")
+    max_connection_age_s: float = _env(
+        6.0, _number(float, 1), "seconds until a gRPC connection is renewed, so that clients find new replicas"
     )
-    models_dir: Path = _setting(Path("models"), Path, "folder whose subfolders are the models")
-    aliases: tuple[tuple[str, str], ...] = _setting(
-        (), _pairs, "more names for folders, each a model of its own with settings of its own: big=net,small=net"
+    tls_cert: Path | None = _env(None, _path, "PEM file of the server's certificate chain; turns TLS on")
+    tls_key: Path | None = _env(None, _path, "PEM file of its key")
+    tls_client_ca: Path | None = _env(None, _path, "PEM file; only clients with a certificate from it are answered")
+    mesh_capacity_mb: int = _env(0, _count_or_0, "ModelMesh: MiB for models; 0: three quarters of the memory")
+    mesh_default_mb: int = _env(256, _count, "ModelMesh: MiB of a model that was not measured yet")
+    mesh_models_dir: Path | None = _env(
+        None, _path, "ModelMesh: its sidecar, on this host, may load what is in this folder, whatever TMS_ADMIN says"
     )
-    max_loaded: int = _setting(
-        0, _number(int, 0), "most models loaded at once; for one more, the least recently used is unloaded; 0: no limit"
-    )
-    log_level: str = _setting("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
-    log_format: str = _setting("text", _one_of("text", "json"), "text, or one JSON object a line")
-    max_message_mb: int = _setting(512, _number(int, 1, 2047), "largest request or answer, in MiB")
-    max_items: int = _setting(
-        100_000, _number(int, 1, 1_000_000), "most items (texts, images, values, rows) in one request"
-    )
-    max_inflight_mb: int = _setting(
-        0,
-        _number(int, 0),
-        "most MiB of requests in the server at once; more is refused; 0: a quarter of the memory that it may use",
-    )
-    threads: int = _setting(
-        256,
-        _number(int, 1, 4096),
-        "calls in the server at once; one more is refused, and so is more than a quarter on one connection",
-    )
-    stream_idle_s: float = _setting(
-        10.0, _number(float, 0.1), "seconds after which a call is ended if its caller sends nothing or reads nothing"
-    )
-    local_transport: bool = _setting(
-        True, _flag, "1: clients on this host send by unix socket and shared memory, which is faster"
-    )
-    one_core: bool = _setting(True, _flag, "1: the gRPC process keeps to one core, which is faster; workers use all")
-    busy_poll_us: int = _setting(
-        300,
-        _number(int, 0, 10000),
-        "microseconds that the gRPC process stays awake where waits mostly are shorter: small calls take a quarter "
-        "less, and some CPU more; on one core it never does",
-    )
-    strict: bool = _setting(False, _flag, "1: a model that fails to load stops the start")
-    lazy: bool = _setting(False, _flag, "1: a model is loaded at its first call")
-    reload: bool = _setting(False, _flag, "1: a model is reloaded when its files change")
-    drain_delay_s: float = _setting(
-        1.0,
-        _seconds(0),
-        "seconds between NOT_SERVING and refusing calls when stopping, for clients to leave",
-    )
-    grace_s: float = _setting(30.0, _seconds(0), "seconds that accepted calls have to finish when stopping")
-    max_image_pixels: int = _setting(1 << 27, _number(int, 1), "largest encoded image that is decoded, in pixels")
-    max_connection_age_s: float = _setting(
-        6.0,
-        _seconds(1),
-        "seconds after which a connection is renewed, so that clients find new replicas",
-    )
-    tls_cert: Path | None = _setting(None, Path, "PEM file of the server's certificate chain; turns TLS on")
-    tls_key: Path | None = _setting(None, Path, "PEM file of its key")
-    tls_client_ca: Path | None = _setting(None, Path, "PEM file: only clients with a certificate from it are answered")
-    mesh_capacity_mb: int = _setting(
-        0, _number(int, 0), "ModelMesh: memory for models, in MiB; 0: three quarters of the machine's or container's"
-    )
-    mesh_default_mb: int = _setting(256, _number(int, 1), "ModelMesh: a model's size until it was measured, in MiB")
-    mesh_models_dir: Path | None = _setting(
-        None, _folder, "ModelMesh: its sidecar, on this host, may load what is in this folder, whatever TMS_ADMIN says"
-    )
-    modzy_model: str = _setting("", str, "Modzy: the model that is served, where there are several")
-    token: str = _setting("", _token, "token that every call must bring; health needs none", secret=True)
-    admin: str = _setting(
+    modzy_model: str = _env("", str, "Modzy: the model that is served, if there are several")
+    token: str = _env("", _token, "token that every call must send; health needs none")
+    admin: str = _env(
         "local",
         _one_of("local", "host", "token", "off"),
         "who may stop the server and change its models: local (this user and root, on this host), host (every user of "
         "this host), token (who sends TMS_ADMIN_TOKEN), off (nobody)",
     )
-    admin_token: str = _setting(
-        "", _token, "token for stopping the server and changing its models; if set, everybody needs it", secret=True
-    )
+    admin_token: str = _env("", _token, "token for stopping the server and changing models; if set, all need it")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
         """Reads the environment; SettingsError for a value that is not allowed or a variable that does not exist."""
         links = service_links(env)
-        old = {RENAMED[name]: value for name, value in env.items() if name in RENAMED}
+        old = {new: env[name] for name, new in RENAMED.items() if name in env}
         env = old | {name: value for name, value in env.items() if name not in links and name not in RENAMED}
-        known = {PREFIX + item.name.upper(): item for item in fields(cls)}
-        for name in env:
-            if name.startswith(PREFIX) and not name.startswith(MODEL_PREFIX) and name not in known | _ELSEWHERE:
-                raise SettingsError(f"{name} is no setting of the server; there are {', '.join(sorted(known))}")
-        given = {item.name: _checked(name, env[name], item) for name, item in known.items() if name in env}
+        known = {PREFIX + item.name.upper() for item in fields(cls)}
+        for name in sorted(env.keys() - known - _CLIENT):
+            if name.startswith(PREFIX) and not name.startswith(MODEL_PREFIX):
+                raise SettingsError(f"{name} is not a setting of the server; there are {', '.join(sorted(known))}")
+        given = _values(cls, PREFIX, env)
         if "modzy" in given.get("protocols", ()) and _MODZY_PORT in env:
-            given.setdefault("port", _checked(_MODZY_PORT, env[_MODZY_PORT], known["TMS_PORT"]))
+            given.setdefault("port", _parsed(_MODZY_PORT, env[_MODZY_PORT], cls.__dataclass_fields__["port"]))
         return cls(**given)
 
     @property
@@ -235,16 +189,9 @@ class Settings:
 
     def describe(self) -> str:
         """All settings in one line, for the log at start; secrets only as set or not."""
-        hidden = {item.name for item in fields(self) if item.metadata["secret"]}
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return " ".join(
-            f"{PREFIX}{name.upper()}={('(set)' if value else '(unset)') if name in hidden else value}"
-            for name, value in values.items()
-        )
-
-
-# Read by the client, and allowed to stand in the same environment.
-_ELSEWHERE = dict.fromkeys(["TMS_ADDRESS", "TMS_TLS", "TMS_TLS_CA", "TMS_CLIENT_CERT", "TMS_CLIENT_KEY"])
+        shown = {item.name: getattr(self, item.name) for item in fields(self)}
+        shown |= {item.name: "(set)" if shown[item.name] else "(unset)" for item in fields(self) if not item.repr}
+        return " ".join(f"{PREFIX}{name.upper()}={value}" for name, value in shown.items())
 
 
 def client_certificate(env: Mapping[str, str] = os.environ) -> tuple[Path, Path] | None:
@@ -255,84 +202,68 @@ def client_certificate(env: Mapping[str, str] = os.environ) -> tuple[Path, Path]
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What ``ModelInterface`` documents as class attributes, after ``TMS_MODEL_<NAME>_<KEY>`` had its say."""
+    """A model's options: ``ModelInterface`` documents them, ``TMS_MODEL_<NAME>_<KEY>`` overrides them."""
 
-    max_batch_size: int = _setting(1, _number(int, 1, 65536), "most items in one batch")
-    max_wait_ms: float = _setting(0.0, _number(float, 0, 60000), "how long a batch may wait for company")
-    workers: int = _setting(1, _number(int, 1, 256), "worker processes")
-    max_workers: int = _setting(0, _number(int, 0, 4096), "on Ray: most worker processes when it scales; 0: workers")
-    concurrency: int = _setting(1, _number(int, 1, 64), "threads in a worker that call run at once")
-    timeout_s: float = _setting(60.0, _seconds(0.001), "longest time of one batch")
-    load_timeout_s: float = _setting(300.0, _seconds(0.001), "longest time of import, __init__ and warm-up")
-    queue_size: int = _setting(1024, _number(int, 1), "most items waiting")
-    image_mode: str = _setting("rgb", _one_of("rgb", "bgr", "gray", "unchanged"), "what encoded images decode to")
-    devices: tuple[str, ...] = _setting(("auto",), parse_devices, "auto, cpu, or a list such as cuda:0,cuda:1")
-    mix_shapes: bool = _setting(False, _flag, "1: arrays of different shapes share a batch")
+    max_batch_size: int = _env(1, _number(int, 1, 65536), "most inputs in one batch")
+    max_wait_ms: float = _env(0.0, _number(float, 0, 60000), "how long a batch's first input waits for more")
+    workers: int = _env(1, _number(int, 1, 256), "worker processes")
+    max_workers: int = _env(0, _number(int, 0, 4096), "on Ray: most worker processes when it scales; 0: workers")
+    concurrency: int = _env(1, _number(int, 1, 64), "threads in a worker that call run at once")
+    timeout_s: float = _env(60.0, _number(float, 0.001), "longest time of one batch")
+    load_timeout_s: float = _env(300.0, _number(float, 0.001), "longest time of import, __init__ and warm-up")
+    queue_size: int = _env(1024, _count, "most inputs waiting")
+    image_mode: str = _env("rgb", _one_of("rgb", "bgr", "gray", "unchanged"), "what image files are decoded to")
+    devices: tuple[str, ...] = _env(("auto",), parse_devices, "auto, cpu, or a list such as cuda:0,cuda:1")
+    mix_shapes: bool = _env(False, _flag, "1: arrays of different shapes share a batch")
     args: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"check": _json_object, "doc": "keyword arguments of Model(), as JSON", "secret": False},
+        default_factory=dict, metadata={"parse": _json_object, "doc": "keyword arguments of Model(), as JSON"}
     )
 
     def declared(self, attributes: Mapping[str, Any]) -> ModelOptions:
-        """These options with a plug-in's class attributes as defaults; ValueError names a wrong one."""
-        changes = {}
-        for item in fields(self):
-            value = attributes.get(item.name)
-            if value is None:
-                continue
-            try:
-                changes[item.name] = item.metadata["check"](str(int(value) if isinstance(value, bool) else value))
-            except ValueError as error:
-                raise ValueError(f"class attribute {item.name} = {value!r} must be {error}") from None
-        return replace(self, **changes)
+        """These options with a model's class attributes as defaults; ValueError names a wrong one."""
+        given = {item.name: attributes.get(item.name) for item in fields(self)}
+        try:
+            return replace(self, **{name: check_option(name, one) for name, one in given.items() if one is not None})
+        except ValueError as error:
+            raise ValueError(f"class attribute {error}") from None
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> ModelOptions:
         """These options with values from ``model_overrides`` instead; ValueError names a wrong one."""
         for name, value in overrides.items():
-            check_option(name, value)
+            if not isinstance(value, (tuple, dict)):  # devices and args, which are parsed already
+                check_option(name, value)
         return replace(self, **overrides)
 
 
-def check_option(name: str, value: Any) -> None:
-    """ValueError unless this field of ModelOptions may have this value, wherever it comes from."""
-    (item,) = (item for item in fields(ModelOptions) if item.name == name)
-    if isinstance(value, (tuple, dict)):
-        return  # devices and args, which come parsed
+def check_option(name: str, value: Any) -> Any:
+    """The value that this field of ModelOptions gets; ValueError if it may not have it."""
+    text = str(int(value) if isinstance(value, bool) else value)
     try:
-        item.metadata["check"](str(int(value) if isinstance(value, bool) else value))
+        return ModelOptions.__dataclass_fields__[name].metadata["parse"](text)
     except ValueError as error:
         raise ValueError(f"{name} = {value!r} must be {error}") from None
 
 
 def renamed(env: Mapping[str, str] = os.environ) -> list[str]:
-    """What to tell the operator about settings that are given by their old names."""
+    """Warnings for the operator about settings that are given by their old names."""
     old = sorted(RENAMED.keys() & env.keys())
     return [f"{name} is called {RENAMED[name]} now; the old name works until the next version" for name in old]
 
 
 def service_links(env: Mapping[str, str] = os.environ) -> list[str]:
-    """The ``TMS_*`` variables that Kubernetes has set for Services with such names, which are no settings."""
-    return sorted(
-        name
-        for name, value in env.items()
-        if _SERVICE_LINK.fullmatch(name)
-        or (name.startswith(PREFIX) and name.endswith("_PORT") and _SERVICE_PORT.fullmatch(value))
-    )
+    """The ``TMS_*`` variables that Kubernetes has set for Services with such names; they are not settings."""
+    return sorted(name for name, value in env.items() if _SERVICE_LINK.fullmatch(f"{name}={value}"))
 
 
 def model_overrides(name: str, env: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """The options that the environment sets for a model; SettingsError for a value that is not allowed."""
-    prefix = model_prefix(name)
-    options = {prefix + item.name.upper(): item for item in fields(ModelOptions)}
-    return {item.name: _checked(variable, env[variable], item) for variable, item in options.items() if variable in env}
+    return _values(ModelOptions, model_prefix(name), env)
 
 
 def stray_overrides(names: list[str], env: Mapping[str, str] = os.environ) -> list[str]:
-    """The ``TMS_MODEL_*`` variables that no model of these names reads: misspelt, most likely."""
-    keys = [item.name.upper() for item in fields(ModelOptions)]
-    read = {model_prefix(name) + key for name in names for key in keys}
-    read.update(service_links(env))
-    return sorted(variable for variable in env if variable.startswith(MODEL_PREFIX) and variable not in read)
+    """The ``TMS_MODEL_*`` variables that no model of these names reads: probably misspelt."""
+    read = {model_prefix(name) + item.name.upper() for name in names for item in fields(ModelOptions)}
+    return sorted(name for name in env.keys() - read - {*service_links(env)} if name.startswith(MODEL_PREFIX))
 
 
 def model_prefix(name: str) -> str:
@@ -340,9 +271,15 @@ def model_prefix(name: str) -> str:
     return f"{MODEL_PREFIX}{re.sub(r'[^A-Z0-9]', '_', name.upper())}_"
 
 
-def _checked(variable: str, text: str, item: Field[Any]) -> Any:
+def _values(cls: Any, prefix: str, env: Mapping[str, str]) -> dict[str, Any]:
+    """The values of those fields of a dataclass that the environment sets."""
+    variables = {prefix + item.name.upper(): item for item in fields(cls)}
+    return {item.name: _parsed(name, env[name], item) for name, item in variables.items() if name in env}
+
+
+def _parsed(variable: str, text: str, item: Field[Any]) -> Any:
     try:
-        return item.metadata["check"](text)
+        return item.metadata["parse"](text)
     except ValueError as error:
-        shown = variable if item.metadata["secret"] else f"{variable}={text!r}"
+        shown = f"{variable}={text!r}" if item.repr else variable
         raise SettingsError(f"{shown} must be {error}") from None
