@@ -88,6 +88,11 @@ class Placed(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return len(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """The bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
