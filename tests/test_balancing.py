@@ -92,7 +92,7 @@ def test_addresses_in_a_list_are_looked_up_again(monkeypatch: pytest.MonkeyPatch
             return look_up(known.get(host, host), *rest, **more)
 
         monkeypatch.setattr("socket.getaddrinfo", fake)
-        monkeypatch.setattr("tiny_model_server.client.channel._LOOKUP_AGE_S", 0.2)
+        monkeypatch.setattr("tiny_model_server.client.addresses._LOOKUP_AGE_S", 0.2)
         addresses = [f"first.test:{ports[0]}", f"second.test:{ports[1]}"]
         with ModelClient("steady", addresses=addresses) as client:
             assert client.run_text("x") == 1

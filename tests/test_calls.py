@@ -283,7 +283,7 @@ def test_a_caller_that_vanishes_is_forgotten(server: Server) -> None:
     pid = client.run(1)["pid"]
     caller = threading.Thread(target=lambda: pytest.raises(Exception, client.run, 1, {"do": "hang"}))  # noqa: B017
     caller.start()
-    wait_for(lambda: client._connected, "the call to be on its way")
+    wait_for(lambda: client._transport.connected, "the call to be on its way")
     client.close()
     caller.join()
     other = server.client("misbehave").run(1)["pid"]  # waits for the hanging worker to be replaced

@@ -16,7 +16,7 @@ import pytest
 import model_client
 from model_client import ModelClient
 from tests.conftest import MODELS, ROOT, Server, only, wait_for
-from tiny_model_server.client.channel import Target
+from tiny_model_server.client.addresses import Target
 
 
 @pytest.mark.parametrize(
@@ -168,10 +168,12 @@ from tiny_model_server.client.credentials import Credentials
 end = time.monotonic() + 6
 with ThreadPoolExecutor(2) as threads:
     while time.monotonic() < end:
-        both = [channel.open_channel(channel.grpc, sys.argv[1], Credentials()) for _ in range(2)]
-        found = list(threads.map(lambda one: channel.health_check(one)(timeout=10).status, both))
+        places = [channel.Place(channel.grpc, sys.argv[1], Credentials(), loop=number) for number in range(2)]
+        both = [channel.shared(place) for place in places]
+        found = list(threads.map(lambda one: one.health_check()(timeout=10).status, both))
         assert found == [1, 1]
         for one in both:
+            assert not one.hold(-1)
             one.close()
 """
 

@@ -25,9 +25,10 @@ import model_client
 from model_client import ModelClient
 from tests.conftest import ROOT, Server, only, shared_memory, wait_for
 from tests.test_faults import write_model
-from tiny_model_server import schemas
+from tiny_model_server import local_transport, schemas
 from tiny_model_server.client import local
 from tiny_model_server.errors import CODES
+from tiny_model_server.local_transport import FINAL, HELLO, REQUEST
 from tiny_model_server.server.local_server import LocalServer
 from tiny_model_server.settings import Settings
 
@@ -37,7 +38,8 @@ METHODS = schemas.methods("server", "server.Server")
 
 def lanes(client: ModelClient) -> int:
     """Connections of the short cut that wait for the client's next calls."""
-    return len(client._lanes._free) if client._lanes else 0
+    connections = client._transport.local
+    return len(connections.idle.get(None, ())) if connections else 0
 
 
 @pytest.fixture
@@ -166,7 +168,7 @@ def test_places_are_for_this_way_alone(server: Server) -> None:
 
 def test_shared_memory_cannot_be_taken_away(raw: local.LocalConnection) -> None:
     raw.place([IMAGE])
-    for segment in (raw.inbox, raw.outbox):
+    for segment in (raw.request, raw.response):
         os.ftruncate(segment.fd, 64 << 20)
         with pytest.raises(PermissionError):
             os.ftruncate(segment.fd, 0)
@@ -178,11 +180,11 @@ def test_memory_that_grows_beyond_all_bounds(server: Server, raw: local.LocalCon
     raw.place([IMAGE])
     image = {"height": 480, "width": 640, "channels": 3, "dtype": "uint8", "place": {"length": IMAGE.nbytes}}
     assert send(raw, "RunImage", image=image, model="echo")[0] == 0
-    os.ftruncate(raw.inbox.fd, 1 << 62)
+    os.ftruncate(raw.request.fd, 1 << 62)
     assert send(raw, "RunImage", image=image, model="describe")[0] == 0  # its worker has not mapped it yet
     huge = {"height": 1 << 30, "width": 1 << 30, "channels": 1, "dtype": "uint8", "place": {"length": 1 << 60}}
     code, text = send(raw, "RunImage", image=huge, model="describe")
-    assert code & ~local.FINAL == CODES["RESOURCE_EXHAUSTED"], text
+    assert code & ~FINAL == CODES["RESOURCE_EXHAUSTED"], text
     assert "TMS_MAX_MESSAGE_MB" in text
     far = image | {"place": {"length": IMAGE.nbytes, "offset": 1 << 60}}
     code, text = send(raw, "RunImage", image=far, model="describe")
@@ -203,10 +205,10 @@ def test_places_over_each_other_count_each_time(start_server: Callable[..., Serv
         array = {"dtype": "uint8", "shape": [480, 640, 3], "place": place}
         for image in (plain, {"encoded": True, "place": place}):
             code, text = send(one, "RunBatchImage", images=[image] * 5, model="echo")
-            assert code & ~local.FINAL == CODES["RESOURCE_EXHAUSTED"]
+            assert code & ~FINAL == CODES["RESOURCE_EXHAUSTED"]
             assert "TMS_MAX_MESSAGE_MB" in text
         items = [{"json": '{"$bytes": 0}', "arrays": [array]}] * 5
-        assert send(one, "RunBatch", items=items, model="echo")[0] & ~local.FINAL == CODES["RESOURCE_EXHAUSTED"]
+        assert send(one, "RunBatch", items=items, model="echo")[0] & ~FINAL == CODES["RESOURCE_EXHAUSTED"]
         assert send(one, "RunBatchImage", images=[plain] * 4, model="describe", accept_arrays=True)[0] == 0
 
 
@@ -214,10 +216,10 @@ def test_places_over_each_other_count_each_time(start_server: Callable[..., Serv
 def test_noise_on_the_socket(server: Server, noise: bytes, greeted: bool) -> None:
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
         connection.settimeout(5)
-        connection.connect(local.address(server.port))
+        connection.connect(local_transport.address(server.port))
         if greeted:
-            connection.sendall(local.HELLO.pack(2) + b"{}")
-            _, fds, *_ = socket.recv_fds(connection, local.HELLO.size, 2)
+            connection.sendall(HELLO.pack(2) + b"{}")
+            _, fds, *_ = socket.recv_fds(connection, HELLO.size, 2)
             for fd in fds:
                 os.close(fd)
         with contextlib.suppress(OSError):
@@ -230,7 +232,7 @@ def test_one_call_at_a_time(server: Server) -> None:
     """A caller that sends the next request before it has its answer is no client of ours: its connection ends."""
     made = local.LocalConnection(server.port, {})
     path, message = METHODS["GetPID"].path.encode(), b""
-    request = local.REQUEST.pack(len(message), 5.0, 1, len(path)) + path + message
+    request = REQUEST.pack(len(message), 5.0, 1, len(path)) + path + message
     made._socket.sendall(request + request)
     with pytest.raises(ConnectionError):
         made.receive(5)
@@ -242,7 +244,7 @@ def test_one_call_at_a_time(server: Server) -> None:
 def test_a_request_in_pieces(raw: local.LocalConnection) -> None:
     path, message = METHODS["RunText"].path.encode(), METHODS["RunText"].request(text="x", model="echo")
     body = message.SerializeToString()
-    for byte in local.REQUEST.pack(len(body), 5.0, 1, len(path)) + path + body:
+    for byte in REQUEST.pack(len(body), 5.0, 1, len(path)) + path + body:
         raw._socket.sendall(bytes([byte]))
         time.sleep(0.001)
     assert METHODS["RunText"].response.FromString(raw.receive(5).body).data == '"x"'
@@ -433,8 +435,8 @@ def test_a_greeting_that_is_nested_deeply(start_server: Callable[..., Server]) -
     for _ in range(4):
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
             connection.settimeout(5)
-            connection.connect(local.address(server.port))
-            connection.sendall(local.HELLO.pack(60000) + b"[" * 60000)
+            connection.connect(local_transport.address(server.port))
+            connection.sendall(HELLO.pack(60000) + b"[" * 60000)
             with contextlib.suppress(ConnectionError):
                 assert connection.recv(1) == b""
     local.LocalConnection(server.port, {}).close()  # those hold no place
@@ -462,8 +464,8 @@ def test_a_worker_that_cannot_be_watched() -> None:
 def test_a_request_that_never_ends(server: Server) -> None:
     """A caller that stops in the middle holds up nobody but itself."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
-        connection.connect(local.address(server.port))
-        connection.sendall(local.HELLO.pack(2) + b"{}" + local.REQUEST.pack(1000, 1.0, 1, 4) + b"/ser")
+        connection.connect(local_transport.address(server.port))
+        connection.sendall(HELLO.pack(2) + b"{}" + REQUEST.pack(1000, 1.0, 1, 4) + b"/ser")
         with server.client("echo") as client:
             assert client.run_text("x") == "x"
 
@@ -474,7 +476,7 @@ from model_client import ModelClient
 client = ModelClient("echo", addresses=[sys.argv[1]])
 image = numpy.zeros((1080, 1920, 3), "uint8")
 client.run_image(image)
-assert client._lanes._free
+assert client._transport.local.idle
 if sys.argv[2] == "busy":
     client.submit_image(image)
     client.submit_image(image)
@@ -512,7 +514,7 @@ def test_another_users_client_does_not_take_part(server: Server) -> None:
     code = (
         "import os, sys\nsys.path.insert(0, '.')\nfrom model_client import ModelClient\n"
         "client = ModelClient('echo', addresses=[sys.argv[1]])\nos.setresuid(65534, 65534, 65534)\n"
-        "print(client.run_text('x'), len(client._lanes._free))"
+        "print(client.run_text('x'), len(client._transport.local.idle))"
     )
     command = [sys.executable, "-c", code, server.address]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
@@ -676,7 +678,7 @@ def test_memory_that_cannot_be_shared(server: Server, tmp_path: Path) -> None:
         "image = numpy.ones((1080, 1920, 3), 'uint8')\n"
         "for _ in range(3):\n    assert (client.run_image(image, retry=False) == image).all()\n"
     )
-    assert run_application(code, server).count("no short cut") == 1
+    assert run_application(code, server).count("local transport is not used") == 1
 
 
 def test_a_token_is_asked_for_here_too(start_server: Callable[..., Server]) -> None:
@@ -710,7 +712,7 @@ def test_large_messages_count_as_bytes_under_way(start_server: Callable[..., Ser
         contextlib.closing(local.LocalConnection(server.port, {})) as two,
     ):
         assert send(two, "RunText", text="y", model="echo")[1].data == '"y"'  # so that the server listens to it
-        two._socket.sendall(local.REQUEST.pack(2 << 20, 20.0, 1, 4))  # and nothing of what it has announced
+        two._socket.sendall(REQUEST.pack(2 << 20, 20.0, 1, 4))  # and nothing of what it has announced
         wait_for(lambda: send(one, "RunText", text="x" * (2 << 20), model="echo")[0], "the refusal")
         assert send(one, "RunText", text="y", model="echo")[1].data == '"y"'
         two._socket.close()
@@ -718,7 +720,7 @@ def test_large_messages_count_as_bytes_under_way(start_server: Callable[..., Ser
         for _ in range(5):
             assert send(one, "RunText", text="x" * (2 << 20), model="echo")[0] == 0
         code, text = send(one, "RunText", text="x" * (4 << 20), model="echo")
-        assert code == CODES["RESOURCE_EXHAUSTED"] | local.FINAL
+        assert code == CODES["RESOURCE_EXHAUSTED"] | FINAL
         assert "TMS_MAX_INFLIGHT_MB" in text
         assert send(one, "RunText", text="y", model="echo")[1].data == '"y"'
 
@@ -729,15 +731,15 @@ def test_large_messages_without_the_token_are_not_counted(start_server: Callable
     good = local.LocalConnection(server.port, {"authorization": "Bearer secret"})
     with contextlib.closing(good), contextlib.closing(local.LocalConnection(server.port, {})) as bad:
         assert send(bad, "RunText", text="y", model="echo")[0] == CODES["UNAUTHENTICATED"]
-        bad._socket.sendall(local.REQUEST.pack(2 << 20, 20.0, 1, 4))
+        bad._socket.sendall(REQUEST.pack(2 << 20, 20.0, 1, 4))
         assert send(good, "RunText", text="x" * (2 << 20), model="echo")[0] == 0
         bad._socket.sendall(bytes((2 << 20) + 4))
         assert bad.receive(10).code == CODES["UNAUTHENTICATED"]
 
 
 def test_headers_are_what_the_rules_say() -> None:
-    assert local.REQUEST.size == struct.calcsize("<IfBB") == 10
-    assert local.ANSWER.size == 6
+    assert REQUEST.size == struct.calcsize("<IfBB") == 10
+    assert local_transport.ANSWER.size == 6
 
 
 def test_map_sends_ahead(start_server: Callable[..., Server], tmp_path: Path) -> None:
@@ -779,7 +781,7 @@ def test_a_forked_child_that_ends(server: Server, child: str) -> None:
         f"if not (pid := os.fork()):\n    {child}\n    sys.exit()\n"
         "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0\n"
         "assert client.run_text('y', retry=False) == 'y'\n"
-        "assert len(client._lanes._free) == 1"
+        "assert len(client._transport.local.idle[None]) == 1"
     )
     run_application(code, server)
 
@@ -881,8 +883,8 @@ def test_lies_about_lent_memory(server: Server, tmp_path: Path) -> None:
     for fd in (unsealed, file, reading):
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
             connection.settimeout(5)
-            connection.connect(local.address(server.port))
-            socket.send_fds(connection, [local.HELLO.pack(2)], [fd])
+            connection.connect(local_transport.address(server.port))
+            socket.send_fds(connection, [HELLO.pack(2)], [fd])
             with contextlib.suppress(ConnectionError):  # it may have been refused before or after this
                 connection.sendall(b"{}")
                 assert connection.recv(1) == b""

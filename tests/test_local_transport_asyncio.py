@@ -14,6 +14,8 @@ import model_client
 from model_client import AsyncModelClient
 from tests.conftest import Server, only
 from tests.test_faults import write_model
+from tiny_model_server.client import local
+from tiny_model_server.client.calls import Request
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
 MODEL = """    max_batch_size = 1
@@ -35,12 +37,13 @@ def sleeper(start_server: Callable[..., Server], tmp_path: Path) -> Server:
 
 def lanes(client: AsyncModelClient) -> int:
     """Connections of the short cut that wait for the client's next calls."""
-    return len(client._lanes._free) if client._lanes else 0
+    connections = client._transport.local
+    return len(connections.idle.get(None, ())) if connections else 0
 
 
 def by_lane(client: AsyncModelClient) -> int:
     """Connections that a call uses now."""
-    return client._lanes.busy if client._lanes else 0
+    return len(client._transport.local.busy) if client._transport.local else 0
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -71,8 +74,8 @@ async def taken(client: AsyncModelClient, call: Coroutine[Any, Any, Any]) -> Any
 
 def test_answers_are_those_of_grpc(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[Any] = []  # of calls that gRPC makes
-    inline = model_client._Message.inline
-    monkeypatch.setattr(model_client._Message, "inline", lambda one: messages.append(one) or inline(one))
+    inline = Request.inline
+    monkeypatch.setattr(Request, "inline", lambda one: messages.append(one) or inline(one))
 
     async def main() -> None:
         async with connected(server, "echo") as client:
@@ -85,7 +88,7 @@ def test_answers_are_those_of_grpc(server: Server, monkeypatch: pytest.MonkeyPat
             frame[:] = IMAGE
             before = len(messages)
             assert np.array_equal(await client.run_image(frame), IMAGE)  # by gRPC, while its connection is made
-            await until(lambda: client._lanes._lent)
+            await until(lambda: len(client._transport.local.idle) == 2)
             assert np.array_equal(await client.run_image(frame), IMAGE)
             assert (before, len(messages)) == (0, 1)
             assert await client.run_text("x" * 100_000) == "x" * 100_000  # too long to be sent without waiting
@@ -248,20 +251,22 @@ def test_each_event_loop_has_connections_of_its_own(server: Server) -> None:
         assert lanes(client) >= 1
 
 
-def test_a_server_without_it_costs_nothing(start_server: Callable[..., Server]) -> None:
+def test_a_server_without_it_costs_nothing(
+    start_server: Callable[..., Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No connection is tried for each call."""
     server = start_server(TMS_LOCAL_TRANSPORT=0)
+    attempts: list[Any] = []
 
     async def main() -> None:
         async with AsyncModelClient("echo", addresses=[server.address]) as client:
             await client.run_text("x")
-            await until(lambda: client._lanes._not_before)
-            client._lanes._not_before += 60  # type: ignore[union-attr]
-            jobs: list[Any] = []
-            client._lanes.begin = jobs.append  # type: ignore[union-attr, method-assign, assignment]
+            await until(lambda: client._transport.local.not_before)
+            client._transport.local.not_before += 60  # type: ignore[union-attr]
+            monkeypatch.setattr(local, "LocalConnection", lambda *args: attempts.append(args))
             for _ in range(20):
                 assert await client.run_text("x") == "x"
-            assert not jobs
+            assert not attempts
             assert lanes(client) == 0
 
     asyncio.run(main())

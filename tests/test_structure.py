@@ -14,9 +14,14 @@ LAYERS = [
     ["budget", "codec", "logs", "custom_metrics", "settings", "tracing", "ending", "local_transport"],
     ["shared_memory", "image_files"],
     ["schemas"],
-    ["client.credentials", "client.stats", "client.fork_safety"],
-    ["client.channel", "client.local"],
+    ["client.credentials", "client.stats", "client.fork_safety", "client.errors"],
+    ["client.addresses", "client.local"],
+    ["client.channel"],
     ["client.arguments"],
+    ["client.calls"],
+    ["client.transport"],
+    ["client.local_call"],
+    ["client.blocking", "client.aio"],
     ["model_interface", "model_client"],
     ["engine.guardian", "engine.placement", "engine.busy_polling", "engine.worker_connection"],
     ["engine.runner", "engine.children", "engine.metrics"],
@@ -43,7 +48,7 @@ ORDER = {
     name if name in TOP else f"tiny_model_server.{name}": rank for rank, layer in enumerate(LAYERS) for name in layer
 }
 CLIENT_NEEDS = {"errors", "codec", "shared_memory", "local_transport", "schemas", "tracing"} | {
-    f"client.{name}" for name in ("arguments", "channel", "credentials", "fork_safety", "local", "stats")
+    f"client.{path.stem}" for path in (ROOT / "tiny_model_server" / "client").glob("[a-z]*.py")
 }
 SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]
 SOURCES += sorted((ROOT / "tiny_model_server").rglob("*.py"))
@@ -132,7 +137,7 @@ def test_only_settings_and_client_read_the_environment() -> None:
     # variables of its own.
     assert readers == {
         "settings.py",
-        "model_client.py",
+        "arguments.py",
         "pool.py",
         "placement.py",
         "tracing.py",
@@ -159,7 +164,7 @@ def test_the_inside_stays_small() -> None:
             assert lines < 250, f"{path.name}: a door converts, delegates and converts back"
         else:
             core += lines
-    assert core <= 7300
+    assert core <= 7800
 
 
 def test_no_door_imports_another() -> None:
@@ -176,4 +181,4 @@ def test_nothing_depends_on_reference_counts_or_the_collector() -> None:
         text = path.read_text()
         for word in ("getrefcount", "__del__", "import gc", "gc.collect", "WeakValueDictionary", "WeakKeyDictionary"):
             assert word not in text, f"{path.name} has {word}"
-        assert "weakref" not in text or path.name in {"model_client.py", "local.py", "worker.py"}, path
+        assert "weakref" not in text or path.name in {"local.py", "worker.py"}, path

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Iterable
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 log = logging.getLogger("tiny_model_server.tracing")
@@ -44,36 +43,16 @@ def interceptors(kind: str) -> list[Any]:
     return made if isinstance(made, list) else [made]
 
 
-def traced(opened: Any) -> Any:
-    """The client's channel, with a span for every call but health."""
-    made = interceptors("client_interceptor")
-    return _Traced(opened, made[0]) if made else opened
+def client_span(path: str) -> tuple[Any, tuple[tuple[str, str], ...]]:
+    """A span of a call that begins now, and the metadata that names it to the server; None, () without a collector."""
+    if not (found := provider()):
+        return None, ()
+    from opentelemetry import propagate, trace
 
-
-class _Traced:
-    """A channel with OpenTelemetry's interceptor, of whose streams of answers it would leave a mere generator."""
-
-    def __init__(self, opened: Any, interceptor: Any) -> None:
-        from opentelemetry.instrumentation.grpc import grpcext
-
-        self._opened, self._interceptor = opened, interceptor
-        self._intercepted = grpcext.intercept_channel(opened, interceptor)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._intercepted, name)
-
-    def unary_stream(self, path: str, **codecs: Any) -> Any:
-        """The callable of such a method, which returns gRPC's call."""
-        ask = self._opened.unary_stream(path, **codecs)
-
-        def traced(request: Any, timeout: float | None = None, metadata: Any = None) -> Any:
-            # With both sides said to stream, the span ends with the call.
-            info = SimpleNamespace(full_method=path, is_client_stream=True, is_server_stream=True, timeout=timeout)
-            return self._interceptor.intercept_stream(
-                request, metadata, info, lambda one, sent: ask(one, timeout=timeout, metadata=sent)
-            )
-
-        return traced
+    span = found.get_tracer("tiny_model_server").start_span(path, kind=trace.SpanKind.CLIENT)
+    headers: dict[str, str] = {}
+    propagate.inject(headers, trace.set_span_in_context(span))
+    return span, tuple(headers.items())
 
 
 def spans(model: str, steps: Iterable[tuple[str, float, float]]) -> None:

@@ -1,26 +1,28 @@
-"""What an application gives the client: checked at once, so that a mistake is told before anything is sent."""
+"""Checks what an application gives the client, so that a mistake is reported before anything is sent."""
 
-import ipaddress
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from tiny_model_server.client.channel import host_and_port
+from tiny_model_server import local_transport, tracing
+from tiny_model_server.client import addresses, channel
 
-_DEFAULT_PORT = 50000
+DEFAULT_TIMEOUT_S = 60.0
+DEFAULT_CONNECT_TIMEOUT_S = 30.0
+_VARIABLES = {"ca": "TMS_TLS_CA", "cert": "TMS_CLIENT_CERT", "key": "TMS_CLIENT_KEY", "token": "TMS_TOKEN"}
 _LONGEST_S = 2e6  # 23 days; poll counts milliseconds in 31 bits
-_LONGEST_LABEL = 63  # of a host's name
-_HOST = re.compile(r"[^\s/:@?#,\[\]]+")
 _URL = re.compile(r"(https?|ftp|s3|gs|file|data):", re.IGNORECASE)
+_ONE = (str, bytes, bytearray, os.PathLike, Mapping)
+"""What can be iterated over, but is one item."""
 
 
 def text(value: Any) -> str:
-    """A text that can be sent; TypeError or ValueError for what is none."""
+    """A text that can be sent; TypeError or ValueError for anything else."""
     if not isinstance(value, str):
         raise TypeError(f"a text is a str, not {_named(value)}")
     try:
@@ -48,10 +50,15 @@ def image(value: Any) -> Any:
 
 
 def batch(items: Any, call: str, one: str) -> list[Any]:
-    """The items of a batch; TypeError for what is one item, or has no order."""
-    if isinstance(items, (str, bytes, bytearray, os.PathLike, Mapping, set, frozenset)) or not _can_iterate(items):
+    """The items of a batch; TypeError for one item, or for what has no order."""
+    wrong = isinstance(items, (*_ONE, set, frozenset))
+    try:
+        listed = [] if wrong else list(items)
+    except TypeError:
+        wrong = True
+    if wrong:
         raise TypeError(f"{call} takes a list, not {_named(items)}; for {one}")
-    return list(items)
+    return listed
 
 
 def images(items: Any) -> list[Any]:
@@ -65,16 +72,16 @@ def images(items: Any) -> list[Any]:
 
 
 def stream(items: Any) -> Any:
-    """What ``map`` may take items from, one after the other."""
-    if isinstance(items, (str, bytes, bytearray, os.PathLike, Mapping)):
+    """What ``map`` may take items from, one after the other; TypeError for one item."""
+    if isinstance(items, _ONE):
         raise TypeError(f"map takes a list or another iterable of items, not {_named(items)}")
     return items
 
 
-def seconds(timeout: Any, name: str = "timeout") -> Any:
-    """A time limit, or None; TypeError for what is no number, ValueError for what is no time."""
+def seconds(timeout: Any, default: float | None = None, name: str = "timeout") -> Any:
+    """A time limit, or the default for None; TypeError for what is not a number, ValueError for no positive one."""
     if timeout is None:
-        return None
+        return default
     if isinstance(timeout, (bool, np.bool_)) or not isinstance(timeout, Real):
         raise TypeError(f"{name} is seconds, a number, not {_named(timeout)}")
     if math.isnan(timeout) or timeout <= 0:
@@ -83,100 +90,54 @@ def seconds(timeout: Any, name: str = "timeout") -> Any:
 
 
 def count(name: str, value: Any, least: int) -> int:
-    """A whole number of at least ``least``; TypeError or ValueError names what is none."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    """A whole number of at least ``least``; TypeError or ValueError names the argument."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} is a whole number, not {_named(value)}")
     if not least <= value < 1 << 31:
         raise ValueError(f"{name} is at least {least}, not {value}")
     return int(value)
 
 
-def plain_texts(options: Mapping[str, Any]) -> None:
-    """Checks texts that gRPC gets as they are: a ``server_name`` of another type crashes the process.
+def options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A client's options, checked; what the application does not say comes from the environment or is the default."""
+    found = {name: given[name] for name in ("balancing", "server_name", "admin_token")}
+    for name, variable in _VARIABLES.items():
+        found[name] = os.environ.get(variable, "") if given[name] is None else given[name]
+    for name in ("balancing", "server_name", "token", "admin_token"):
+        _printable(name, found[name])
+    found |= {name: str(found[name]) for name in ("ca", "cert", "key")}
+    if given["tls"] not in (None, True, False):
+        raise TypeError(f"tls is True or False, not {given['tls']!r}")
+    found["tls"] = given["tls"] if given["tls"] is not None else bool(found["ca"]) or _switch("TMS_TLS", "0")
+    if found["balancing"] not in channel.POLICIES:
+        raise ValueError(f"balancing is one of {', '.join(channel.POLICIES)}, not {found['balancing']!r}")
+    default = os.environ.get("TMS_ADDRESS") or "localhost:50000"
+    found["addresses"] = addresses.parse(given["ip"], given["port"], given["addresses"], default)
+    found["timeout"] = seconds(given["timeout"], DEFAULT_TIMEOUT_S)
+    found["connect_timeout"] = seconds(given["connect_timeout"], DEFAULT_CONNECT_TIMEOUT_S, "connect_timeout")
+    return found
+
+
+def local_port(options: Mapping[str, Any]) -> int | None:
+    """The port of the only server, if it is on this host and the local transport may be used."""
+    switch = "TMS_LOCAL_TRANSPORT" if os.environ.get("TMS_LOCAL_TRANSPORT") else "TMS_LANE"
+    usable = local_transport.available() and not options["tls"] and not tracing.provider()
+    return addresses.local_port(options["addresses"]) if usable and _switch(switch, "1") else None
+
+
+def _switch(name: str, default: str) -> bool:
+    return os.environ.get(name, default).lower() in ("1", "true", "yes", "on")
+
+
+def _printable(name: str, value: Any) -> None:
+    """Checks a text that gRPC gets as it is: a ``server_name`` of another type crashes the process.
 
     TypeError or ValueError names the option, but not its value, which may be a token.
     """
-    for name, value in options.items():
-        if not isinstance(value, (str, type(None))):
-            raise TypeError(f"{name} is a text, not a {type(value).__name__}")
-        if value and not (value.isascii() and value.isprintable()):
-            raise ValueError(f"{name} may have printable ASCII characters alone, as gRPC sends no others")
-
-
-def addresses(ip: Any, port: Any, listed: Sequence[str] | str | None, default: str) -> list[str]:
-    """The addresses of the servers; TypeError or ValueError says what to write instead."""
-    if listed is not None and (ip is not None or port is not None):
-        raise ValueError("give either addresses, or ip and port")
-    if ip is not None or port is not None:
-        return [_only(ip, port)]
-    given = default if listed is None else listed
-    if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(f"addresses is a list of texts such as 'localhost:50000', not {_named(given)}")
-    every = given.split(",") if isinstance(given, str) else list(given)
-    if not every:
-        raise ValueError("addresses is empty; give at least one host:port")
-    return [_address(one) for one in every]
-
-
-def _only(ip: Any, port: Any) -> str:
-    if not isinstance(ip, (str, type(None))):
-        raise TypeError(f"ip is a text such as 'localhost', not {_named(ip)}; a port is given as port=50000")
-    host = (ip or "localhost").strip()
-    if port is None and host.startswith("unix:"):
-        return host
-    bare = host.removeprefix("[").removesuffix("]")
-    if "://" in host or (":" in host and not _is_ip(bare)):
-        if port is not None and "://" not in host:
-            raise ValueError(f"ip={ip!r} has a port already; give it as ip, or as port={port}, or both in addresses")
-        return _address(host)
-    return _address(f"[{bare}]:{_port(port)}" if ":" in bare else f"{bare}:{_port(port)}")
-
-
-def _port(port: Any) -> int:
-    if port is None:
-        return _DEFAULT_PORT
-    if isinstance(port, str) and port.isascii() and port.isdigit():
-        port = int(port)
-    if isinstance(port, bool) or not isinstance(port, (int, np.integer)):
-        raise TypeError(f"port is a whole number, not {_named(port)}")
-    if not 0 < port < 65536:
-        raise ValueError(f"port is from 1 to 65535, not {port}")
-    return int(port)
-
-
-def _address(given: Any) -> str:
-    if not isinstance(given, str):
-        raise TypeError(f"an address is a text such as 'localhost:50000', not {_named(given)}")
-    address = given.strip()
-    if address.startswith(("unix:", "dns://")):
-        return address
-    scheme, is_url, rest = address.partition("://")
-    if is_url:
-        host = rest.partition("/")[0] or "localhost"
-        right = host if re.search(r":\d+$", host) else f"{host}:{_DEFAULT_PORT}"
-        raise ValueError(f"address {given!r} is a URL of {scheme}; write host:port, as in {right}")
-    host, _ = host_and_port(address)
-    labels = host.removesuffix(".").split(".")
-    named = _HOST.fullmatch(host) and all(0 < len(label) <= _LONGEST_LABEL for label in labels)
-    if not (named or _is_ip(host)):
-        raise ValueError(f"address {given!r} has no host's name; write host:port, as in localhost:{_DEFAULT_PORT}")
-    return address
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
-
-
-def _can_iterate(items: Any) -> bool:
-    try:
-        iter(items)
-    except TypeError:
-        return False
-    return True
+    if not isinstance(value, (str, type(None))):
+        raise TypeError(f"{name} is a text, not a {type(value).__name__}")
+    if value and not (value.isascii() and value.isprintable()):
+        raise ValueError(f"{name} may have printable ASCII characters alone, as gRPC sends no others")
 
 
 def _named(value: Any) -> str:

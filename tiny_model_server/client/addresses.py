@@ -1,0 +1,198 @@
+"""Where the servers are: checks addresses, looks up names, and makes gRPC's target of them."""
+
+import ipaddress
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tiny_model_server.client.credentials import Credentials
+from tiny_model_server.local_transport import LOOPBACK
+
+_DEFAULT_PORT = 50000
+_LOOKUP_AGE_S = 5.0
+_LONGEST_LABEL = 63  # of a host's name
+_HOST = re.compile(r"[^\s/:@?#,\[\]]+")
+
+Pair = tuple[str, int]
+"""Host and port."""
+
+
+def parse(ip: Any, port: Any, listed: Any, default: str) -> list[str]:
+    """The addresses that a client was given; TypeError or ValueError says what to write instead."""
+    if ip is not None or port is not None:
+        if listed is not None:
+            raise ValueError("give either addresses, or ip and port")
+        return [_only(ip, port)]
+    given = default if listed is None else listed
+    if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
+        raise TypeError(f"addresses is a list of texts such as 'localhost:50000', not {given!r:.40}")
+    every = given.split(",") if isinstance(given, str) else list(given)
+    if not every:
+        raise ValueError("addresses is empty; give at least one host:port")
+    return [_address(one) for one in every]
+
+
+def _only(ip: Any, port: Any) -> str:
+    if not isinstance(ip, (str, type(None))):
+        raise TypeError(f"ip is a text such as 'localhost', not {ip!r:.40}; a port is given as port=50000")
+    host = (ip or "localhost").strip()
+    bare = host.removeprefix("[").removesuffix("]")
+    if "://" in host or (":" in host and not is_ip(bare)):  # a whole address
+        if port is not None and "://" not in host:
+            raise ValueError(f"ip={ip!r} has a port already; give it as ip, or as port={port}, or both in addresses")
+        return _address(host)
+    return _address(f"[{bare}]:{_port(port)}" if ":" in bare else f"{bare}:{_port(port)}")
+
+
+def _port(port: Any) -> int:
+    if port is None:
+        return _DEFAULT_PORT
+    try:
+        number = int(port) if isinstance(port, str) else port.__index__()
+    except (AttributeError, ValueError):
+        number = None
+    if number is None or isinstance(port, bool):
+        raise TypeError(f"port is a whole number, not {port!r:.40}")
+    if not 0 < number < 65536:
+        raise ValueError(f"port is from 1 to 65535, not {port}")
+    return int(number)
+
+
+def _address(given: Any) -> str:
+    if not isinstance(given, str):
+        raise TypeError(f"an address is a text such as 'localhost:50000', not {given!r:.40}")
+    address = given.strip()
+    if address.startswith(("unix:", "dns://")):
+        return address
+    scheme, is_url, rest = address.partition("://")
+    if is_url:
+        host = rest.partition("/")[0] or "localhost"
+        right = host if re.search(r":\d+$", host) else f"{host}:{_DEFAULT_PORT}"
+        raise ValueError(f"address {given!r} is a URL of {scheme}; write host:port, as in {right}")
+    host, _ = host_and_port(address)
+    labels = host.removesuffix(".").split(".")
+    named = _HOST.fullmatch(host) and all(0 < len(label) <= _LONGEST_LABEL for label in labels)
+    if not (named or is_ip(host)):
+        raise ValueError(f"address {given!r} has no valid host name; write host:port, as in localhost:{_DEFAULT_PORT}")
+    return address
+
+
+def host_and_port(address: str) -> Pair:
+    """The parts of "host:port" or "[::1]:port"; ValueError if it is neither."""
+    host, colon, port = address.strip().rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ValueError(f"address {address!r} must be host:port, as in localhost:50000 or [::1]:50000")
+    return host, int(port)
+
+
+def is_ip(host: str) -> bool:
+    """True for an IPv4 or IPv6 address."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def local_port(addresses: Sequence[str]) -> int | None:
+    """The port, if these addresses are one server on this host."""
+    host, _, port = addresses[0].rpartition(":")
+    return int(port) if len(addresses) == 1 and host in LOOPBACK and port.isdigit() else None
+
+
+class Target:
+    """gRPC's target for a client's addresses.
+
+    gRPC looks up a single name itself, again and again. It takes no list of names, so those of a list are looked up
+    here: again while calls are made. If that fails, the last answer stays.
+    """
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        """ValueError if an address is malformed."""
+        self._addresses = addresses
+        self._fixed = _fixed_target(addresses)
+        self._found = ""
+        self._looked_up = 0.0
+        self._looking_up = threading.Lock()
+
+    def current(self) -> str:
+        """The target as known now; OSError if no name could ever be looked up."""
+        if self._fixed:
+            return self._fixed
+        if not self._found:
+            self._look_up()
+        elif time.monotonic() - self._looked_up > _LOOKUP_AGE_S and self._looking_up.acquire(blocking=False):
+            threading.Thread(target=self._look_up_again, name="lookup", daemon=True).start()
+        return self._found
+
+    def _look_up_again(self) -> None:
+        try:
+            self._look_up()
+        except OSError:
+            self._looked_up = time.monotonic()  # the last answer stays
+        finally:
+            self._looking_up.release()
+
+    def _look_up(self) -> None:
+        found, problem = [], None
+        for address in self._addresses:
+            try:
+                found += _resolve(*host_and_port(address))
+            except OSError as error:
+                problem = OSError(f"{address} cannot be looked up: {error.strerror or error}")
+        if problem and (self._found or not found):
+            raise problem
+        self._found, self._looked_up = "{}:{}".format(*_family(found)), time.monotonic()
+
+
+def replicas(addresses: Sequence[str]) -> list[tuple[str, str]]:
+    """(address, host name) of every server: a name that stands for several hosts is replaced by each of their IPs."""
+    every: list[tuple[str, str]] = []
+    for address in addresses:
+        if "://" in address or address.startswith("unix:"):
+            every.append((address, ""))
+            continue
+        host, port = host_and_port(address)
+        try:
+            found = _family(_resolve(host, port))[1].split(",")
+        except OSError:
+            found = []
+        every += [(one, host) for one in found] if len(found) > 1 else [(address, host)]
+    return every
+
+
+def first_refusal(addresses: Sequence[str], credentials: Credentials) -> str | None:
+    """The first reason why TLS fails between this client and a server that is there; None if there is none."""
+    for address, name in replicas(addresses):
+        if name and (why := credentials.refusal(*host_and_port(address), name)):
+            return f"{address}: {why}"
+    return None
+
+
+def _fixed_target(addresses: Sequence[str]) -> str | None:
+    """The target of addresses that need no lookup of ours; None if they need it."""
+    if all(address.startswith("unix:") for address in addresses):
+        return "unix:" + ",".join(address.removeprefix("unix:") for address in addresses)
+    if len(addresses) == 1 and addresses[0].startswith("dns://"):
+        return addresses[0]
+    pairs = [host_and_port(address) for address in addresses]
+    if all(is_ip(host) for host, _ in pairs):
+        return "{}:{}".format(*_family(pairs))
+    return f"dns:///{pairs[0][0]}:{pairs[0][1]}" if len(pairs) == 1 else None
+
+
+def _family(pairs: Iterable[Pair]) -> tuple[str, str]:
+    """("ipv4" or "ipv6", its addresses with commas): gRPC takes no mix; of both, IPv4 is taken."""
+    pairs = list(dict.fromkeys(pairs))
+    v6 = [f"[{host}]:{port}" for host, port in pairs if ":" in host]
+    v4 = [f"{host}:{port}" for host, port in pairs if ":" not in host]
+    return ("ipv4", ",".join(v4)) if v4 else ("ipv6", ",".join(v6))
+
+
+def _resolve(host: str, port: int) -> list[Pair]:
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return sorted({(str(address[0]), port) for *_, address in found})

@@ -1,0 +1,163 @@
+"""Carries the calls of an ``AsyncModelClient``. Each event loop has connections of its own."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from tiny_model_server.client import errors, fork_safety
+from tiny_model_server.client.calls import Request
+from tiny_model_server.client.channel import SharedChannel
+from tiny_model_server.client.local_call import NOT_ANSWERED, LocalCall
+from tiny_model_server.client.transport import PROBE_S, Call, Transport, why_silent
+
+_MOST_LOCAL = 64  # calls at once of one client; gRPC carries those beyond
+
+
+class AsyncTransport(Transport):
+    """Belongs to one event loop at a time."""
+
+    library = grpc.aio
+
+    def loop(self) -> Any:
+        """The event loop that runs."""
+        return asyncio.get_running_loop()
+
+    async def call(self, request: Request, timeout: float | None = None, retry: bool = True) -> Any:
+        """The answer."""
+        call = Call(self, request, timeout, retry)
+        with fork_safety.in_flight:
+            await self._connect(call)
+            if (local := self._send(call)) and (answer := await local.received()) is not NOT_ANSWERED:
+                return answer
+            async with self._by_grpc(call) as stub:
+                call.handle = stub(request, **call.options())
+                response, trailing = await call.handle, await call.handle.trailing_metadata()
+        call.ended(trailing)
+        return request.decode(*response)
+
+    async def stream(self, request: Request, timeout: float | None, retry: bool) -> AsyncIterator[Any]:
+        """The answers, one by one."""
+        call = Call(self, request, timeout, retry)
+        with fork_safety.in_flight:
+            await self._connect(call)
+            async with self._by_grpc(call) as stub:
+                call.handle = stub(request, **call.options())
+                async for response in call.handle:
+                    yield request.decode(*response)
+                call.ended(await call.handle.trailing_metadata())
+
+    async def close(self) -> None:
+        """Ends the calls under way, which fail with ``Cancelled``. A later call connects again."""
+        await _close(self.leave())
+
+    def _send(self, call: Call) -> LocalCall | None:
+        """The call, under way by the local transport; None if gRPC is to make it, for nothing here may wait."""
+        connections = self.local
+        if not connections or len(connections.busy) >= _MOST_LOCAL or not call.request.short:
+            return None
+        if not (taken := connections.take(call.request.arrays, connect=False)):
+            connections.prepare(call.request.arrays)
+            return None
+        local = LocalCall(call, connections, taken, lambda call: None)
+        return local if local.send() else None
+
+    @asynccontextmanager
+    async def _by_grpc(self, call: Call) -> AsyncIterator[Any]:
+        """What makes a call by gRPC, inside the block; raises this client's errors for those of gRPC."""
+        stub = self.begin(call)
+        try:
+            yield stub
+        except grpc.aio.UsageError:  # the channel is closed
+            raise call.closed() from None
+        except grpc.RpcError as failed:
+            error = call.failed(failed)
+            unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
+            if unanswered and (why := await self._why_silent(call.channel, timeout=PROBE_S)):
+                error = call.gone(why)
+            raise error from None
+        except asyncio.CancelledError:
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            raise call.closed() from None
+        finally:
+            if call.handle:
+                call.handle.cancel()
+            if self.end(call):
+                await _close([call.channel])
+
+    async def _connect(self, call: Call) -> None:
+        """Waits for a server that is still starting, at the first call."""
+        if not self.connected:
+            fork_safety.polled = True
+            await asyncio.to_thread(self._look_up)
+        channel, old = self.channel()
+        await _close(old)
+        if self.connected:
+            return
+        patience = min(call.timeout, self.options["connect_timeout"])
+        deadline = time.monotonic() + patience
+        if why := await self._why_silent(channel, timeout=patience):
+            await asyncio.to_thread(self.check_refusal)
+            remaining = max(0.001, deadline - time.monotonic())
+            if await self._why_silent(channel, timeout=remaining, wait_for_ready=True):
+                why = await self._why_silent(channel, timeout=PROBE_S) or why
+                raise await asyncio.to_thread(self.never_ready, patience, why)
+        self.connected = True
+
+    async def _why_silent(self, channel: SharedChannel, **options: Any) -> str | None:
+        """Why no server answers, None if one does."""
+        try:
+            await channel.health_check()(**options)
+        except grpc.RpcError as error:
+            return why_silent(error)
+        return None
+
+
+async def _close(channels: Iterable[SharedChannel]) -> None:
+    for channel in channels:
+        for closing in channel.close():
+            await closing
+
+
+async def in_order(
+    start: Callable[[Any], Coroutine[Any, Any, Any]],
+    items: Iterable[Any] | AsyncIterable[Any],
+    in_flight: int,
+    return_exceptions: bool,
+) -> AsyncIterator[Any]:
+    """The results of what ``start`` makes of each item, in order, with so many under way at once."""
+    pending = deque[asyncio.Task[Any]]()
+
+    async def first() -> Any:
+        try:
+            return await pending.popleft()
+        except errors.ModelClientError as error:
+            if return_exceptions:
+                return error
+            raise
+
+    try:
+        async for item in _each_of(items):
+            while pending and (len(pending) >= in_flight or pending[0].done()):
+                yield await first()
+            pending.append(asyncio.ensure_future(start(item)))
+        while pending:
+            yield await first()
+    finally:
+        for task in pending:
+            task.cancel()
+
+
+async def _each_of(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item
