@@ -88,16 +88,14 @@ class AsyncTransport(Transport):
         finally:
             if call.handle:
                 call.handle.cancel()
-            if self.end(call):
-                await _close([call.channel])
+            await _close(self.end(call))
 
     async def _connect(self, call: Call) -> None:
         """Waits for a server that is still starting, at the first call."""
         if not self.connected:
             fork_safety.polled = True
             await asyncio.to_thread(self._look_up)
-        channel, old = self.channel()
-        await _close(old)
+        channel = self.channel()
         if self.connected:
             return
         patience = min(call.timeout, self.options["connect_timeout"])

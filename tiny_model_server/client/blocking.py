@@ -72,7 +72,7 @@ class BlockingTransport(Transport):
         result: dict[str, list[str]] = {"serving": [], "stopped_serving": []}
         for one in self.each_server():
             try:
-                good = one._open().health_check()(timeout=timeout).status == 1
+                good = one.channel().health_check()(timeout=timeout).status == 1
             except (grpc.RpcError, OSError):
                 good = False
             result["serving" if good else "stopped_serving"] += one.options["addresses"]
@@ -145,15 +145,9 @@ class BlockingTransport(Transport):
         call.handle.add_done_callback(finish)
         outcome.add_done_callback(lambda future: call.handle.cancel() if future.cancelled() else None)
 
-    def _open(self) -> SharedChannel:
-        channel, old = self.channel()
-        for one in old:
-            one.close()
-        return channel
-
     def _connect(self, call: Call) -> None:
         """Waits for a server that is still starting, at the first call."""
-        channel = self._open()
+        channel = self.channel()
         if self.connected:
             return
         patience = min(call.timeout, self.options["connect_timeout"])
@@ -188,8 +182,8 @@ class BlockingTransport(Transport):
             raise error from None
 
     def _end(self, call: Call) -> None:
-        if self.end(call):
-            call.channel.close()
+        for channel in self.end(call):
+            channel.close()
 
 
 def in_order(

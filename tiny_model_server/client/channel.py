@@ -3,6 +3,7 @@
 import atexit
 import json
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from operator import methodcaller
@@ -20,8 +21,8 @@ LIVE_SERVICE = "TinyModelServer"
 _HEALTH = "grpc.health.v1.Health"
 _LARGEST_MESSAGE = (1 << 31) - 1
 _RETRY_BUFFER = 1 << 28
-_IDLE_MS = 10_000
-"""A channel without calls for so long closes its connections; the next call opens them again."""
+_IDLE_S = 10.0
+"""A channel without calls for so long closes its connections; the next call opens others."""
 _ROUND_ROBIN: dict[str, Any] = {"round_robin": {}}
 _BY_LOAD: dict[str, Any] = {
     # A replica that fails nearly all its calls is left alone for a while, at most half of them at a time.
@@ -68,35 +69,45 @@ class Place(NamedTuple):
 
 
 class SharedChannel:
-    """The channel of every client at one place. Clients and calls hold it; whoever releases it last closes it.
+    """The channel of all clients at one place. It is closed with its last client.
 
+    A channel that is retired takes no more clients or calls: it is closed when the calls in it have ended.
     Whether calls are retried is a property of a gRPC channel, so calls that are not to be repeated have a second one,
     which the first of them opens.
     """
 
     def __init__(self, place: Place) -> None:
-        self.retired = False
-        """Set when later calls should use another channel."""
         self._place = place
-        self._holders = 0
+        self._clients = self._calls = 0
+        self._used = time.monotonic()
+        self._retired = self._closed = False
         self._channels: dict[bool, Any] = {}
         self._stubs: dict[tuple[str, bool], Any] = {}
 
-    def hold(self, holders: int = 1) -> bool:
-        """Keeps the channel open until a call with -1. False for the last of these: then close the channel."""
-        with _lock:
-            self._holders += holders
-            if not self._holders:
-                self._retire()
-            return self._holders > 0
+    def stale(self) -> bool:
+        """True if later calls should use another channel. gRPC's idle timer works once in a channel's life."""
+        return self._retired or (not self._calls and time.monotonic() - self._used > _IDLE_S)
 
-    def retire(self) -> None:
-        """Leaves the channel to those that hold it now; later clients and calls open another."""
+    def add_call(self) -> bool:
+        """Counts a call that begins. False if the channel is closed already."""
         with _lock:
-            self._retire()
+            self._calls += not self._closed
+            return not self._closed
+
+    def drop(self, *, clients: int = 0, calls: int = 0, retire: bool = False) -> bool:
+        """Counts clients or calls that go. True once: then the channel is to be closed."""
+        with _lock:
+            self._clients -= clients
+            self._calls -= calls
+            self._used = time.monotonic()
+            if retire or not self._clients:
+                self._retire()
+            closing = self._retired and not self._calls and not self._closed
+            self._closed |= closing
+            return closing
 
     def _retire(self) -> None:
-        self.retired = True
+        self._retired = True
         if _shared.get(self._place) is self:
             del _shared[self._place]
 
@@ -129,16 +140,21 @@ class SharedChannel:
             return self._channels[retry]
 
 
-_lock = threading.RLock()
+_lock = threading.Lock()
 _shared: dict[Place, SharedChannel] = {}
 """Those of another process or event loop stay here: nothing may close them in this one."""
 
 
 def shared(place: Place) -> SharedChannel:
-    """The channel at a place, held for the caller."""
+    """The channel at a place, which counts the caller as a client."""
     with _lock:
-        found = _shared.setdefault(place, SharedChannel(place))
-        found.hold()
+        found = _shared.get(place)
+        if found and found.stale():
+            found._retire()
+        if place not in _shared:
+            _shared[place] = SharedChannel(place)
+        found = _shared[place]
+        found._clients += 1
         return found
 
 
@@ -188,7 +204,7 @@ def _options(policy: list[dict[str, Any]], retry: bool) -> list[tuple[str, Any]]
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
         # The health checks keep a connection in use, so that pings end only with the connection.
-        ("grpc.client_idle_timeout_ms", _IDLE_MS),
+        ("grpc.client_idle_timeout_ms", int(1100 * _IDLE_S)),
         ("grpc.enable_http_proxy", 0),  # HTTP proxies are not for these addresses
         # Where channels share a connection and ask for its health, gRPC may crash as they open together.
         ("grpc.use_local_subchannel_pool", 1),

@@ -40,7 +40,10 @@ class Transport:
         self._lock = threading.Lock()
         self._place: Place | None = None
         self._channel: SharedChannel | None = None
+        self._unused: list[SharedChannel] = []
+        """Channels that nobody uses any more and that are still to be closed."""
         self._calls: set[Call] = set()
+        """Those under way by gRPC."""
 
     def loop(self) -> Any:
         """The event loop that the channel belongs to; None if there is none."""
@@ -50,8 +53,8 @@ class Transport:
         with suppress(OSError):  # channel() reports it
             self._target.current()
 
-    def channel(self) -> tuple[SharedChannel, list[SharedChannel]]:
-        """The channel for this process, event loop and the addresses as known now; and old ones, to be closed."""
+    def channel(self) -> SharedChannel:
+        """The channel for this process, event loop and the addresses as known now."""
         if fork_safety.unusable:
             raise RuntimeError(
                 "this process was forked while its parent was in a call, or after it used AsyncModelClient, so gRPC "
@@ -64,52 +67,53 @@ class Transport:
         balancing = self.options["balancing"]
         place = Place(self.library, target, self.credentials, balancing, fork_safety.generation, self.loop())
         with self._lock:
-            if self._channel and place == self._place and not self._channel.retired:
-                return self._channel, []
-            return self._move(place)
+            if not self._channel or place != self._place or self._channel.stale():
+                self._move(place)
+            return self._channel  # type: ignore[return-value]
 
-    def _move(self, place: Place) -> tuple[SharedChannel, list[SharedChannel]]:
+    def _move(self, place: Place) -> None:
         old, self._channel = self._channel, shared(place)
-        at_home, self._place = self._place is not None and self._place[-2:] == place[-2:], place
-        if at_home:
-            return self._channel, [old] if old and not old.hold(-1) else []
-        self._calls.clear()  # they and their channel belong to another process or event loop
-        self.connected = False
-        if self.local:
-            self.local.close(calls=False)
-        self.local = LocalConnections(self._local_port, dict(self.metadata)) if self._local_port else None
-        return self._channel, []
+        elsewhere, self._place = self._place is None or self._place[-2:] != place[-2:], place
+        if elsewhere:  # what there is belongs to another process or event loop
+            self._calls.clear()
+            self.connected = False
+            if self.local:
+                self.local.close(calls=False)
+            self.local = LocalConnections(self._local_port, dict(self.metadata)) if self._local_port else None
+        elif old and old.drop(clients=1):
+            self._unused.append(old)
 
     def begin(self, call: "Call") -> Any:
-        """Keeps the channel open for a call; returns what makes the call."""
+        """Counts a call by gRPC; returns what makes it."""
+        while not (channel := self.channel()).add_call():
+            pass  # it was closed meanwhile
+        call.channel = channel
         with self._lock:
-            if not (channel := self._channel):
-                raise call.closed()
-            channel.hold()
-            call.channel = channel
             self._calls.add(call)
         return channel.stub(call.request.method, call.retry)
 
-    def end(self, call: "Call") -> bool:
-        """Ends what ``begin`` began. True if the channel is to be closed."""
+    def end(self, call: "Call") -> list[SharedChannel]:
+        """Ends what ``begin`` began; returns the channels that are to be closed."""
         with self._lock:
             ours = call in self._calls
             self._calls.discard(call)
-        return ours and not call.channel.hold(-1)
+            unused, self._unused = self._unused, []
+        return [*unused, call.channel] if ours and call.channel.drop(calls=1) else unused
 
     def leave(self) -> list[SharedChannel]:
         """Cancels this client's calls; returns the channels that are to be closed."""
         with self._lock:
             calls, self._calls = self._calls, set()
-            held = [call.channel for call in calls]
-            held += [self._channel] if self._channel else []
+            closing, self._unused = self._unused, []
+            channel, self._channel, self._place = self._channel, None, None
             local, self.local = self.local, None
-            self._channel, self._place, self.connected = None, None, False
+            self.connected = False
         if local:
             local.close()
         for call in calls:
             call.cancel()
-        return [channel for channel in held if not channel.hold(-1)]
+        closing += [call.channel for call in calls if call.channel.drop(calls=1)]
+        return [*closing, channel] if channel and channel.drop(clients=1) else closing
 
     def unreachable(self, why: str) -> errors.ModelClientError:
         """The error where no server is reached."""
@@ -154,7 +158,7 @@ class Call:
         if self.handle is not None:
             self.handle.cancel()
         else:
-            self.channel.retire()
+            self.channel.drop(retire=True)
 
     def ended(self, trailing: Any, status: str = "OK") -> str:
         """Counts the call, which has ended with this trailing metadata; returns the replica that answered."""
