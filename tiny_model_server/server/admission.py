@@ -89,20 +89,18 @@ class Waits:
         weights: Counter[str] = Counter()
         for _, wait in waits:
             weights[wait.kind] += wait.weight
+        ended: Counter[str] = Counter()
         for call, wait in waits:
             late = now - wait.begun > wait.seconds
             crowded = weights[wait.kind] > self._most.get(wait.kind, math.inf) and now - wait.begun > _CROWDED_S
             if (late or crowded) and self._waits.pop(call, None) is not None:
                 weights[wait.kind] -= wait.weight
-                self._end(call, wait, DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS))
-
-    def _end(self, call: GrpcCall, wait: _Wait, error: ServerError) -> None:
-        log.warning("a call is ended: %s", error)
-        try:
-            if call.end(error):  # the status waits behind what the caller does not read; after as long, it is cancelled
-                self.begin(call, "ending", wait.seconds, wait.why)
-        except Exception:  # of one call; the others are watched on
-            log.exception("a call could not be ended")
+                ended[wait.why if late else _CROWDED] += 1
+                # The status waits behind what the caller does not read. After as long again, the call is cancelled.
+                if call.end(DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS)):
+                    self.begin(call, "ending", wait.seconds, wait.why)
+        for why, count in ended.items():
+            log.warning("%d calls are ended: %s", count, why)
 
 
 @dataclass(slots=True)

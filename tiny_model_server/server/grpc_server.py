@@ -38,6 +38,7 @@ LIVE_SERVICE = "TinyModelServer"
 
 _SPARE_THREADS = 8  # more than the engine admits, so that some are always left for refusals and admin calls
 _MOST_STREAMS = 1024  # of a connection, at least; those that watch health are among them
+_MOST_PENDING = 1 << 15
 _HANDSHAKE_MS = 5000  # a connection that says nothing for so long is closed
 _NO_DEADLINE_S = 1e9
 
@@ -59,6 +60,9 @@ class GrpcServer:
                 ("grpc.max_send_message_length", -1),  # checked before it is sent, with an error that is not retried
                 # A compressed message may become a thousand times as large before its bytes can be counted.
                 ("grpc.compression_enabled_algorithms_bitset", 1),  # none
+                # gRPC would cancel calls at random while more than 1,000 wait to be handed in.
+                ("grpc.server.max_pending_requests", _MOST_PENDING),
+                ("grpc.server.max_pending_requests_hard_limit", _MOST_PENDING),
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a lottery
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 500),  # clients ping to notice a frozen server

@@ -20,7 +20,7 @@ from tiny_model_server.server.admission import MOST_ARRIVING, NO_REQUEST, NOTHIN
 from tiny_model_server.server.grpc_call import GrpcCall
 
 SERVICE = "grpc.health.v1.Health"
-_PATIENCE_S = 2.0
+_PATIENCE_S = 10.0
 """How long a caller of health may take to send its request, and to read an answer."""
 _MOST_WATCHERS = 8192
 
