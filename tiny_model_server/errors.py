@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
+
 _LONGEST = 2048
 """Bytes of a message on the wire. gRPC sends it in a header, which may be lost above 8 KB."""
 
@@ -57,7 +60,7 @@ class DeadlineExceeded(ServerError):
 
 
 class Cancelled(ServerError):
-    """The caller went away."""
+    """The caller has disconnected."""
 
     status = "CANCELLED"
 
@@ -92,11 +95,8 @@ class Unimplemented(ServerError):
 
 def from_status(status: str, message: str) -> ServerError:
     """Rebuilds an error that crossed a process boundary as its status name and message."""
-    message = bounded(message)
-    for kind in ServerError.__subclasses__():
-        if kind.status == status:
-            return kind(message)
-    return ServerError(message)
+    kinds = (kind for kind in ServerError.__subclasses__() if kind.status == status)
+    return next(kinds, ServerError)(bounded(message))
 
 
 def message_of(error: BaseException, *, named: bool = False) -> str:
@@ -105,14 +105,14 @@ def message_of(error: BaseException, *, named: bool = False) -> str:
     An error without a text is named, so that a caller sees the same by every transport. It never raises, though what a
     model raised may do so when it is asked for its text.
     """
-    name = type(error).__name__
     try:
-        text = str(error)
-        if named or not text:
-            text = f"{name}: {text}" if text else name
+        text = str.__str__(str(error))  # which may be of a class derived from str
     except BaseException:  # its __str__ is a model's code, which may raise anything
-        text = "an error whose text cannot be had: its __str__ raised"
-    return bounded(text)
+        return "an error whose text cannot be had: its __str__ raised"
+    name = type(error).__name__
+    if not text:
+        return name
+    return bounded(f"{name}: {text}" if named else text)
 
 
 def bounded(text: str) -> str:
@@ -120,22 +120,19 @@ def bounded(text: str) -> str:
 
     What no wire can carry, half a surrogate pair and control characters, is escaped as Python writes it.
     """
-    text = str.__getitem__(text, slice(_LONGEST + 1))  # of a class derived from str, too
-    size = end = 0
-    parts: list[str] = []
-    for character in text:
-        part = character if character in "\n\t" or _sound(character) else ascii(character)[1:-1]
-        size += len(part) if part.isascii() and part.isprintable() and part != "%" else 3 * len(part.encode())
-        if size > _LONGEST:
-            return "".join(parts[:end]) + "..."
-        parts.append(part)
-        if size <= _LONGEST - len("..."):
-            end = len(parts)
-    return "".join(parts)
+    parts = [char if char in "\n\t" or _sound(char) else ascii(char)[1:-1] for char in text[: _LONGEST + 1]]
+    ends = list(accumulate(map(_wire_bytes, parts)))
+    if not ends or ends[-1] <= _LONGEST:
+        return "".join(parts)
+    return "".join(parts[: bisect_right(ends, _LONGEST - len("..."))]) + "..."
 
 
 def _sound(character: str) -> bool:
     return " " <= character != "\x7f" and not "\ud800" <= character <= "\udfff"
+
+
+def _wire_bytes(part: str) -> int:
+    return len(part) if part.isascii() and part.isprintable() and part != "%" else 3 * len(part.encode())
 
 
 _NAMES = """OK CANCELLED UNKNOWN INVALID_ARGUMENT DEADLINE_EXCEEDED NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED

@@ -6,7 +6,6 @@ not printable are escaped. The lines of a traceback are indented, so that none o
 
 import json
 import logging
-import sys
 from datetime import datetime, timezone
 from typing import Any
 
@@ -35,14 +34,12 @@ class _Json(logging.Formatter):
 
 def escaped(text: str) -> str:
     """A text with every character that is not printable written as in a Python string: a line's end as two letters."""
-    if text.isprintable():
-        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def configure(level: str, style: str) -> None:
     """Sends every record of ``level`` ("debug", "info", ...) and above to standard error, as "text" or "json"."""
-    handler = logging.StreamHandler(sys.stderr)
-    text = _Text("%(asctime)s %(levelname)s %(name)s: %(message)s")
-    handler.setFormatter(_Json() if style == "json" else text)
+    handler = logging.StreamHandler()
+    text = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    handler.setFormatter(_Json() if style == "json" else _Text(text))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

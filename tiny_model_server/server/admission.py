@@ -7,14 +7,15 @@ nothing for too long.
 
 import logging
 import math
+import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import grpc
@@ -41,8 +42,8 @@ MOST_ARRIVING = 4096
 _CROWDED = "too many calls wait for their callers"
 _CROWDED_S = 0.25  # a call that has waited for so long is ended if too many wait
 _TICK_S = 0.1
-_RETRY_AFTER_MS = 100
-_LAST_RETRY_MS = 5000
+_BACKOFF_MS = {None: 100, "1": 400, "2": 1600}  # by a call's retries so far, as gRPC counts them in its metadata
+_LAST_BACKOFF_MS = 5000
 _SLOWEST = 1 << 20  # bytes a second that a caller must take of an answer, after the first seconds
 _NO_DEADLINE_S = 1e9
 _UPLOAD = 10  # a message with a deadline may take this many times stream_idle_s; its bytes on the way cannot be seen
@@ -65,6 +66,17 @@ class Waits:
         self._waits: dict[GrpcCall, _Wait] = {}  # the oldest first; changed by single operations only
         self._some = threading.Event()  # set while there may be waits; an idle server sleeps
         threading.Thread(target=self._watch, name="waits", daemon=True).start()
+
+    def receive(self, call: GrpcCall, kind: str, seconds: float, then: Callable[[bytes | None], None]) -> None:
+        """Waits for a call's first message, and then calls ``then`` with it, or None, in grpcio's own thread."""
+
+        def received(message: bytes | None) -> None:
+            self.over(call)
+            then(message)
+
+        call.context.add_callback(lambda: self.over(call))
+        self.begin(call, kind, seconds, NOTHING_SENT)
+        call.receive(received)
 
     def begin(self, call: GrpcCall, kind: str, seconds: float, why: str, weight: int = 1) -> None:
         """Ends the call after ``seconds`` with DeadlineExceeded and this text, unless ``over`` is called before."""
@@ -97,19 +109,10 @@ class Waits:
                 weights[wait.kind] -= wait.weight
                 ended[wait.why if late else _CROWDED] += 1
                 # The status waits behind what the caller does not read. After as long again, the call is cancelled.
-                if call.end(DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _RETRY_AFTER_MS)):
+                if call.end(DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _LAST_BACKOFF_MS)):
                     self.begin(call, "ending", wait.seconds, wait.why)
         for why, count in ended.items():
             log.warning("%d calls are ended: %s", count, why)
-
-
-@dataclass(slots=True)
-class _Connection:
-    calls: int = 0
-    refused: int = 0
-    """Calls that were refused, and will come again."""
-    call_s: float = 0.1
-    """A moving mean of how long one of its calls takes."""
 
 
 class Callers:
@@ -118,45 +121,32 @@ class Callers:
     def __init__(self, most: int) -> None:
         """``most`` is the number that one connection may have in the server."""
         self._most = most
-        self._connections: dict[str, _Connection] = {}
+        self._calls: Counter[str] = Counter()
         self._lock = threading.Lock()
 
-    def enter(self, call: GrpcCall) -> None:
-        """Counts a call; Overloaded if its connection has as many as it may."""
+    def enter(self, peer: str, attempts: Any) -> None:
+        """Counts a call; Overloaded if its connection has as many as it may. ``attempts`` are its retries so far."""
         with self._lock:
-            found = self._connections.setdefault(call.peer, _Connection())
             # All callers of a unix socket look like one: its file's mode says who they are.
-            if found.calls >= self._most and not call.peer.startswith("unix:"):
-                found.refused += 1
-                wait_s = found.call_s * (1 + found.refused / self._most)
+            if self._calls[peer] >= self._most and not peer.startswith("unix:"):
+                backoff_ms = _BACKOFF_MS.get(attempts, _LAST_BACKOFF_MS)
                 raise Overloaded(
-                    f"this connection has {found.calls} calls in the server already, a quarter of TMS_THREADS",
-                    retry_after_ms=min(_LAST_RETRY_MS, _RETRY_AFTER_MS + int(1000 * wait_s)),
+                    f"this connection has {self._most} calls in the server already, a quarter of TMS_THREADS",
+                    retry_after_ms=int(backoff_ms * random.uniform(0.5, 2)),  # so that not all come back at once
                 )
-            found.calls += 1
-            found.refused = max(0, found.refused - 1)
+            self._calls[peer] += 1
 
-    def leave(self, call: GrpcCall) -> None:
-        """The call is over."""
+    def leave(self, peer: str) -> None:
+        """A call is over."""
         with self._lock:
-            found = self._connections[call.peer]
-            found.calls -= 1
-            found.call_s += (time.monotonic() - call.began - found.call_s) / 8
-            if not found.calls:
-                del self._connections[call.peer]
-
-
-class _Arrived(NamedTuple):
-    """What a behaviour gets in place of its request."""
-
-    call: GrpcCall
-    message: bytes | None
-    more: Callable[[], Iterator[bytes]]
+            self._calls[peer] -= 1
+            if not self._calls[peer]:
+                del self._calls[peer]
 
 
 class _Behavior(partial):  # type: ignore[type-arg]
     experimental_non_blocking = True  # grpcio leaves the sending of a stream's answers to it
-    handler: Any
+    request_streaming = False
 
 
 class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
@@ -181,73 +171,67 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None or details.method.startswith(self._exempt):
             return handler
-        made = [grpc.unary_unary_rpc_method_handler, grpc.unary_stream_rpc_method_handler]
-        if handler.request_streaming:
-            made = [grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler]
         behavior = _Behavior(self._stream if handler.response_streaming else self._unary, handler)
-        behavior.handler = handler
-        return made[handler.response_streaming](behavior, None, handler.response_serializer)
+        behavior.request_streaming = handler.request_streaming
+        # How the request comes does not matter, as ``submit`` receives it.
+        made = (
+            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+        )
+        return made(behavior, None, handler.response_serializer)
 
     def submit(  # type: ignore[override]
-        self, run: Any, respond: Any, event: Any, state: Any, behavior: Any, requests: Any, *codecs: Any
+        self, run: Any, respond: Any, event: Any, state: Any, behavior: Any, receive: Any, *codecs: Any
     ) -> None:
-        """Admits a call: grpcio hands it in when its headers have arrived, with how to read it and to answer it."""
-        call = GrpcCall(event, state)
+        """Admits a call: grpcio hands it in when its headers have arrived, with how to answer it in a thread."""
+        call, metadata = GrpcCall(event, state), dict(event.invocation_metadata)
 
         def start(message: bytes | None) -> None:
-            self._waits.over(call)
             try:
-                if message is None and not (behavior.handler.request_streaming and call.context.is_active()):
+                if message is None and not (behavior.request_streaming and call.context.is_active()):
                     raise Unimplemented(NO_REQUEST)
                 self._hold(call, message)
-            except ServerError as error:
+            except ServerError:
                 self._leave(call)
-                call.end(error)
-            else:
-                arrived = _Arrived(call, message, requests)
-                super(Admission, self).submit(run, respond, event, state, behavior, lambda: arrived, *codecs)
+                raise
+            super(Admission, self).submit(run, respond, event, state, behavior, lambda: call, *codecs)
 
         try:
-            self._engine.authenticate(dict(event.invocation_metadata))
-            self._callers.enter(call)
+            self._engine.authenticate(metadata)
+            self._callers.enter(call.peer, metadata.get("grpc-previous-rpc-attempts"))
         except ServerError as error:
             call.end(error)
             return
-        call.context.add_callback(lambda: self._waits.over(call))
         remaining = call.context.time_remaining()
         patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD * self._idle_s)
-        self._waits.begin(call, "arriving", patience, NOTHING_SENT)
-        call.receive(start)
+        self._waits.receive(call, "arriving", patience, start)
 
     def _hold(self, call: GrpcCall, message: bytes | None) -> None:
-        """Counts the bytes of a call's message among those under way, in place of its last one's."""
-        self._engine.inflight.give(call.held)
-        call.held = 0
-        self._engine.inflight.take(size := len(message or b""))
-        call.held = size
+        """Counts a message among the bytes under way, in place of the call's last one."""
+        self._engine.inflight.give(len(call.message or b""))
+        call.message = None
+        self._engine.inflight.take(len(message or b""))
+        call.message = message
 
     def _leave(self, call: GrpcCall) -> None:
-        self._engine.inflight.give(call.held)
-        self._callers.leave(call)
+        self._hold(call, None)
+        self._callers.leave(call.peer)
 
-    def _unary(self, handler: Any, arrived: _Arrived, context: Any) -> Any:
-        call = arrived.call
+    def _unary(self, handler: Any, call: GrpcCall, context: Any) -> Any:
         try:
-            answer = handler.unary_unary(_parsed(handler, arrived.message), context)
+            answer = handler.unary_unary(_parsed(handler, call.message), context)
         except ServerError as error:
             abort(context, error)
         finally:
             self._leave(call)
-        # grpcio would keep the memory of an answer that is not read for ever.
+        # grpcio keeps an answer's memory until it is read.
         self._waits.begin(call, "unread", self._seconds(answer), NOTHING_READ, len(answer))
         if not context.is_active():
             self._waits.over(call)
         return answer
 
-    def _stream(self, handler: Any, arrived: _Arrived, context: Any, send: Callable[[Any], None]) -> None:
-        call = arrived.call
+    def _stream(self, handler: Any, call: GrpcCall, context: Any, send: Callable[[Any], None]) -> None:
         try:
-            with closing(self._requests(handler, arrived)) as requests:
+            with closing(self._requests(handler, call)) as requests:
                 argument, behavior = requests, handler.stream_stream
                 if not handler.request_streaming:
                     argument, behavior = next(requests), handler.unary_stream
@@ -267,25 +251,20 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         finally:
             self._leave(call)
 
-    def _requests(self, handler: Any, arrived: _Arrived) -> Generator[Any, None, None]:
-        message = arrived.message
-        more = arrived.more() if handler.request_streaming else iter(())
-        while message is not None:
-            yield _parsed(handler, message)
-            message = self._next(arrived.call, more)
-            self._hold(arrived.call, message)
+    def _requests(self, handler: Any, call: GrpcCall) -> Generator[Any, None, None]:
+        while call.message is not None:
+            yield _parsed(handler, call.message)
+            self._hold(call, None)
+            self._hold(call, self._next(call))
 
-    def _next(self, call: GrpcCall, requests: Iterator[bytes]) -> bytes | None:
+    def _next(self, call: GrpcCall) -> bytes | None:
+        arrived: SimpleQueue[bytes | None] = SimpleQueue()
         self._waits.begin(call, "threads", self._idle_s, NOTHING_SENT)
-        try:
-            message = next(requests, None)
-        except grpc.RpcError as error:
-            error.__traceback__ = None  # grpcio keeps the error, which would keep the frames and the call's memory
-            raise Cancelled("the caller has disconnected") from None
-        finally:
-            self._waits.over(call)
+        call.receive(arrived.put)
+        message = arrived.get()
+        self._waits.over(call)
         if not call.context.is_active():
-            raise Cancelled("the call was ended")
+            raise Cancelled("the call has ended")
         return message
 
     def _seconds(self, answer: Any) -> float:

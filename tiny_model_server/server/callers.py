@@ -1,8 +1,9 @@
-"""Where a call comes from: through a proxy or not, from this host or not, and by which of its users."""
+"""Where a call comes from: through a proxy or not, from this host or not, and from which of its users."""
 
 import os
-import sys
+import struct
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from urllib.parse import unquote
@@ -13,7 +14,7 @@ _PROXY_HEADERS = frozenset(
 )
 _PROXY_PREFIXES = ("x-forwarded", "x-envoy-")
 _ESTABLISHED = "01"
-_CONNECTIONS = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))  # of Linux; proc(5) has the format
+_MAPPED = bytes(10) + b"\xff\xff"  # before an address of IPv4 that is written as one of IPv6
 _Address = IPv4Address | IPv6Address
 
 
@@ -24,18 +25,13 @@ def forwarded(metadata: Mapping[str, str | bytes]) -> bool:
 
 def is_loopback(host: str) -> bool:
     """True for the text of a loopback address, also for one of IPv4 that is written as one of IPv6."""
-    try:
-        return _unmapped(ip_address(host)).is_loopback
-    except ValueError:
-        return False
+    found = _address(host)
+    return found is not None and found.is_loopback
 
 
 def is_address(host: str) -> bool:
     """True for the text of an address, False for a name."""
-    try:
-        return bool(ip_address(host))
-    except ValueError:
-        return False
+    return _address(host) is not None
 
 
 def on_this_host(peer: str, metadata: Mapping[str, str | bytes]) -> bool:
@@ -43,8 +39,7 @@ def on_this_host(peer: str, metadata: Mapping[str, str | bytes]) -> bool:
 
     ``peer`` is as gRPC writes it: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234", "unix:...".
     """
-    found = _address(peer)
-    return not forwarded(metadata) and (peer.startswith("unix:") or bool(found and found[0].is_loopback))
+    return not forwarded(metadata) and (peer.startswith("unix:") or is_loopback(_host_and_port(peer)[0]))
 
 
 def by_this_user(peer: str, ports: Collection[int] = ()) -> bool:
@@ -55,39 +50,41 @@ def by_this_user(peer: str, ports: Collection[int] = ()) -> bool:
     """
     if peer.startswith("unix:"):
         return True
-    found = _address(peer)
-    users = set(_users(*found, ports)) if found else set()
+    host, port = _host_and_port(peer)
+    found = _address(host)
+    users = set(_users(found, int(port), ports)) if found else set()
     return bool(users) and users <= {os.geteuid(), 0}
 
 
 def _users(host: _Address, port: int, ports: Collection[int]) -> Iterator[int]:
     """The users of the established connections that begin at an address, and lead to one of ``ports`` if there are."""
-    mapped = [IPv6Address(b"\0" * 10 + b"\xff" * 2 + host.packed)] if host.version == 4 else []
-    begins = {f"{_hex(one)}:{port:04X}" for one in (host, *mapped)}
-    for table in _CONNECTIONS:
-        try:
-            lines = table.read_text().splitlines()[1:]
-        except OSError:  # this system has no such table
-            continue
-        for line in lines:
-            _, begin, end, state, _, _, _, user, *_ = line.split()
-            if begin in begins and state == _ESTABLISHED and (not ports or int(end[-4:], 16) in ports):
-                yield int(user)
+    begins = {f"{_hex(packed)}:{port:04X}" for packed in (host.packed, _MAPPED + host.packed)}
+    for line in _connections():
+        _, begin, end, state, _, _, _, user, *_ = line.split()
+        if begin in begins and state == _ESTABLISHED and (not ports or int(end[-4:], 16) in ports):
+            yield int(user)
 
 
-def _hex(host: _Address) -> str:
+def _connections() -> Iterator[str]:
+    """The lines of Linux's tables of TCP connections, as proc(5) describes them; none on other systems."""
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            yield from Path("/proc/net", table).read_text().splitlines()[1:]
+
+
+def _hex(address: bytes) -> str:
     """An address as in Linux's table: 32-bit words, each in the machine's order."""
-    words = [host.packed[at : at + 4] for at in range(0, len(host.packed), 4)]
-    return "".join(f"{int.from_bytes(word, sys.byteorder):08X}" for word in words)
+    return "".join(f"{word:08X}" for word in struct.unpack(f"={len(address) // 4}I", address))
 
 
-def _address(peer: str) -> tuple[_Address, int] | None:
+def _host_and_port(peer: str) -> tuple[str, str]:
     host, _, port = unquote(peer).partition(":")[2].rpartition(":")
+    return host.strip("[]"), port
+
+
+def _address(host: str) -> _Address | None:
     try:
-        return _unmapped(ip_address(host.strip("[]"))), int(port)
+        found = ip_address(host)
     except ValueError:
         return None
-
-
-def _unmapped(host: _Address) -> _Address:
-    return getattr(host, "ipv4_mapped", None) or host
+    return getattr(found, "ipv4_mapped", None) or found

@@ -5,7 +5,6 @@ alone uses what lies below that API: ``grpc._server`` and cygrpc, whose parts us
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -18,9 +17,6 @@ from tiny_model_server.errors import Overloaded, ServerError, message_of
 
 log = logging.getLogger("tiny_model_server.grpc")
 
-_RECEIVE, _SEND = "receive_message", "send_message"
-"""grpcio's names of operations that are under way."""
-
 
 class GrpcCall:
     """A call as grpcio gives it to its thread pool. Any thread may use it."""
@@ -31,12 +27,11 @@ class GrpcCall:
         self.context: Any = _server._Context(event, state, None)
         """A servicer context of the call."""
         self.peer: str = self.context.peer()
-        self.began = time.monotonic()
-        self.held = 0
-        """Bytes of its requests that are counted among those under way."""
+        self.message: bytes | None = None
+        """The request, or the last one of a stream, while its bytes are counted."""
 
     def receive(self, then: Callable[[bytes | None], None]) -> None:
-        """Calls ``then`` with the next message, None if there is none. grpcio's own thread does so: be quick."""
+        """Calls ``then`` with the next message, None if there is none, in grpcio's own thread, which must not wait."""
         store = _server._receive_message(self._state, self._event.call, None)
 
         def received(event: Any) -> Any:
@@ -47,11 +42,11 @@ class GrpcCall:
             return done
 
         with self._state.condition:
-            self._begin(cygrpc.ReceiveMessageOperation(0), _RECEIVE, received)
+            self._begin(cygrpc.ReceiveMessageOperation(0), "receive_message", received)
 
     def send(self, message: bytes, then: Callable[[], None]) -> None:
-        """Sends one message of a stream, and calls ``then`` once the caller's window has taken it."""
-        finish = _server._send_message(self._state, _SEND)
+        """Sends one message of a stream, then calls ``then`` in grpcio's own thread. A call that has ended does not."""
+        finish = _server._send_message(self._state, "send_message")
 
         def sent(event: Any) -> Any:
             done = finish(event)
@@ -62,7 +57,7 @@ class GrpcCall:
             if self.context.is_active():
                 if self._state.initial_metadata_allowed:
                     self.context.send_initial_metadata(())
-                self._begin(cygrpc.SendMessageOperation(message, 0), _SEND, sent)
+                self._begin(cygrpc.SendMessageOperation(message, 0), "send_message", sent)
 
     def finish(self, message: bytes | None = None) -> None:
         """Sends the status, after a last message if there is one; without effect on a call that has its status."""
@@ -71,22 +66,24 @@ class GrpcCall:
                 _server._status(self._event, self._state, message)
 
     def end(self, error: ServerError) -> bool:
-        """Sends the status of an error. A call that has its status already is cancelled: then it returns False."""
+        """Sends the status of an error. If the call has its status already, cancels it and returns False."""
         with self._state.condition:
-            if active := bool(self.context.is_active()):
-                set_status(self.context, error)
-                self.finish()
-            else:
+            if not self.context.is_active():
                 self.context.cancel()
-        return active
+                return False
+            set_status(self.context, error)
+            self.finish()
+            return True
 
     def _begin(self, operation: Any, name: str, then: Callable[[Any], Any]) -> None:
         self._event.call.start_server_batch((operation,), then)
-        self._state.due.add(name)
+        self._state.due.add(name)  # as grpcio names it
 
     def _go_on(self, then: Callable[[], None]) -> None:
         try:
             then()
+        except ServerError as error:
+            self.end(error)
         except Exception as error:  # it must not end grpcio's thread, which serves all calls
             log.exception("a call failed")
             self.end(ServerError(f"a fault in the server: {message_of(error, named=True)}"))

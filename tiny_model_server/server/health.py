@@ -7,6 +7,7 @@ non-blocking form was seen to deadlock when a client leaves while a status chang
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,8 +16,8 @@ from google.protobuf.message import DecodeError
 
 from tiny_model_server import schemas
 from tiny_model_server.engine import placement
-from tiny_model_server.errors import InvalidInput, ModelNotFound, Overloaded, ServerError
-from tiny_model_server.server.admission import MOST_ARRIVING, NO_REQUEST, NOTHING_READ, NOTHING_SENT, Waits
+from tiny_model_server.errors import InvalidInput, ModelNotFound, Overloaded
+from tiny_model_server.server.admission import MOST_ARRIVING, NO_REQUEST, NOTHING_READ, Waits
 from tiny_model_server.server.grpc_call import GrpcCall
 
 SERVICE = "grpc.health.v1.Health"
@@ -26,35 +27,24 @@ _MOST_WATCHERS = 8192
 
 
 class _Inline(ThreadPoolExecutor):
-    """What grpcio takes for a method's thread pool. It only receives the request, and lets ``then`` do the rest."""
+    """What grpcio takes for a method's thread pool: it answers a call in grpcio's own thread."""
 
-    def __init__(self, waits: Waits, then: Callable[[GrpcCall, bytes], None]) -> None:
+    def __init__(self, waits: Waits, answer: Callable[[GrpcCall, bytes | None], None]) -> None:
         super().__init__(1)
-        self._waits, self._then = waits, then
+        self._waits, self._answer = waits, answer
 
     def submit(self, run: Any, respond: Any, event: Any, state: Any, *rest: Any) -> None:  # type: ignore[override]
         """Begins a call when its headers have arrived."""
         call = GrpcCall(event, state)
-        call.context.add_callback(lambda: self._waits.over(call))
-        self._waits.begin(call, "probes", _PATIENCE_S, NOTHING_SENT)
-        call.receive(partial(self._received, call))
-
-    def _received(self, call: GrpcCall, message: bytes | None) -> None:
-        self._waits.over(call)
-        try:
-            if message is None:
-                raise InvalidInput(NO_REQUEST)
-            self._then(call, message)
-        except ServerError as error:
-            call.end(error)
+        self._waits.receive(call, "probes", _PATIENCE_S, partial(self._answer, call))
 
 
+@dataclass(eq=False)
 class _Watcher:
-    def __init__(self, service: str, call: GrpcCall) -> None:
-        self.service = service
-        self.call = call
-        self.last: int | None = None
-        self.sending = False
+    service: str
+    call: GrpcCall
+    last: int | None = None
+    sending: bool = False
 
 
 class Health:
@@ -95,19 +85,16 @@ class Health:
 
     def generic_handler(self) -> Any:
         """What grpcio's server is given."""
-
-        def handler(make: Callable[..., Any], then: Callable[[GrpcCall, bytes], None]) -> Any:
-            behavior = partial(then)  # which can have the attribute by which grpcio knows a pool
-            behavior.experimental_thread_pool = _Inline(self._waits, then)  # type: ignore[attr-defined]
-            return make(behavior)
-
-        table = {
-            "Check": handler(grpc.unary_unary_rpc_method_handler, self._check),
-            "Watch": handler(grpc.unary_stream_rpc_method_handler, self._watch),
+        check, watch = partial(self._check), partial(self._watch)  # they can have grpcio's attribute
+        for behavior in (check, watch):
+            behavior.experimental_thread_pool = _Inline(self._waits, behavior)  # type: ignore[attr-defined]
+        handlers: dict[str, Any] = {
+            "Check": grpc.unary_unary_rpc_method_handler(check),
+            "Watch": grpc.unary_stream_rpc_method_handler(watch),
         }
-        return grpc.method_handlers_generic_handler(SERVICE, table)
+        return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
-    def _check(self, call: GrpcCall, request: bytes) -> None:
+    def _check(self, call: GrpcCall, request: bytes | None) -> None:
         service = self._service(request)
         status = self._status(service)
         if status == self._response.SERVICE_UNKNOWN:
@@ -115,7 +102,7 @@ class Health:
         self._waits.begin(call, "probes", _PATIENCE_S, NOTHING_READ)
         call.finish(self._response(status=status).SerializeToString())
 
-    def _watch(self, call: GrpcCall, request: bytes) -> None:
+    def _watch(self, call: GrpcCall, request: bytes | None) -> None:
         watcher = _Watcher(self._service(request), call)
         with self._lock:
             if len(self._watchers) >= self._most_watchers:
@@ -127,8 +114,10 @@ class Health:
         if not call.context.add_callback(lambda: self._forget(watcher)):
             self._forget(watcher)
 
-    def _service(self, request: bytes) -> str:
+    def _service(self, request: bytes | None) -> str:
         try:
+            if request is None:
+                raise InvalidInput(NO_REQUEST)
             service: str = self._request.FromString(request).service
             return service
         except DecodeError:

@@ -1,6 +1,7 @@
 """Reloads models whose files change (TMS_RELOAD=1)."""
 
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tiny_model_server.engine.repository import State
 
 log = logging.getLogger("tiny_model_server.reload")
 
-_LONGEST_BACKOFF_S = 10.0
+_AGAIN_S = 2.0  # after a failure to watch
 _LOOK_MS = 5000  # how often to look whether it is still the same folder
 
 
@@ -20,45 +21,42 @@ def watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
 
     While the folder cannot be watched, as it may be away for a moment, it is tried again.
     """
-    backoff_s = 0.5
     while not stop.is_set():
         try:
-            here, watched = folder.resolve(), _identity(folder)
-            for changes in watchfiles.watch(
-                here,
-                stop_event=stop,
-                raise_interrupt=False,
-                ignore_permission_denied=True,  # of one folder in it; the others are watched
-                rust_timeout=_LOOK_MS,
-                yield_on_timeout=True,
-            ):
-                backoff_s = 0.5
-                _reload(engine, here, {Path(path) for _, path in changes})
-                if _identity(folder) != watched:  # the system goes on to watch the one that was moved away
-                    log.warning("%s is another folder now", folder)
-                    break
+            _watch(engine, folder, stop)
         except Exception as error:  # whatever the system reports, the watch goes on
             log.error("%s cannot be watched for changes: %s", folder, error)
-        stop.wait(backoff_s)
-        backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+            stop.wait(_AGAIN_S)
 
 
-def _identity(folder: Path) -> tuple[int, int]:
-    found = folder.stat()
-    return found.st_dev, found.st_ino
+def _watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
+    """Watches a folder until another one takes its place, for the system watches on the one that was moved away."""
+    here, watched = folder.resolve(), folder.stat()
+    changes = watchfiles.watch(
+        here,
+        stop_event=stop,
+        raise_interrupt=False,
+        ignore_permission_denied=True,  # of one folder in it; the others are watched
+        rust_timeout=_LOOK_MS,
+        yield_on_timeout=True,
+    )
+    for changed in changes:
+        paths = [Path(path) for _, path in changed if Path(path) != here]
+        for name in sorted({path.relative_to(here).parts[0] for path in paths if path.is_relative_to(here)}):
+            _reload(engine, here / name)
+        if not os.path.samestat(folder.stat(), watched):
+            log.warning("%s is another folder now", folder)
+            return
 
 
-def _reload(engine: Engine, folder: Path, changed: set[Path]) -> None:
-    names = {path.relative_to(folder).parts[0] for path in changed if path != folder and path.is_relative_to(folder)}
-    for name in sorted(names):
-        try:
-            if (folder / name / "__init__.py").is_file():
-                log.info("model %s changed", name)
-                engine.reload(name)
-            elif not (folder / name).exists() and any(
-                model.name == name and model.state is State.FAILED for model in engine.models()
-            ):
-                log.info("model %s, which could not be loaded, has gone", name)
-                engine.forget(name, 0)
-        except Exception as error:  # of this model alone
-            log.error("model %r could not be reloaded: %s", name, error)
+def _reload(engine: Engine, model: Path) -> None:
+    name = model.name
+    try:
+        if (model / "__init__.py").is_file():
+            log.info("model %s changed", name)
+            engine.reload(name)
+        elif not model.exists() and any(one.name == name and one.state is State.FAILED for one in engine.models()):
+            log.info("model %s, which could not be loaded, has gone", name)
+            engine.forget(name, 0)
+    except Exception as error:  # of this model alone
+        log.error("model %r could not be reloaded: %s", name, error)

@@ -27,14 +27,13 @@ def own_channel(settings: Settings, address: str, timeout_s: float) -> grpc.Chan
     that the environment names for clients (TMS_CLIENT_CERT), or the server's own.
     """
     options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
-    files = Files.of(settings)
-    if not files:
+    if not (files := Files.of(settings)):
         return grpc.insecure_channel(address, options)
-    options += [("grpc.ssl_target_name_override", files.name_at(address, timeout_s))]
-    own = (files.key, files.cert)
-    key, cert = (client_certificate() or own) if files.client_ca else (None, None)
-    pair = [file.read_bytes() if file else None for file in (files.cert, key, cert)]
-    return grpc.secure_channel(address, grpc.ssl_channel_credentials(*pair), options)
+    key, cert = client_certificate() or (files.key, files.cert)
+    own = (key.read_bytes(), cert.read_bytes()) if files.client_ca else ()
+    credentials = grpc.ssl_channel_credentials(files.cert.read_bytes(), *own)
+    options.append(("grpc.ssl_target_name_override", files.name_at(address, timeout_s)))
+    return grpc.secure_channel(address, credentials, options)
 
 
 class Files:
@@ -44,36 +43,41 @@ class Files:
         """Reads the files; OSError or ValueError if they cannot be read or do not belong together."""
         self.cert, self.key, self.client_ca = cert, key, client_ca
         self._seen: list[int] = []
-        self._context = self._read()
+        self._renew()
 
     @classmethod
     def of(cls, settings: Settings) -> "Files | None":
         """The files that the settings name, None without TMS_TLS_CERT; SettingsError if they will not do."""
-        if not (settings.tls_cert and settings.tls_key):
-            if settings.tls_cert or settings.tls_key or settings.tls_client_ca:
-                raise SettingsError(
-                    "TLS needs both TMS_TLS_CERT and TMS_TLS_KEY; TMS_TLS_CLIENT_CA works only with them"
-                )
+        cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+        if not (cert or key or client_ca):
             return None
+        if not (cert and key):
+            raise SettingsError("TLS needs both TMS_TLS_CERT and TMS_TLS_KEY; TMS_TLS_CLIENT_CA works only with them")
         try:
-            return cls(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+            return cls(cert, key, client_ca)
         except (OSError, ValueError) as error:
             raise SettingsError(f"TMS_TLS_CERT, TMS_TLS_KEY or TMS_TLS_CLIENT_CA cannot be used: {error}") from None
 
     def context(self) -> ssl.SSLContext:
         """For the handshake of the HTTP port: of the files as they are now, or as they were last good."""
-        self._renew()
+        self.renewed()
         return self._context
 
     def configuration(self) -> grpc.ServerCertificateConfiguration:
         """The files' content as gRPC takes it."""
         client_ca = self.client_ca.read_bytes() if self.client_ca else None
-        pair = (self.key.read_bytes(), self.cert.read_bytes())
-        return grpc.ssl_server_certificate_configuration([pair], client_ca)
+        return grpc.ssl_server_certificate_configuration([(self.key.read_bytes(), self.cert.read_bytes())], client_ca)
 
     def renewed(self) -> grpc.ServerCertificateConfiguration | None:
         """Called by gRPC at each handshake: the new content if the files have changed and are good, else None."""
-        return self.configuration() if self._renew() else None
+        try:
+            if not self._renew():
+                return None
+            log.info("the certificate was renewed")
+            return self.configuration()
+        except (OSError, ValueError) as error:
+            log.error("the renewed certificate is not used, the old one stays: %s", error)
+            return None
 
     def name_at(self, address: str, timeout_s: float) -> str:
         """A name in the certificate that a server at "host:port" or "unix:path" shows, which must be of these files."""
@@ -88,38 +92,25 @@ class Files:
         return next(iter(names), "").replace("*", "any")
 
     def _renew(self) -> bool:
-        try:
-            if self._times() == self._seen:
-                return False
-            self._context = self._read()
-        except (OSError, ValueError) as error:
-            log.error("the renewed certificate is not used, the old one stays: %s", error)
+        """Reads the files if they have changed, and returns whether they have."""
+        times = [path.stat().st_mtime_ns for path in (self.cert, self.key, self.client_ca) if path]
+        if times == self._seen:
             return False
-        log.info("the certificate was renewed")
-        return True
-
-    def _read(self) -> ssl.SSLContext:
-        self._seen = self._times()
+        self._seen = times
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.cert, self.key)  # an ssl.SSLError is an OSError
         if self.client_ca:
             context.load_verify_locations(self.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
-        return context
-
-    def _times(self) -> list[int]:
-        return [path.stat().st_mtime_ns for path in (self.cert, self.key, self.client_ca) if path]
+        self._context = context
+        return True
 
 
 def _connect(address: str, timeout_s: float) -> socket.socket:
-    if address.startswith("unix:"):
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            connection.settimeout(timeout_s)
-            connection.connect(address.removeprefix("unix:"))
-            return connection
-        except OSError:
-            connection.close()
-            raise
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+    if not address.startswith("unix:"):
+        host, _, port = address.rpartition(":")
+        return socket.create_connection((host.strip("[]"), int(port)), timeout_s)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(timeout_s)
+    connection.connect(address.removeprefix("unix:"))
+    return connection
