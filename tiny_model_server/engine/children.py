@@ -1,4 +1,4 @@
-"""The processes that the front starts, and those that come to it as orphans."""
+"""The processes that the front starts, and those that come to it as orphans. For the thread of the engine's loop."""
 
 import os
 import subprocess
@@ -9,75 +9,61 @@ from contextlib import suppress
 from typing import Any
 
 from tiny_model_server.engine import guardian
-from tiny_model_server.engine.guardian import kill, parents, read
+from tiny_model_server.engine.guardian import kill, read
 
 _MARK = "TINY_MODEL_SERVER_FRONT"  # in the environment of all that a front starts
-_ORPHAN_S = 1.0  # a child that has ended and that nobody has waited for in this time is nobody's
 
-_PATIENCE_S = 2.0  # with orphans that a SIGKILL does not end
-
-_adopts = False
-_spawning = threading.Lock()
-_ours: set[int] = set()  # children that somebody waits for
+_guardians: set[int] = set()  # whoever has started them waits for them
+_adopting = False
 
 
 def spawn(command: Sequence[str], env: Mapping[str, str], **options: Any) -> "subprocess.Popen[bytes]":
-    """Starts a guardian; OSError if it cannot be. Call ``forget`` when it has been waited for."""
-    with _spawning:
-        started = subprocess.Popen(command, env={**env, _MARK: str(os.getpid())}, **options)
-        _ours.add(started.pid)
+    """Starts a guardian; OSError if it cannot be started. Call ``forget`` when it has been waited for."""
+    started = subprocess.Popen(command, env={**env, _MARK: str(os.getpid())}, **options)
+    _guardians.add(started.pid)
     return started
 
 
 def forget(started: "subprocess.Popen[bytes]") -> None:
-    """Ends what a guardian that was killed itself has left to the front."""
-    with _spawning:
-        _ours.discard(started.pid)
-    end = time.monotonic() + _PATIENCE_S
-    # When an orphan has ended its own children are orphans, too.
-    while (orphans := [pid for pid in _orphans() if _is_of_a_worker(pid)]) and time.monotonic() < end:
-        for pid in orphans:
-            kill(pid)
-        time.sleep(0.01)
+    """Kills what a guardian that was itself killed has left to the front."""
+    _guardians.discard(started.pid)
+    _kill_orphans()
+    reap()
 
 
 def adopt_orphans() -> None:
-    """Makes this process, which must have no other children than guardians, the parent of what they leave."""
-    global _adopts
-    _adopts = os.getpid() != 1  # to process 1 come also orphans of those whom an operator has started in its container
+    """Makes this process, which must have no other children than guardians, the parent of what they leave.
+
+    Its loop must call ``reap`` at each SIGCHLD.
+    """
+    global _adopting
+    _adopting = os.getpid() != 1  # process 1 of a container gets others' orphans too, of what an operator starts there
     guardian.adopt_orphans()
-    if hasattr(os, "waitid"):  # macOS has no orphans for us
-        threading.Thread(target=_reap_orphans, name="orphans", daemon=True).start()
+    threading.Thread(target=_reap_for_ever, daemon=True).start()
 
 
-def _reap_orphans() -> None:
-    """Waits for ended processes that nobody else waits for, for ever: they come to process 1, and to subreapers."""
+def _reap_for_ever() -> None:  # until the engine's loop does it
     while True:
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)  # sleeps until a child has ended, and leaves it as it is
-        except ChildProcessError:
-            time.sleep(_ORPHAN_S)
-            continue
-        before = _ended_children()
-        time.sleep(_ORPHAN_S)
-        with _spawning:
-            for pid in (before & _ended_children()) - _ours:
-                with suppress(ChildProcessError):
-                    os.waitpid(pid, os.WNOHANG)
+        time.sleep(1)
+        reap()
 
 
-def _is_of_a_worker(pid: int) -> bool:
-    return _adopts or f"{_MARK}={os.getpid()}".encode() in read(pid, "environ").split(b"\0")
+def reap() -> None:
+    """Ends the zombies that nobody waits for: process 1 and subreapers get them. Returns at once."""
+    found = False
+    with suppress(ChildProcessError, AttributeError):  # macOS has no waitid and no orphans for us
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)) and _is_orphan(ended.si_pid):
+            found = bool(os.waitpid(ended.si_pid, os.WNOHANG)[0])
+    if found:
+        _kill_orphans()  # what it had started comes to us in its place
 
 
-def _orphans() -> set[int]:
-    with _spawning:
-        return _children() - _ended_children() - _ours
+def _kill_orphans() -> None:
+    mark = f"{_MARK}={os.getpid()}".encode()
+    for pid in filter(_is_orphan, guardian.children()):
+        if _adopting or mark in read(pid, "environ").split(b"\0"):
+            kill(pid)
 
 
-def _children() -> set[int]:
-    return {pid for pid, parent in parents().items() if parent == os.getpid()}
-
-
-def _ended_children() -> set[int]:
-    return {pid for pid in _children() if read(pid, "stat").rpartition(b")")[2].split()[:1] == [b"Z"]}
+def _is_orphan(pid: int) -> bool:
+    return pid not in _guardians

@@ -1,9 +1,8 @@
-"""Sees to it that nothing which a worker has started outlives it, however the worker or the front ends.
+"""A worker's guardian: ends whatever the worker has started, however the worker or the front ends.
 
-Each worker runs below a guardian: a process that does nothing but wait. On Linux it is a "subreaper": processes whose
-parents have ended become its children, those in sessions of their own too. So it can end them all when the worker has
-ended, or when the front has: by itself, or by SIGKILL. It then ends as the worker did. Elsewhere it ends the worker's
-process group.
+Each worker runs below a guardian, a process that only waits. On Linux it is a "subreaper": processes whose parents have
+ended become its children, even those in other sessions. So it can kill them all when the worker has ended, or when the
+front has, be it by SIGKILL. Then it ends as the worker did. On other systems it kills the worker's process group.
 """
 
 from __future__ import annotations
@@ -22,78 +21,58 @@ _SET_PDEATHSIG = 1  # of prctl
 _SET_CHILD_SUBREAPER = 36
 _PATIENCE_S = 5.0  # with processes that a SIGKILL does not end
 _TRACKER_S = 1.0  # multiprocessing's resource tracker has to remove shared memory when its processes have ended
+_PAUSE_S = 0.02  # between looks at what is left
 
 
 def guard(control: int) -> None:
-    """Splits this process: one half returns, and is the worker; the other one is its guardian and never returns.
+    """Forks. Returns in the child, which becomes the worker; the parent is its guardian and never returns.
 
-    ``control`` is the socket to the front; the guardian notices there that the front has gone. It ends the worker when
-    it hears SIGTERM.
+    ``control`` is the socket to the front. The guardian kills the worker when the front closes it, or at SIGTERM.
     """
     adopt_orphans()
-    _ask_for_signal_at_parents_death(signal.SIGCONT)  # for a guardian that the model has stopped
-    heard, wakeup = os.pipe()
-    for fd in (heard, wakeup):
-        os.set_blocking(fd, False)
-    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, lambda number, frame: None)
+    _prctl(_SET_PDEATHSIG, signal.SIGCONT)  # the model may have stopped its guardian
     guardian = os.getpid()
-    while (worker := _fork()) is None:
-        time.sleep(0.1)  # too many processes just now
-        if select.select([heard], [], [], 0)[0] or _is_over(control):
-            os._exit(1)
-    if worker:
-        _watch(worker, control, heard)
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    os.close(heard)
-    os.close(wakeup)
-    os.setsid()  # what it sends to its process group does not reach the guardian
-    _ask_for_signal_at_parents_death(signal.SIGKILL)
+    if worker := _fork():
+        _watch(worker, control)
+    os.setsid()  # a signal that the worker sends to its process group does not reach the guardian
+    _prctl(_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != guardian:
         os._exit(1)
 
 
 def adopt_orphans() -> None:
     """Makes the orphans among this process' descendants its children, where the system can do that."""
+    _prctl(_SET_CHILD_SUBREAPER, 1)
+
+
+def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
+        ctypes.CDLL(None).prctl(option, value)
 
 
-def _ask_for_signal_at_parents_death(number: int) -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PDEATHSIG, number)
+def _fork() -> int:
+    while True:
+        try:
+            return os.fork()
+        except OSError:  # the system has too many processes just now
+            time.sleep(0.1)
 
 
-def _fork() -> int | None:
-    try:
-        return os.fork()
-    except OSError:
-        return None
-
-
-def _is_over(control: int) -> bool:
+def _watch(worker: int, control: int) -> NoReturn:
+    signals, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGCHLD):
+        signal.signal(number, lambda number, frame: None)
     poll = select.poll()
-    poll.register(control, 0)  # hears only that the other end is closed
-    return bool(poll.poll(0))
-
-
-def _watch(worker: int, control: int, heard: int) -> NoReturn:
-    poll = select.poll()
-    poll.register(control, 0)
-    poll.register(heard, select.POLLIN)
-    status: int | None = None
-    while status is None:
-        for fd, _ in poll.poll():
-            if fd == heard:
-                told = os.read(heard, 4096)
-            if fd == control or signal.SIGTERM in told:
-                kill(worker)
-            if fd == control:
-                poll.unregister(control)
-        status = _reap().get(worker)
+    poll.register(signals, select.POLLIN)
+    poll.register(control, 0)  # reports nothing but that the other end is closed
+    while (status := _reap().get(worker)) is None:
+        ready = dict(poll.poll())
+        if control in ready:
+            poll.unregister(control)
+        if control in ready or signal.SIGTERM in os.read(signals, 4096):
+            kill(worker)
     _end_descendants(worker)
     _end_as(status)
 
@@ -108,61 +87,52 @@ def _reap() -> dict[int, int]:
 
 
 def _end_descendants(worker: int) -> None:
-    begun, pause = time.monotonic(), 0.002
+    begun = time.monotonic()
     if sys.platform != "linux":
         with suppress(OSError):
             os.killpg(worker, signal.SIGKILL)
-        return
-    while time.monotonic() - begun < _PATIENCE_S:
-        try:
-            os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)
-        except ChildProcessError:
-            return
-        for pid in _descendants():
-            if time.monotonic() - begun > _TRACKER_S or b"resource_tracker" not in read(pid, "cmdline"):
-                kill(pid)
-        time.sleep(pause := min(2 * pause, 0.05))
+    while (left := children()) and (passed_s := time.monotonic() - begun) < _PATIENCE_S:
+        for pid in left:
+            if passed_s > _TRACKER_S or b"resource_tracker" not in read(pid, "cmdline"):
+                kill(pid)  # its own children become ours
+        time.sleep(_PAUSE_S)
         _reap()
 
 
 def _end_as(status: int) -> NoReturn:
-    if os.WIFEXITED(status):
-        os._exit(os.WEXITSTATUS(status))
-    number = os.WTERMSIG(status)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with suppress(OSError, ValueError):
-        signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    os._exit(128 + number)
+    """Ends by the same exit code or signal."""
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker has left a core file already, if any
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(abs(code))
 
 
 def kill(pid: int) -> None:
-    """Sends SIGKILL, where it may."""
+    """Sends SIGKILL, if that is allowed."""
     with suppress(ProcessLookupError, PermissionError):
         os.kill(pid, signal.SIGKILL)
 
 
+def children() -> list[int]:
+    """The living and ended children of this process; none where there is no ``/proc``."""
+    with suppress(OSError):
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if _parent(pid) == os.getpid()]
+    return []
+
+
+def _parent(pid: int) -> int:
+    fields = read(pid, "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if fields else 0
+
+
 def read(pid: int, name: str) -> bytes:
-    """What the system says of a process in the file ``/proc/PID/NAME``; empty if it does not."""
+    """The content of ``/proc/PID/NAME``; empty if it cannot be read."""
     try:
         with open(f"/proc/{pid}/{name}", "rb") as file:
             return file.read()
     except OSError:
         return b""
-
-
-def parents() -> dict[int, int]:
-    """The parent of every process; empty where the system does not tell."""
-    found: dict[int, int] = {}
-    with suppress(OSError):
-        for name in os.listdir("/proc"):
-            if name.isdigit() and (stat := read(int(name), "stat")):
-                found[int(name)] = int(stat.rpartition(b")")[2].split()[1])
-    return found
-
-
-def _descendants() -> list[int]:
-    known, found = parents(), [os.getpid()]
-    for pid in found:
-        found += [child for child, parent in known.items() if parent == pid]
-    return found[1:]
