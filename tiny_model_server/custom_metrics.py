@@ -1,4 +1,4 @@
-"""What a model counts itself: collected in the worker, sent to the front with each batch, shown as metrics there."""
+"""A model's own metrics: collected in the worker, sent to the front with each batch, published there."""
 
 import math
 import re
@@ -32,12 +32,12 @@ def observe(name: str, value: float) -> None:
 
 
 def drain() -> CustomMetrics:
-    """What came since the last call: counts and observed values by name."""
+    """Counts and observed values by name since the last call."""
     global _counts, _observations
     with _lock:
-        tally = (_counts, _observations)
+        drained = _counts, _observations
         _counts, _observations = {}, {}
-    return tally
+    return drained
 
 
 def _finite(value: Any) -> float:
@@ -51,4 +51,4 @@ def _finite(value: Any) -> float:
 def _checked(name: str) -> str:
     if not (found := _NAME.fullmatch(name)):
         raise ValueError(f"a metric's name is small letters, digits and _, not {name!r}")
-    return found[0]  # a plain str, whatever class of the model's the name is of
+    return found[0]  # a str, where the name may be of a class of the model's that derives from it

@@ -2,6 +2,8 @@
 
 import ctypes
 import os
+import re
+import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -30,52 +32,36 @@ def cpus(root: Path = Path("/")) -> float:
     ``root`` is where the system's ``proc`` and ``sys`` lie.
     """
     limits = [float(len(CORES) or os.cpu_count() or 1)]
-    for text in _limits(root, "cpu.max", "cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us"):
-        quota, _, period = text.partition(" ")
-        with suppress(ValueError, ZeroDivisionError):  # "max": no limit
-            limits.append(int(quota) / int(period))
-    return min(limit for limit in limits if limit > 0)  # cgroup v1 says -1 for no limit
+    for group in _control_groups(root, "cpu"):
+        for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of v2, of v1
+            with suppress(ValueError, ZeroDivisionError):  # "max" is no limit
+                quota, period = map(int, " ".join(_text(group / name) for name in names).split())
+                limits.append(quota / period)
+    return min(limit for limit in limits if limit > 0)  # v1 says -1 for no limit
 
 
 def memory(root: Path = Path("/")) -> int:
     """How many bytes of memory the server may use: the machine's, or its container's limit; ``root`` as for cpus."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for text in _limits(root, "memory.max", "memory", "memory.limit_in_bytes"):
-        with suppress(ValueError):
-            limits.append(int(text))
+    for group in _control_groups(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with suppress(ValueError):
+                limits.append(int(_text(group / name)))
     return min(limit for limit in limits if limit > 0)
 
 
-def _limits(root: Path, unified: str, controller: str, *legacy: str) -> Iterator[str]:
-    """What this process' control groups say in these files, from its own group up: those of v2, then those of v1.
+def _control_groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders where this process' control groups may be, of v2 and of v1, from its own group up to the root.
 
-    A container often sees its own group as the root, whatever ``/proc/self/cgroup`` names; so groups that are not there
-    are passed over, and the root is always looked at.
+    A container often sees its own group as the root, whatever ``/proc/self/cgroup`` names. So folders that are missing
+    do not matter, and the root is always among them.
     """
-    groups = {"": "/", controller: "/"}
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, names, path = [*line.split(":", 2), "", ""][:3]
-        groups.update(dict.fromkeys(names.split(","), path))
-    mounts = root / "sys/fs/cgroup"
-    for mount in (mounts, mounts / "unified"):
-        for folder in _upwards(mount, groups[""]):
-            yield _text(folder / unified)
-    for mount in {mounts / name for name in [controller, *_names(mounts)] if controller in name.split(",")}:
-        for folder in _upwards(mount, groups[controller]):
-            yield " ".join(_text(folder / name) for name in legacy)
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _upwards(mount: Path, group: str) -> Iterator[Path]:
-    parts = [part for part in group.split("/") if part not in ("", ".", "..")]
-    for depth in range(len(parts), -1, -1):
-        yield mount.joinpath(*parts[:depth])
+    lines = re.findall(r"^\d+:(.*?):(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
+    groups = {Path(group.lstrip("/")) for names, group in lines if controller in names.split(",") or not names}
+    base = root / "sys/fs/cgroup"
+    for mount in (base, base / "unified", *base.glob(f"*{controller}*")):
+        for group in groups | {Path()}:
+            yield from (mount / folder for folder in (group, *group.parents) if ".." not in folder.parts)
 
 
 def _text(path: Path) -> str:
@@ -86,16 +72,12 @@ def _text(path: Path) -> str:
 
 
 def descriptors() -> int:
-    """Raises this process's limit of open descriptors as far as it may, and returns it."""
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return _ENOUGH_DESCRIPTORS
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _ENOUGH_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _ENOUGH_DESCRIPTORS)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return _ENOUGH_DESCRIPTORS if soft == resource.RLIM_INFINITY else soft
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    """Raises this process' limit of open descriptors as far as it may, up to 65536, and returns it."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (_ENOUGH_DESCRIPTORS if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    wanted = max(soft, min(hard, _ENOUGH_DESCRIPTORS))
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
     return wanted
 
 
@@ -136,12 +118,8 @@ def on_all_cores() -> Iterator[None]:
 
 def gpus(env: Mapping[str, str] = os.environ, proc: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    if "CUDA_VISIBLE_DEVICES" in env:
-        return [name for name in env["CUDA_VISIBLE_DEVICES"].split(",") if name.strip()]
-    try:
-        return [str(index) for index in range(len(list(proc.iterdir())))]
-    except OSError:
-        return []
+    every = ",".join(str(index) for index, _ in enumerate(proc.glob("*")))
+    return [name for name in env.get("CUDA_VISIBLE_DEVICES", every).split(",") if name.strip()]
 
 
 def environment(

@@ -1,5 +1,6 @@
-"""Stands for the server's own ``model_client``."""
+"""Is the server's own ``model_client``: runs its code in the place of this module's."""
 
-from tiny_model_server.engine.worker_path import load
+from pathlib import Path
 
-load(__name__)
+__file__ = str(Path(__file__).resolve().parents[3] / "model_client.py")
+exec(compile(Path(__file__).read_bytes(), __file__, "exec"))

@@ -1,6 +1,6 @@
 """The package ``models`` of a worker and of the processes that its model starts: it finds the worker's model.
 
-The folder of the model may have any name, and its alias another one; the modules beside it are found by their folders.
+The folder of the model may have any name, and its alias another one. The modules in it are found by their folder.
 """
 
 from __future__ import annotations
@@ -8,10 +8,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from typing import Any
 
 from tiny_model_server import PLUGIN
 
@@ -19,15 +17,13 @@ _name, _, _folder = os.environ.get(PLUGIN, "").partition("=")
 __path__ = [os.path.dirname(_folder)]  # which makes this module a package
 
 
-class _Finder(MetaPathFinder):
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+class _Finder:
+    @staticmethod
+    def find_spec(fullname: str, *_: Any) -> ModuleSpec | None:
         if fullname != f"models.{_name}":
             return None
-        return importlib.util.spec_from_file_location(
-            fullname, os.path.join(_folder, "__init__.py"), submodule_search_locations=[_folder]
-        )
+        file = os.path.join(_folder, "__init__.py")
+        return importlib.util.spec_from_file_location(fullname, file, submodule_search_locations=[_folder])
 
 
-sys.meta_path.insert(0, _Finder())
+sys.meta_path.insert(0, _Finder)
