@@ -1,4 +1,4 @@
-"""ModzyModel: the Modzy container's one model, told of by its ``metadata``.
+"""ModzyModel: the Modzy container's one model, described by its ``metadata``.
 
 An item's inputs are bytes by name: image files, texts or bytes, by what they are or what the metadata's media types
 say; one input is the model's data, several are a dictionary. The answer is ``results.json``; arrays in it that the
@@ -19,14 +19,14 @@ from tiny_model_server.errors import InvalidInput, ModelUnavailable, ServerError
 SCHEMA = "modzy"
 SERVICE = "ModzyModel"
 
-_WORDS = {200: "OK", 202: "Accepted", 403: "Forbidden", 422: "Unprocessable Entity", 500: "Internal Server Error"}
+_CODES = {200: "OK", 202: "Accepted", 403: "Forbidden", 422: "Unprocessable Entity", 500: "Internal Server Error"}
 RESULTS = "results.json"
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
-    door = _Modzy(engine)
-    return {name: getattr(door, name) for name in schemas.methods(SCHEMA, SERVICE)}
+    servicer = _Modzy(engine)
+    return {name: getattr(servicer, name) for name in schemas.methods(SCHEMA, SERVICE)}
 
 
 class _Modzy:
@@ -36,18 +36,16 @@ class _Modzy:
 
     def Status(self, request: Any, call: Call) -> Any:
         try:
-            model = self._loaded(call)
+            described = _described(self._loaded(call))
         except ServerError as error:
             return self._answer("Status", 500, message_of(error))
-        return self._answer("Status", 200, "The model is ready.", **_described(model))
+        return self._answer("Status", 200, "The model is ready.", **described)
 
     def Run(self, request: Any, call: Call) -> Any:
-        asked = {"explain": request.explain, "detect_drift": request.detect_drift}
+        args = {name: True for name in ("explain", "detect_drift") if getattr(request, name)}
         try:
             model = self._loaded(call)
-            kinds = _media_types(model)
-            items = [_item(index, one.input, kinds) for index, one in enumerate(request.inputs)]
-            args = {name: True for name, wanted in asked.items() if wanted}
+            items = [_item(index, one.input, model) for index, one in enumerate(request.inputs)]
             outcomes = self._engine.run_batch(model.name, items, args, call)
             outputs = [_output(outcome, model) for outcome in outcomes]
         except ServerError as error:
@@ -66,87 +64,85 @@ class _Modzy:
         return self._answer("Shutdown", 202, "The model is shutting down.")
 
     def _answer(self, method: str, code: int, message: str, **fields: Any) -> Any:
-        return self._methods[method].response(status_code=code, status=_WORDS[code], message=message, **fields)
+        return self._methods[method].response(status_code=code, status=_CODES[code], message=message, **fields)
 
     def _loaded(self, call: Call) -> ServedModel:
         models, name = self._engine.models(), self._engine.settings.modzy_model
         if not name and len(models) != 1:
             raise ModelUnavailable(f"there are {len(models)} models; TMS_MODZY_MODEL must name the one to serve")
-        model = self._engine.model(name) if name else models[0]
+        model = self._engine.model(name or models[0].name)
         if model.state is State.READY:
             return model
         self._engine.authorize_load(model, call)
         return self._engine.load(model.name)
 
 
+def _metadata(model: ServedModel, kind: str) -> list[dict[str, Any]]:
+    return (model.loaded.metadata.get(kind) or []) if model.loaded else []
+
+
 def _described(model: ServedModel) -> dict[str, Any]:
-    told: Mapping[str, Any] = model.loaded.metadata if model.loaded else {}
-    options = model.loaded.options if model.loaded else None
+    """The fields of a StatusResponse."""
+    if model.loaded is None:
+        raise ModelUnavailable(f"model {model.name!r} is not loaded")
+    facts, options = model.loaded.metadata, model.loaded.options
 
-    def of(*names: str, **renamed: str) -> dict[str, Any]:
-        wanted = dict(zip(names, names, strict=True)) | renamed
-        return {field: told[name] for field, name in wanted.items() if name in told}
+    def known(*names: str, prefix: str = "") -> dict[str, Any]:
+        return {prefix + name: facts[name] for name in names if name in facts}
 
-    info = {"model_name": model.name} | of(
-        model_name="name", model_version="version", model_author="author", model_type="type", source="source"
-    )
+    features = known("adversarial_defense", "retrainable", "results_format", "drift_format", "explanation_format")
+    about = {"model_name": model.name} | known("name", "version", "author", "type", prefix="model_") | known("source")
     return {
-        "model_info": {field: str(value) for field, value in info.items()},
-        "description": {field: str(v) for field, v in of("summary", "details", "technical", "performance").items()},
+        "model_info": _texts(about),
+        "description": _texts(known("summary", "details", "technical", "performance")),
         "inputs": [
-            {
-                "filename": one.get("name", "input"),
-                "accepted_media_types": one.get("media_types") or [],
-                "max_size": str(one.get("max_size", "")),
-                "description": str(one.get("description", "")),
-            }
-            for one in told.get("inputs") or [{}]
+            {"filename": "input"} | _file(one) | {"accepted_media_types": one.get("media_types") or []}
+            for one in _metadata(model, "inputs") or [{}]
         ],
         "outputs": [
-            {
-                "filename": one.get("name", RESULTS),
-                "media_type": one.get("media_type", "application/json"),
-                "max_size": str(one.get("max_size", "")),
-                "description": str(one.get("description", "")),
-            }
-            for one in told.get("outputs") or [{}]
+            {"filename": RESULTS, "media_type": "application/json"} | _file(one, "media_type")
+            for one in _metadata(model, "outputs") or [{}]
         ],
-        "resources": of("required_ram", "num_cpus", "num_gpus"),
-        "timeout": {"status": f"{options.load_timeout_s:g}s", "run": f"{options.timeout_s:g}s"} if options else {},
-        "features": of("adversarial_defense", "retrainable", "results_format", "drift_format", "explanation_format")
-        | {"batch_size": options.max_batch_size if options else 1},
+        "resources": known("required_ram", "num_cpus", "num_gpus"),
+        "timeout": {"status": f"{options.load_timeout_s:g}s", "run": f"{options.timeout_s:g}s"},
+        "features": features | {"batch_size": options.max_batch_size},
     }
 
 
-def _media_types(model: ServedModel) -> dict[str, str]:
-    inputs = (model.loaded.metadata.get("inputs") or []) if model.loaded else []
-    return {one["name"]: next(iter(one.get("media_types") or []), "") for one in inputs if "name" in one}
+def _file(declared: Mapping[str, Any], *names: str) -> dict[str, str]:
+    found = {name: declared[name] for name in ("max_size", "description", *names) if name in declared}
+    return _texts(found | ({"filename": declared["name"]} if "name" in declared else {}))
 
 
-def _item(index: int, item: Mapping[str, bytes], kinds: Mapping[str, str]) -> Encoded:
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in values.items()}
+
+
+def _item(index: int, item: Mapping[str, bytes], model: ServedModel) -> Encoded:
     """The inputs of one item; where the metadata names them, they must be these."""
-    wanted = sorted(kinds) or ["at least one"]
+    declared = [one for one in _metadata(model, "inputs") if "name" in one]
+    kinds = {one["name"]: next(iter(one.get("media_types") or []), "") for one in declared}
     if not item or (kinds and item.keys() != kinds.keys()):
-        raise InvalidInput(f"item {index} has the inputs {sorted(item)}; it must have {', '.join(wanted)}")
+        wanted = ", ".join(sorted(kinds)) or "at least one"
+        raise InvalidInput(f"item {index} has the inputs {sorted(item)}; it must have {wanted}")
     try:
         values = {name: codec.from_bytes(data, kinds.get(name, "")) for name, data in item.items()}
     except InvalidInput as error:
         raise InvalidInput(f"item {index}: {error}") from None
-    return codec.encode(next(iter(values.values())) if len(values) == 1 else values)
+    return codec.encode(values if len(values) > 1 else next(iter(values.values())))
 
 
 def _output(outcome: Encoded | ServerError, model: ServedModel) -> dict[str, Any]:
+    """An OutputItem: the images that the metadata declares as files, the rest of the answer as RESULTS."""
     if isinstance(outcome, ServerError):
         return {"output": {"error": message_of(outcome).encode()}, "success": False}
     value, files = codec.decode(outcome), {}
-    outputs = (model.loaded.metadata.get("outputs") or []) if model.loaded else []
-    for one in outputs:
-        name = one.get("name", "")
-        if str(one.get("media_type", "")).startswith("image/"):
-            image = value.get(name) if isinstance(value, dict) else value if len(outputs) == 1 else None
-            if isinstance(image, np.ndarray):
-                files[name] = image_files.image_file(image, one["media_type"])
-                value = {key: rest for key, rest in value.items() if key != name} if isinstance(value, dict) else None
+    outputs = _metadata(model, "outputs")
+    for name, kind in ((one.get("name", ""), str(one.get("media_type", ""))) for one in outputs):
+        found = value if isinstance(value, dict) else {name: value} if len(outputs) == 1 else {}
+        if kind.startswith("image/") and isinstance(found.get(name), np.ndarray):
+            files[name] = image_files.image_file(found[name], kind)
+            value = {key: rest for key, rest in found.items() if key != name} if isinstance(value, dict) else None
     if value is not None or not files:
         files[RESULTS] = codec.json_only(value).encode()
     return {"output": files, "success": True}
