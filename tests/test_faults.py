@@ -693,7 +693,7 @@ def test_chaos_fails_none_but_the_guilty(start_server: StartServer) -> None:
         every(7.7, hang) as hangs,
         every(6.5, client.reload_model) as reloads,
     ):
-        time.sleep(30)
+        time.sleep(16)
         load.more(50)
     assert (load.failures, neighbours.failures) == ([], [])
     assert (poisons, hangs, reloads) == ([], [], [])
