@@ -20,7 +20,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "pythons"
 VERSIONS = ["3.11", "3.12", "3.13", "3.14", "3.15"]
-CORE = ["tests/test_codec.py", "tests/test_calls.py", "tests/test_client.py", "tests/test_everywhere.py"]
+CORE = [
+    "tests/test_codec.py",
+    "tests/test_calls.py",
+    "tests/test_client.py",
+    "tests/test_everywhere.py::test_the_client_beside_old_and_new_packages",
+    "tests/test_everywhere.py::test_no_call_of_the_client_warns",
+]
 REQUIREMENTS = ["requirements.txt", "tests/requirements-core.txt"]
 MODELS = sorted(str(file.relative_to(ROOT)) for file in ROOT.glob("models/*/requirements.txt"))
 AT_ONCE = 2

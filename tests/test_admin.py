@@ -289,7 +289,7 @@ def test_the_health_command(start_server: StartServer, host: str) -> None:
     asked = {"TMS_HOST": host, "TMS_PORT": server.port, "TMS_HTTP_PORT": "off", "TMS_TOKEN": "sesame"}
     ran = health(asked, **PROXIES)
     assert (ran.returncode, ran.stdout.strip()) == (0, '{"ready": true}'), ran.stderr
-    server.stop()
+    server.kill()
     ran = health(asked)
     assert ran.returncode == 1
     assert "not ready" in ran.stderr
