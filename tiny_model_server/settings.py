@@ -125,20 +125,14 @@ class Settings:
     protocols: tuple[str, ...] = _env(("native", "open_inference"), _names, "protocols that the server speaks")
     models_dir: Path = _env(Path("models"), Path, "folder whose subfolders are the models")
     aliases: tuple[tuple[str, str], ...] = _env((), _pairs, "more models, as name=folder: big=net,small=net")
-    max_loaded: int = _env(
-        0, _count_or_0, "most models loaded at once; the least recently used one is unloaded for another; 0: no limit"
-    )
+    max_loaded: int = _env(0, _count_or_0, "most models loaded at once: those used last; 0: no limit")
     log_level: str = _env("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
     log_format: str = _env("text", _one_of("text", "json"), "text, or json: one object a line")
     max_message_mb: int = _env(512, _number(int, 1, 2047), "largest request or answer, in MiB")
     max_items: int = _env(100_000, _count, "most inputs in one request (texts, images, values, rows)")
     max_inflight_mb: int = _env(0, _count_or_0, "most MiB of all requests in the server; 0: a quarter of the memory")
-    threads: int = _env(
-        256, _number(int, 1, 4096), "most calls in the server at once; one connection has at most a quarter of them"
-    )
-    stream_idle_s: float = _env(
-        10.0, _number(float, 0.1), "seconds after which a call ends if its caller sends nothing or reads nothing"
-    )
+    threads: int = _env(256, _number(int, 1, 4096), "most calls in the server at once; a quarter from one connection")
+    stream_idle_s: float = _env(10.0, _number(float, 0.1), "seconds that a caller may send or read nothing in a call")
     local_transport: bool = _env(True, _flag, "1: clients on this host use a unix socket and shared memory: faster")
     one_core: bool = _env(True, _flag, "1: the main process stays on one core, which is faster; workers use all cores")
     busy_poll_us: int = _env(
@@ -147,9 +141,7 @@ class Settings:
     strict: bool = _env(False, _flag, "1: the server stops if a model fails to load at the start")
     lazy: bool = _env(False, _flag, "1: each model is loaded at its first call")
     reload: bool = _env(False, _flag, "1: each model is reloaded when its files change")
-    drain_delay_s: float = _env(
-        1.0, _seconds, "seconds that a stopping server still accepts calls, so that clients can leave"
-    )
+    drain_delay_s: float = _env(1.0, _seconds, "seconds that a stopping server accepts calls, while clients leave")
     grace_s: float = _env(30.0, _seconds, "seconds that accepted calls have to finish when the server stops")
     max_image_pixels: int = _env(1 << 27, _number(int, 1, 1 << 40), "largest image file that is decoded, in pixels")
     max_connection_age_s: float = _env(
@@ -171,9 +163,7 @@ class Settings:
         "who may stop the server and change its models: local (this user and root, on this host), host (every user of "
         "this host), token (who sends TMS_ADMIN_TOKEN), off (nobody)",
     )
-    admin_token: str = _env(
-        "", _token, "token for stopping the server and changing its models; if set, everybody needs it"
-    )
+    admin_token: str = _env("", _token, "token to stop the server or change its models; if set, everybody needs it")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
@@ -215,9 +205,7 @@ class ModelOptions:
     """A model's options: ``ModelInterface`` documents them, ``TMS_MODEL_<NAME>_<KEY>`` overrides them."""
 
     max_batch_size: int = _env(1, _number(int, 1, 65536), "most inputs in one batch")
-    max_wait_ms: float = _env(
-        0.0, _number(float, 0, 60000), "how long the first input of a batch waits for more, in milliseconds"
-    )
+    max_wait_ms: float = _env(0.0, _number(float, 0, 60000), "how long a batch's first input waits for more, in ms")
     workers: int = _env(1, _number(int, 1, 256), "worker processes")
     max_workers: int = _env(0, _number(int, 0, 4096), "on Ray: most worker processes when it scales; 0: workers")
     concurrency: int = _env(1, _number(int, 1, 64), "threads in a worker that call run at once")
