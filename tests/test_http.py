@@ -223,7 +223,9 @@ def unsent(server: Server, headers: bytes, path: bytes = b"/models/slow/run") ->
     return statuses(answer)[0], answer
 
 
-def test_what_is_refused_before_the_body_is_read(start_server: StartServer, slow: Server, tmp_path: Path) -> None:
+def test_requests_that_are_refused_before_the_body_is_read(
+    start_server: StartServer, slow: Server, tmp_path: Path
+) -> None:
     length = b"Content-Length: %d\r\n"
     assert unsent(slow, length % (5 << 20))[0] == 413
     assert unsent(slow, length % 5, b"/models/nobody/run")[0] == 404
@@ -278,7 +280,7 @@ def test_health_while_every_thread_is_busy(start_server: StartServer, tmp_path: 
         assert {one.result()[0] for one in asked} == {200, 429}
 
 
-def test_a_caller_that_goes_is_not_waited_for(start_server: StartServer, tmp_path: Path) -> None:
+def test_requests_of_disconnected_callers_are_dropped(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(write_model(tmp_path, "slow", SLOW))
     body, kind = form(text=b"x", args=b'{"s": 2}')
     head = f"POST /models/slow/run HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
@@ -342,7 +344,7 @@ def test_a_stop_finishes_what_was_asked(start_server: StartServer, tmp_path: Pat
         assert asked.result() == (200, "x")
 
 
-def test_a_stop_tells_those_who_would_take_too_long(start_server: StartServer, tmp_path: Path) -> None:
+def test_a_stop_refuses_requests_that_take_too_long(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(write_model(tmp_path, "slow", SLOW), TMS_DRAIN_DELAY_S=0, TMS_GRACE_S=0.5)
     with ThreadPoolExecutor() as threads:
         asked = threads.submit(post, server, "/models/slow/run", *form(text=b"x", args=b'{"s": 60}'))
@@ -445,7 +447,7 @@ def test_names_that_are_allowed(start_server: StartServer) -> None:
 
 def strict(text: bytes) -> Any:
     def refuse(name: str) -> None:
-        raise AssertionError(f"{name} is no JSON")
+        raise AssertionError(f"{name} is not JSON")
 
     return json.loads(text, parse_constant=refuse)
 
@@ -473,7 +475,7 @@ def raw_post(server: Server, path: str, body: bytes, kind: str = "application/js
 
 
 def test_numbers_that_json_lacks(scores: Server) -> None:
-    """Null in plain JSON, the values themselves in the formats that have them."""
+    """They are null in JSON, and themselves in the formats that have them."""
     rows = [1, None, None, None]
     viewed = strict(raw_post(scores, "/models/score/run?view", *form(data=b"1", args=b'{"dict": 1}')))["answer"]
     assert (viewed["score"], viewed["rows"]) == (None, rows)

@@ -81,7 +81,7 @@ def test_run_by_post(server: Server, png: bytes) -> None:
         ("/models/misbehave/run", b'{"do": "raise"}', "application/json", 500, ""),
     ],
 )
-def test_bad_posts_are_told(server: Server, path: str, body: bytes, kind: str, status: int, message: str) -> None:
+def test_bad_posts_are_refused(server: Server, path: str, body: bytes, kind: str, status: int, message: str) -> None:
     found, answer = post(server, path, body, kind)
     if "misbehave" in path:
         found, answer = post(server, path, *form(data=b"1", args=b'{"do": "raise"}'))
@@ -208,10 +208,10 @@ def test_the_page(page: tuple[WebDriver, Server], png: bytes, tmp_path: Path) ->
     choose(browser, "edges")
     browser.find_element(By.ID, "file").send_keys(str(photo))
     wait_for(lambda: "uint8 120x200" in text_of(browser, "answer"), "the facts of an image")
-    images = wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, ".picture img"), "the pictures")
+    images = wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, ".preview img"), "the images")
     assert len(images) == 2
-    wide = "return [...document.querySelectorAll('.picture img')].map(image => image.naturalWidth)"
-    wait_for(lambda: browser.execute_script(wide) == [200, 200], "the pictures to be shown")
+    wide = "return [...document.querySelectorAll('.preview img')].map(image => image.naturalWidth)"
+    wait_for(lambda: browser.execute_script(wide) == [200, 200], "the images to be shown")
     shot(browser, "page")
 
     choose(browser, "finder")

@@ -1,10 +1,10 @@
-"""The command ``tiny-model-server``, which is ``server.py`` of an installed package."""
+"""The command ``tiny-model-server``: the same as ``server.py``, for an installed package."""
 
 import sys
 
 
 def main() -> int:
-    """Runs the launcher; where only the client was installed, says what is missing."""
+    """Runs the command line; if only the client is installed, reports what the server needs."""
     try:
         from tiny_model_server import cli
     except ModuleNotFoundError as error:

@@ -539,7 +539,8 @@ def _check_declared(inputs: Sequence[Mapping[str, Any]], data: Encoded) -> None:
         return
     array, dtype, shape = data.arrays[0], inputs[0].get("dtype"), inputs[0].get("shape")
     fits = shape is None or (
-        len(shape) == array.ndim and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
+        len(shape) == len(array.shape)
+        and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
     )
     if not fits or dtype not in (None, dtype_name(array.dtype)):
         raise InvalidInput(

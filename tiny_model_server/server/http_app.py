@@ -1,4 +1,4 @@
-"""The HTTP port's ASGI application: probes, metrics, a page for people, a plain POST that runs a model.
+"""The HTTP port's ASGI application: probes, metrics, a page for people, and POST to run a model.
 
 If the headers of a request are enough to refuse it, its body is not read. Work that may take time is done in threads;
 health is answered by the event loop itself, also while all threads are busy.
@@ -85,10 +85,8 @@ class Web:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         scope["path"] = scope["path"].rstrip("/") or "/"
-        unread = _has_length(Headers(scope=scope))
-        added = _HEADERS | {"Date": formatdate(usegmt=True)}
-        if scope["method"] == "POST" and not unread:
-            added["Connection"] = "close"  # what follows may be meant as its body
+        # A POST whose length is not known may be followed by what its sender means as the body.
+        unread = scope["method"] == "POST" or _has_length(Headers(scope=scope))
 
         async def read() -> Message:
             nonlocal unread
@@ -98,8 +96,11 @@ class Web:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(raw=message["headers"]).update(added)
-            elif unread:  # read on: the caller may lose the answer if the connection is closed before that
+                headers = MutableHeaders(raw=message["headers"])
+                headers.update(_HEADERS | {"Date": formatdate(usegmt=True)})
+                if unread:
+                    headers["Connection"] = "close"
+            elif unread:  # if the connection is closed before the rest is read, the caller may lose the answer
                 await send({**message, "more_body": True})
                 with suppress(TimeoutError):
                     async with asyncio.timeout(_DRAIN_S):
@@ -138,9 +139,8 @@ class Web:
 
     async def _change(self, action: str, request: Request) -> Response:
         self._engine.authorize(self._admit(request))
-        change = getattr(self._engine, action)
-        model = await self._in_thread(request, lambda body, call: change(request.path_params["name"]))
-        return _json(model.describe())
+        change, name = getattr(self._engine, action), request.path_params["name"]
+        return await self._in_thread(request, lambda body, call: _json(change(name).describe()))
 
     async def _run(self, request: Request) -> Response:
         self._admit(request)
@@ -149,18 +149,14 @@ class Web:
 
         def run(body: bytearray, call: Call) -> Response:
             data, args = read_input(content_type, body)
-            if "view" in request.query_params:
-                return self._view(name, data, args, call)
-            answer = self._engine.run(name, codec.encode(data), args, call, plain=True)
-            return Response(answer.text + "\n", media_type="application/json")
+            begun = time.monotonic()
+            if "view" not in request.query_params:
+                answer = self._engine.run(name, codec.encode(data), args, call, plain=True)
+                return Response(answer.text + "\n", media_type="application/json")
+            value = codec.decode(self._engine.run(name, codec.encode(data), args, call))
+            return _json({"ms": 1000 * (time.monotonic() - begun), "answer": view(value)})
 
-        found: Response = await self._in_thread(request, run)
-        return found
-
-    def _view(self, name: str, data: Any, args: dict[str, Any], call: Call) -> Response:
-        begun = time.monotonic()
-        answer = codec.decode(self._engine.run(name, codec.encode(data), args, call))
-        return _json({"ms": 1000 * (time.monotonic() - begun), "answer": view(answer)})
+        return await self._in_thread(request, run)
 
     async def _open_inference(self, request: Request) -> Response:
         verb = "POST" if request.method == "POST" else "GET"
@@ -173,9 +169,14 @@ class Web:
                 self._engine.authorize(call)
         if method == "ModelInfer":
             self._check_input(request, fields["model_name"])
-        answer = partial(self._rest.answer, method, fields, request.headers)
-        found = answer(b"", _call(request, Future())) if verb == "GET" else await self._in_thread(request, answer)
-        return Response(found.body, found.status, found.headers, found.kind)
+
+        def answer(body: bytearray, call: Call) -> Response:
+            found = self._rest.answer(method, fields, request.headers, body, call)
+            return Response(found.body, found.status, found.headers, found.kind)
+
+        if verb == "POST":
+            return await self._in_thread(request, answer)
+        return answer(bytearray(), _call(request, Future()))
 
     def _admit(self, request: Request) -> Call:
         """The call of a request; PermissionDenied or Unauthenticated if it may not be answered."""
@@ -215,7 +216,7 @@ class Web:
             return False
         return callers.is_address(name) or bool({name, "*"} & self._own_names)
 
-    async def _in_thread(self, request: Request, work: Callable[[bytearray, Call], Any]) -> Any:
+    async def _in_thread(self, request: Request, work: Callable[[bytearray, Call], Response]) -> Response:
         """What ``work(body, call)`` returns, which runs in a thread. If the caller disconnects, its call ends."""
         ended: Future[None] = Future()
         async with self._body(request) as body:
@@ -282,10 +283,10 @@ def _call(request: Request, ended: "Future[None]") -> Call:
     """What the engine needs to know of a request; its call is over when ``ended`` is done."""
 
     def on_end(callback: Callable[[], None]) -> bool:
-        is_over = ended.done()
-        if not is_over:
-            ended.add_done_callback(lambda _: callback())
-        return not is_over
+        if ended.done():
+            return False
+        ended.add_done_callback(lambda _: callback())
+        return True
 
     host, port = request.client or ("", 0)
     peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"

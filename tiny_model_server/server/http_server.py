@@ -93,6 +93,7 @@ class HttpServer(uvicorn.Server):
         accepting = asyncio.create_task(self._accept())
         await self._stopping.wait()
         accepting.cancel()
+        await asyncio.wait([accepting])
         self._listener.close()
 
     async def _accept(self) -> None:
