@@ -80,7 +80,7 @@ def test_several_callers_have_a_connection_each(server: Server) -> None:
         futures = [client.submit_image(image) for image in images]
         for image, future in zip(images, futures, strict=True):
             assert np.array_equal(future.result(), image)
-        assert 1 < lanes(client) <= 8
+        assert 1 < lanes(client) <= 64
         for image, answer in zip(images, client.map(images), strict=True):
             assert np.array_equal(answer, image)
 

@@ -1,7 +1,6 @@
 """Carries the calls of an ``AsyncModelClient``. Each event loop has connections of its own."""
 
 import asyncio
-import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
@@ -14,9 +13,7 @@ from tiny_model_server.client import errors, fork_safety
 from tiny_model_server.client.calls import Request
 from tiny_model_server.client.channel import SharedChannel
 from tiny_model_server.client.local_call import NOT_ANSWERED, LocalCall
-from tiny_model_server.client.transport import PROBE_S, Call, Transport, why_silent
-
-_MOST_LOCAL = 64  # calls at once of one client; gRPC carries those beyond
+from tiny_model_server.client.transport import Call, Transport
 
 
 class AsyncTransport(Transport):
@@ -36,7 +33,7 @@ class AsyncTransport(Transport):
             if (local := self._send(call)) and (answer := await local.received()) is not NOT_ANSWERED:
                 return answer
             async with self._by_grpc(call) as stub:
-                call.handle = stub(request, **call.options())
+                call.cancel_by(stub(request, **call.options()))
                 response, trailing = await call.handle, await call.handle.trailing_metadata()
         call.ended(trailing)
         return request.decode(*response)
@@ -47,7 +44,7 @@ class AsyncTransport(Transport):
         with fork_safety.in_flight:
             await self._connect(call)
             async with self._by_grpc(call) as stub:
-                call.handle = stub(request, **call.options())
+                call.cancel_by(stub(request, **call.options()))
                 async for response in call.handle:
                     yield request.decode(*response)
                 call.ended(await call.handle.trailing_metadata())
@@ -59,13 +56,19 @@ class AsyncTransport(Transport):
     def _send(self, call: Call) -> LocalCall | None:
         """The call, under way by the local transport; None if gRPC is to make it, for nothing here may wait."""
         connections = self.local
-        if not connections or len(connections.busy) >= _MOST_LOCAL or not call.request.short:
+        if not connections or not call.request.short:
             return None
         if not (taken := connections.take(call.request.arrays, connect=False)):
             connections.prepare(call.request.arrays)
             return None
         local = LocalCall(call, connections, taken, lambda call: None)
         return local if local.send() else None
+
+    async def _connect(self, call: Call) -> None:
+        if not self.connected:
+            fork_safety.polled = True
+            await asyncio.to_thread(self.connect, call)
+        self.channel()
 
     @asynccontextmanager
     async def _by_grpc(self, call: Call) -> AsyncIterator[Any]:
@@ -76,11 +79,7 @@ class AsyncTransport(Transport):
         except grpc.aio.UsageError:  # the channel is closed
             raise call.closed() from None
         except grpc.RpcError as failed:
-            error = call.failed(failed)
-            unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
-            if unanswered and (why := await self._why_silent(call.channel, timeout=PROBE_S)):
-                error = call.gone(why)
-            raise error from None
+            raise await asyncio.to_thread(self.explained, call, failed) from None
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
@@ -89,32 +88,6 @@ class AsyncTransport(Transport):
             if call.handle:
                 call.handle.cancel()
             await _close(self.end(call))
-
-    async def _connect(self, call: Call) -> None:
-        """Waits for a server that is still starting, at the first call."""
-        if not self.connected:
-            fork_safety.polled = True
-            await asyncio.to_thread(self._look_up)
-        channel = self.channel()
-        if self.connected:
-            return
-        patience = min(call.timeout, self.options["connect_timeout"])
-        deadline = time.monotonic() + patience
-        if why := await self._why_silent(channel, timeout=patience):
-            await asyncio.to_thread(self.check_refusal)
-            remaining = max(0.001, deadline - time.monotonic())
-            if await self._why_silent(channel, timeout=remaining, wait_for_ready=True):
-                why = await self._why_silent(channel, timeout=PROBE_S) or why
-                raise await asyncio.to_thread(self.never_ready, patience, why)
-        self.connected = True
-
-    async def _why_silent(self, channel: SharedChannel, **options: Any) -> str | None:
-        """Why no server answers, None if one does."""
-        try:
-            await channel.health_check()(**options)
-        except grpc.RpcError as error:
-            return why_silent(error)
-        return None
 
 
 async def _close(channels: Iterable[SharedChannel]) -> None:

@@ -1,7 +1,5 @@
 """Carries the calls of a ``ModelClient``: they block, or a future has their answer."""
 
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -12,10 +10,9 @@ import grpc
 
 from tiny_model_server.client import addresses, errors, fork_safety
 from tiny_model_server.client.calls import Request
-from tiny_model_server.client.channel import SharedChannel
 from tiny_model_server.client.local import daemons
 from tiny_model_server.client.local_call import LocalCall
-from tiny_model_server.client.transport import PROBE_S, Call, Transport, why_silent
+from tiny_model_server.client.transport import Call, Transport
 
 
 class BlockingTransport(Transport):
@@ -29,14 +26,14 @@ class BlockingTransport(Transport):
         """The answers, one by one."""
         call = Call(self, request, timeout, retry)
         with fork_safety.in_flight:
-            self._connect(call)
+            self.connect(call)
             stub = self.begin(call)
             try:
                 with self._translated(call):
-                    call.handle = stub(request, **call.options())
-                    for response in call.handle:
+                    responses = call.cancel_by(stub(request, **call.options()))
+                    for response in responses:
                         yield request.decode(*response)
-                    call.ended(call.handle.trailing_metadata())
+                    call.ended(responses.trailing_metadata())
             finally:
                 if call.handle:
                     call.handle.cancel()
@@ -44,13 +41,20 @@ class BlockingTransport(Transport):
 
     def submit(self, request: Request, timeout: float | None, retry: bool) -> "Future[Any]":
         """The future of the answer."""
-        call, outcome = Call(self, request, timeout, retry), Future[Any]()
-        if not self.connected:  # waiting for a server is not for the caller's thread
-            threading.Thread(target=self._start, args=(call, outcome), daemon=True).start()
-        elif not self.local or not daemons(fork_safety.generation).begin(
-            lambda: _settle(outcome, lambda: self._run(call, outcome))
-        ):
-            self._start(call, outcome)
+        outcome = Future[Any]()
+        call = Call(self, request, timeout, retry, outcome)
+
+        def work() -> None:
+            answer: Any = None
+            error: BaseException | None = None
+            try:
+                answer = None if outcome.cancelled() else self._run(call)
+            except Exception as failed:
+                error = failed
+            if outcome.set_running_or_notify_cancel():
+                outcome.set_exception(error) if error else outcome.set_result(answer)
+
+        daemons(fork_safety.generation).begin(work)
         return outcome
 
     def ahead(self, request: Request, timeout: float | None, retry: bool) -> "Future[Any] | LocalCall":
@@ -58,7 +62,7 @@ class BlockingTransport(Transport):
         if self.connected and self.local:
             call = Call(self, request, timeout, retry)
             with fork_safety.in_flight:
-                self._connect(call)
+                self.channel()
                 if local := self._send(call):
                     return local
         return self.submit(request, timeout, retry)
@@ -71,11 +75,8 @@ class BlockingTransport(Transport):
         """{"serving": addresses, "stopped_serving": addresses}."""
         result: dict[str, list[str]] = {"serving": [], "stopped_serving": []}
         for one in self.each_server():
-            try:
-                good = one.channel().health_check()(timeout=timeout).status == 1
-            except (grpc.RpcError, OSError):
-                good = False
-            result["serving" if good else "stopped_serving"] += one.options["addresses"]
+            silent = one.why_silent(timeout=timeout)
+            result["stopped_serving" if silent else "serving"] += one.options["addresses"]
         return result
 
     def each_server(self) -> Iterator["BlockingTransport"]:
@@ -92,13 +93,13 @@ class BlockingTransport(Transport):
         for channel in self.leave():
             channel.close()
 
-    def _run(self, call: Call, outcome: "Future[Any] | None" = None) -> Any:
+    def _run(self, call: Call) -> Any:
         with fork_safety.in_flight:
-            self._connect(call)
+            self.channel()
+            self.connect(call)
             if not (local := self._send(call)):
                 return self._by_grpc(call)
-        if outcome:
-            outcome.add_done_callback(lambda future: local.cancel() if future.cancelled() else None)
+        call.cancel_by(local)
         return local.result()
 
     def _send(self, call: Call) -> LocalCall | None:
@@ -112,60 +113,15 @@ class BlockingTransport(Transport):
         stub = self.begin(call)
         try:
             with self._translated(call):
-                response, done = stub.with_call(call.request, **call.options())
+                if call.outcome:
+                    done = call.cancel_by(stub.future(call.request, **call.options()))
+                    response = done.result()
+                else:  # which is quicker, but only ends with its channel
+                    response, done = stub.with_call(call.request, **call.options())
         finally:
             self._end(call)
         call.ended(done.trailing_metadata())
         return call.request.decode(*response)
-
-    def _start(self, call: Call, outcome: "Future[Any]") -> None:
-        """Starts a call by gRPC, whose end resolves the outcome."""
-
-        def answer() -> Any:
-            with self._translated(call):
-                response = call.handle.result()
-            call.ended(call.handle.trailing_metadata())
-            return call.request.decode(*response)
-
-        def finish(handle: Any) -> None:
-            self._end(call)
-            fork_safety.end()
-            _settle(outcome, answer)
-
-        fork_safety.begin()
-        try:
-            self._connect(call)
-            stub = self.begin(call)
-            with self._translated(call):
-                call.handle = stub.future(call.request, **call.options())
-        except Exception as error:
-            fork_safety.end()
-            _settle(outcome, _raising(error))
-            return
-        call.handle.add_done_callback(finish)
-        outcome.add_done_callback(lambda future: call.handle.cancel() if future.cancelled() else None)
-
-    def _connect(self, call: Call) -> None:
-        """Waits for a server that is still starting, at the first call."""
-        channel = self.channel()
-        if self.connected:
-            return
-        patience = min(call.timeout, self.options["connect_timeout"])
-        deadline = time.monotonic() + patience
-        if why := self._why_silent(channel, timeout=patience):
-            self.check_refusal()
-            remaining = max(0.001, deadline - time.monotonic())
-            if self._why_silent(channel, timeout=remaining, wait_for_ready=True):
-                raise self.never_ready(patience, self._why_silent(channel, timeout=PROBE_S) or why)
-        self.connected = True
-
-    def _why_silent(self, channel: SharedChannel, **options: Any) -> str | None:
-        """Why no server answers, None if one does."""
-        try:
-            channel.health_check()(**options)
-        except grpc.RpcError as error:
-            return why_silent(error)
-        return None
 
     @contextmanager
     def _translated(self, call: Call) -> Iterator[None]:
@@ -174,12 +130,8 @@ class BlockingTransport(Transport):
             yield
         except (grpc.FutureCancelledError, ValueError):  # grpc raises ValueError where the channel is closed
             raise call.closed() from None
-        except grpc.RpcError as failed:
-            error = call.failed(failed)
-            unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
-            if unanswered and (why := self._why_silent(call.channel, timeout=PROBE_S)):
-                error = call.gone(why)
-            raise error from None
+        except grpc.RpcError as error:
+            raise self.explained(call, error) from None
 
     def _end(self, call: Call) -> None:
         for channel in self.end(call):
@@ -210,22 +162,3 @@ def in_order(
     finally:
         for call in pending:
             call.cancel()
-
-
-def _settle(outcome: "Future[Any]", work: Callable[[], Any]) -> None:
-    """Resolves a future by what ``work`` returns or raises."""
-    answer: Any = None
-    error: BaseException | None = None
-    try:
-        answer = work()
-    except Exception as failed:
-        error = failed
-    if outcome.set_running_or_notify_cancel():
-        outcome.set_exception(error) if error else outcome.set_result(answer)
-
-
-def _raising(error: Exception) -> Callable[[], Any]:
-    def work() -> Any:
-        raise error
-
-    return work

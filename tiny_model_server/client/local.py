@@ -25,8 +25,9 @@ from tiny_model_server.shared_memory import ALIGN, Segment
 
 log = logging.getLogger("tiny_model_server.client")
 
-THREADS = 8
-"""Calls of one process that futures wait for at once; gRPC takes what is more."""
+MOST_CALLS = 64
+"""Calls at once of one client by the local transport; gRPC carries those beyond."""
+_MOST_THREADS = 256  # that wait for calls; more calls wait for a thread
 _PAUSE_S = 1.0  # between attempts to reach a server that has no local transport
 _HANDSHAKE_S = 2.0
 
@@ -176,7 +177,9 @@ class LocalConnections:
         with self._lock:
             for dropped in [one for one in self.idle if one and one.fd < 0]:
                 del self.idle[dropped]
-            if (idle := self.idle.get(memory)) and self.not_before < math.inf:
+            if len(self.busy) >= MOST_CALLS or self.not_before == math.inf:
+                return None
+            if idle := self.idle.get(memory):
                 self.busy.add(idle[-1])
                 return idle.pop()
         if not connect or time.monotonic() < self.not_before:
@@ -233,27 +236,24 @@ def _close(idle: dict["OwnMemory | None", list[LocalConnection]], generation: in
 
 
 class Daemons:
-    """A few threads that no exit of the process waits for."""
+    """Threads that do jobs, and that no exit of the process waits for."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._free = threading.Semaphore(THREADS)
-        self._started = 0
+        self._idle = threading.Semaphore(0)
+        self._count = 0
 
-    def begin(self, job: Callable[[], None]) -> bool:
-        """Does a job in one of the threads; False if all are busy."""
-        if not self._free.acquire(blocking=False):
-            return False
-        if self._started < THREADS:
-            self._started += 1
-            threading.Thread(target=self._work, name="local calls", daemon=True).start()
+    def begin(self, job: Callable[[], None]) -> None:
+        """Does a job when a thread is free."""
         self._jobs.put(job)
-        return True
+        if not self._idle.acquire(blocking=False) and self._count < _MOST_THREADS:
+            self._count += 1
+            threading.Thread(target=self._work, name="calls", daemon=True).start()
 
     def _work(self) -> None:
         while True:
             self._jobs.get()()
-            self._free.release()
+            self._idle.release()
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from contextlib import suppress
+from concurrent.futures import Future
 from typing import Any
 
 import grpc
@@ -15,8 +15,8 @@ from tiny_model_server.client.credentials import Credentials
 from tiny_model_server.client.local import LocalConnections
 from tiny_model_server.client.stats import NOBODY, Stats
 
-PROBE_S = 1.0
-"""How long a server is asked why a call was not answered."""
+_SERVING = 1
+_PROBE_S = 1.0  # how long a server is asked why a call was not answered
 
 
 class Transport:
@@ -49,12 +49,15 @@ class Transport:
         """The event loop that the channel belongs to; None if there is none."""
         return None
 
-    def _look_up(self) -> None:
-        with suppress(OSError):  # channel() reports it
-            self._target.current()
-
     def channel(self) -> SharedChannel:
         """The channel for this process, event loop and the addresses as known now."""
+        place = self._now(self.library, self.loop())
+        with self._lock:
+            if not self._channel or place != self._place or self._channel.stale():
+                self._move(place)
+            return self._channel  # type: ignore[return-value]
+
+    def _now(self, library: Any, loop: Any) -> Place:
         if fork_safety.unusable:
             raise RuntimeError(
                 "this process was forked while its parent was in a call, or after it used AsyncModelClient, so gRPC "
@@ -63,20 +66,14 @@ class Transport:
         try:
             target = self._target.current()
         except OSError as error:
-            raise self.unreachable(str(error)) from None
-        balancing = self.options["balancing"]
-        place = Place(self.library, target, self.credentials, balancing, fork_safety.generation, self.loop())
-        with self._lock:
-            if not self._channel or place != self._place or self._channel.stale():
-                self._move(place)
-            return self._channel  # type: ignore[return-value]
+            raise self._unreachable(str(error)) from None
+        return Place(library, target, self.credentials, self.options["balancing"], fork_safety.generation, loop)
 
     def _move(self, place: Place) -> None:
         old, self._channel = self._channel, shared(place)
         elsewhere, self._place = self._place is None or self._place[-2:] != place[-2:], place
         if elsewhere:  # what there is belongs to another process or event loop
             self._calls.clear()
-            self.connected = False
             if self.local:
                 self.local.close(calls=False)
             self.local = LocalConnections(self._local_port, dict(self.metadata)) if self._local_port else None
@@ -111,21 +108,49 @@ class Transport:
         if local:
             local.close()
         for call in calls:
-            call.cancel()
+            call.handle.cancel() if call.handle else call.channel.drop(retire=True)
         closing += [call.channel for call in calls if call.channel.drop(calls=1)]
         return [*closing, channel] if channel and channel.drop(clients=1) else closing
 
-    def unreachable(self, why: str) -> errors.ModelClientError:
-        """The error where no server is reached."""
+    def connect(self, call: "Call") -> None:
+        """Blocks until a server is ready, at the first call."""
+        if self.connected:
+            return
+        patience = min(call.timeout, self.options["connect_timeout"])
+        deadline = time.monotonic() + patience
+        if self.why_silent(timeout=patience):
+            self._check_refusal()
+            if why := self.why_silent(timeout=max(0.001, deadline - time.monotonic()), wait_for_ready=True):
+                self._check_refusal()
+                why = self.why_silent(timeout=_PROBE_S) or why
+                raise self._unreachable(f"it was not ready within {patience:g} s ({why})")
+        self.connected = True
+
+    def why_silent(self, **options: Any) -> str | None:
+        """Asks for a server's health, and blocks. gRPC's reason why none answers; None if one does."""
+        channel = shared(self._now(grpc, None))  # that of the blocking clients, which asyncio has for a moment
+        try:
+            return None if channel.health_check()(**options).status == _SERVING else "it is not serving"
+        except grpc.RpcError as error:
+            silent = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+            return (error.details() or "no details") if silent else None
+        finally:
+            if channel.drop(clients=1):
+                channel.close()
+
+    def explained(self, call: "Call", failed: Any) -> errors.ModelClientError:
+        """This client's error for gRPC's. If nobody answered in time, it asks why, and blocks for a moment."""
+        error = call.failed(failed)
+        unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
+        if unanswered and (why := self.why_silent(timeout=_PROBE_S)):
+            return self._unreachable(f"it went away, and did not come back within {call.timeout:g} s ({why})")
+        return error
+
+    def _unreachable(self, why: str) -> errors.ModelClientError:
         details = f"no server at {', '.join(self.options['addresses'])}: {why}"
         return errors.from_status("UNAVAILABLE", details, self.model)
 
-    def never_ready(self, patience: float, why: str) -> errors.ModelClientError:
-        """The error where no server answers in time; another one if TLS is what fails."""
-        self.check_refusal()
-        return self.unreachable(f"it was not ready within {patience:g} s ({why})")
-
-    def check_refusal(self) -> None:
+    def _check_refusal(self) -> None:
         """Raises Unauthenticated if a server is there, but TLS between it and this client fails."""
         if why := addresses.first_refusal(self.options["addresses"], self.credentials):
             raise errors.from_status("UNAUTHENTICATED", why, self.model)
@@ -134,12 +159,21 @@ class Transport:
 class Call:
     """One call: its request and its time limit, and what came of it."""
 
-    def __init__(self, transport: Transport, request: Request, timeout: float | None, retry: bool) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        request: Request,
+        timeout: float | None,
+        retry: bool,
+        outcome: "Future[Any] | None" = None,
+    ) -> None:
         self.request, self.retry = request, retry
         self.timeout: float = transport.options["timeout"] if timeout is None else timeout
         self.begun = time.monotonic()
+        self.outcome = outcome
+        """The future that the application has, if it has one."""
         self.handle: Any = None
-        """gRPC's call, where it can be cancelled."""
+        """What cancels the call. A blocking call by gRPC has none: it ends when its channel closes."""
         self.channel: SharedChannel
         self._transport = transport
         self._span, self._trace = tracing.client_span(request.method.path)
@@ -153,12 +187,12 @@ class Call:
         once = () if self.retry else (("tms-retry", "no"),)
         return {"timeout": self.remaining(), "metadata": (*self._transport.metadata, *once, *self._trace)}
 
-    def cancel(self) -> None:
-        """Ends the call when its client is closed. A blocking call ends when its channel closes."""
-        if self.handle is not None:
-            self.handle.cancel()
-        else:
-            self.channel.drop(retire=True)
+    def cancel_by(self, handle: Any) -> Any:
+        """Notes what cancels the call; cancelling the application's future does it, too."""
+        self.handle = handle
+        if self.outcome:
+            self.outcome.add_done_callback(lambda future: handle.cancel() if future.cancelled() else None)
+        return handle
 
     def ended(self, trailing: Any, status: str = "OK") -> str:
         """Counts the call, which has ended with this trailing metadata; returns the replica that answered."""
@@ -180,14 +214,3 @@ class Call:
         status = error.code().name
         replica = self.ended(error.trailing_metadata(), status)
         return self.error(status, error.details() or "no details", "" if replica == NOBODY else replica)
-
-    def gone(self, why: str) -> errors.ModelClientError:
-        """The exception where the servers have gone."""
-        return self._transport.unreachable(f"it went away, and did not come back within {self.timeout:g} s ({why})")
-
-
-def why_silent(error: Any) -> str | None:
-    """gRPC's reason why no server answers; None if the error is a server's answer."""
-    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-        return error.details() or "no details"
-    return None
