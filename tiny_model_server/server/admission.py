@@ -22,14 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from tiny_model_server.engine.engine import Engine
-from tiny_model_server.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    InvalidInput,
-    Overloaded,
-    ServerError,
-    Unimplemented,
-)
+from tiny_model_server.errors import Cancelled, DeadlineExceeded, InvalidInput, Overloaded, ServerError, Unimplemented
 from tiny_model_server.server.grpc_call import GrpcCall, abort
 
 log = logging.getLogger("tiny_model_server.admission")
@@ -64,7 +57,7 @@ class Waits:
         """``most`` is the weight that all waits of a kind may have; beyond it, the oldest are ended early."""
         self._most = most
         self._waits: dict[GrpcCall, _Wait] = {}  # the oldest first; changed by single operations only
-        self._some = threading.Event()  # set while there may be waits; an idle server sleeps
+        self._some = threading.Event()  # set when a wait begins; an idle server sleeps
         threading.Thread(target=self._watch, name="waits", daemon=True).start()
 
     def receive(self, call: GrpcCall, kind: str, seconds: float, then: Callable[[bytes | None], None]) -> None:
@@ -90,12 +83,10 @@ class Waits:
 
     def _watch(self) -> None:
         while self._some.wait():
-            time.sleep(_TICK_S)
-            self._end_late(list(self._waits.items()), time.monotonic())
-            if not self._waits:
-                self._some.clear()
-                if self._waits:  # one has begun meanwhile, and may have seen the event set
-                    self._some.set()
+            self._some.clear()
+            while self._waits:
+                time.sleep(_TICK_S)
+                self._end_late(list(self._waits.items()), time.monotonic())
 
     def _end_late(self, waits: list[tuple[GrpcCall, _Wait]], now: float) -> None:
         weights: Counter[str] = Counter()
@@ -113,35 +104,6 @@ class Waits:
                     self.begin(call, "ending", wait.seconds, wait.why)
         for why, count in ended.items():
             log.warning("%d calls are ended: %s", count, why)
-
-
-class Callers:
-    """Counts the calls of each connection."""
-
-    def __init__(self, most: int) -> None:
-        """``most`` is the number that one connection may have in the server."""
-        self._most = most
-        self._calls: Counter[str] = Counter()
-        self._lock = threading.Lock()
-
-    def enter(self, peer: str, attempts: Any) -> None:
-        """Counts a call; Overloaded if its connection has as many as it may. ``attempts`` are its retries so far."""
-        with self._lock:
-            # All callers of a unix socket look like one: its file's mode says who they are.
-            if self._calls[peer] >= self._most and not peer.startswith("unix:"):
-                backoff_ms = _BACKOFF_MS.get(attempts, _LAST_BACKOFF_MS)
-                raise Overloaded(
-                    f"this connection has {self._most} calls in the server already, a quarter of TMS_THREADS",
-                    retry_after_ms=int(backoff_ms * random.uniform(0.5, 2)),  # so that not all come back at once
-                )
-            self._calls[peer] += 1
-
-    def leave(self, peer: str) -> None:
-        """A call is over."""
-        with self._lock:
-            self._calls[peer] -= 1
-            if not self._calls[peer]:
-                del self._calls[peer]
 
 
 class _Behavior(partial):  # type: ignore[type-arg]
@@ -163,7 +125,9 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         self._engine = engine
         self._exempt = f"/{exempt}/"
         self._idle_s = engine.settings.stream_idle_s
-        self._callers = Callers(max(2, engine.settings.threads // 4))
+        self._most = max(2, engine.settings.threads // 4)
+        self._calls: Counter[str] = Counter()  # of each connection
+        self._lock = threading.Lock()
         self._waits = Waits(arriving=MOST_ARRIVING, threads=waiting, unread=engine.inflight.limit // 2)
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
@@ -171,13 +135,12 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         handler = continuation(details)
         if handler is None or details.method.startswith(self._exempt):
             return handler
-        behavior = _Behavior(self._stream if handler.response_streaming else self._unary, handler)
+        streams = handler.response_streaming
+        behavior = _Behavior(self._stream if streams else self._unary, handler)
         behavior.request_streaming = handler.request_streaming
-        # How the request comes does not matter, as ``submit`` receives it.
-        made = (
-            grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
-        )
-        return made(behavior, None, handler.response_serializer)
+        # How its requests come does not matter to grpcio, as ``submit`` receives them.
+        make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        return make(behavior, None, handler.response_serializer)
 
     def submit(  # type: ignore[override]
         self, run: Any, respond: Any, event: Any, state: Any, behavior: Any, receive: Any, *codecs: Any
@@ -197,7 +160,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
 
         try:
             self._engine.authenticate(metadata)
-            self._callers.enter(call.peer, metadata.get("grpc-previous-rpc-attempts"))
+            self._enter(call.peer, metadata.get("grpc-previous-rpc-attempts"))
         except ServerError as error:
             call.end(error)
             return
@@ -205,16 +168,31 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD * self._idle_s)
         self._waits.receive(call, "arriving", patience, start)
 
+    def _enter(self, peer: str, attempts: Any) -> None:
+        """Counts a call; Overloaded if its connection has as many as it may. ``attempts`` are its retries so far."""
+        with self._lock:
+            # All callers of a unix socket look like one: its file's mode says who they are.
+            if self._calls[peer] >= self._most and not peer.startswith("unix:"):
+                backoff_ms = _BACKOFF_MS.get(attempts, _LAST_BACKOFF_MS)
+                raise Overloaded(
+                    f"this connection has {self._most} calls in the server already, a quarter of TMS_THREADS",
+                    retry_after_ms=int(backoff_ms * random.uniform(0.5, 2)),  # so that not all come back at once
+                )
+            self._calls[peer] += 1
+
+    def _leave(self, call: GrpcCall) -> None:
+        self._hold(call, None)
+        with self._lock:
+            self._calls[call.peer] -= 1
+            if not self._calls[call.peer]:
+                del self._calls[call.peer]
+
     def _hold(self, call: GrpcCall, message: bytes | None) -> None:
         """Counts a message among the bytes under way, in place of the call's last one."""
         self._engine.inflight.give(len(call.message or b""))
         call.message = None
         self._engine.inflight.take(len(message or b""))
         call.message = message
-
-    def _leave(self, call: GrpcCall) -> None:
-        self._hold(call, None)
-        self._callers.leave(call.peer)
 
     def _unary(self, handler: Any, call: GrpcCall, context: Any) -> Any:
         try:
@@ -243,11 +221,12 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
                         if not context.is_active():
                             return
             call.finish()
-        except ServerError as error:
-            call.end(error)
-        except Exception:
-            if context.is_active():  # else grpcio is not to send a second status
-                raise
+        except Exception as error:
+            if not context.is_active():
+                return  # grpcio is not to send a second status
+            if isinstance(error, ServerError):
+                abort(context, error)
+            raise
         finally:
             self._leave(call)
 

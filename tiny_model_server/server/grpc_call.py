@@ -32,32 +32,23 @@ class GrpcCall:
 
     def receive(self, then: Callable[[bytes | None], None]) -> None:
         """Calls ``then`` with the next message, None if there is none, in grpcio's own thread, which must not wait."""
-        store = _server._receive_message(self._state, self._event.call, None)
 
-        def received(event: Any) -> Any:
-            done = store(event)
+        def received() -> None:
             with self._state.condition:
                 message, self._state.request = self._state.request, None
-            self._go_on(lambda: then(message))
-            return done
+            then(message)
 
-        with self._state.condition:
-            self._begin(cygrpc.ReceiveMessageOperation(0), "receive_message", received)
+        complete = _server._receive_message(self._state, self._event.call, None)
+        self._begin(cygrpc.ReceiveMessageOperation(0), "receive_message", complete, received)
 
     def send(self, message: bytes, then: Callable[[], None]) -> None:
         """Sends one message of a stream, then calls ``then`` in grpcio's own thread. A call that has ended does not."""
-        finish = _server._send_message(self._state, "send_message")
-
-        def sent(event: Any) -> Any:
-            done = finish(event)
-            self._go_on(then)
-            return done
-
+        complete = _server._send_message(self._state, "send_message")
         with self._state.condition:
             if self.context.is_active():
                 if self._state.initial_metadata_allowed:
                     self.context.send_initial_metadata(())
-                self._begin(cygrpc.SendMessageOperation(message, 0), "send_message", sent)
+                self._begin(cygrpc.SendMessageOperation(message, 0), "send_message", complete, then)
 
     def finish(self, message: bytes | None = None) -> None:
         """Sends the status, after a last message if there is one; without effect on a call that has its status."""
@@ -75,18 +66,23 @@ class GrpcCall:
             self.finish()
             return True
 
-    def _begin(self, operation: Any, name: str, then: Callable[[Any], Any]) -> None:
-        self._event.call.start_server_batch((operation,), then)
-        self._state.due.add(name)  # as grpcio names it
+    def _begin(self, operation: Any, name: str, complete: Callable[[Any], Any], then: Callable[[], None]) -> None:
+        """Begins what grpcio knows by this name. Its thread calls ``complete``, which is grpcio's, and ``then``."""
 
-    def _go_on(self, then: Callable[[], None]) -> None:
-        try:
-            then()
-        except ServerError as error:
-            self.end(error)
-        except Exception as error:  # it must not end grpcio's thread, which serves all calls
-            log.exception("a call failed")
-            self.end(ServerError(f"a fault in the server: {message_of(error, named=True)}"))
+        def completed(event: Any) -> Any:
+            done = complete(event)
+            try:
+                then()
+            except ServerError as error:
+                self.end(error)
+            except Exception as error:  # it must not end grpcio's thread, which serves all calls
+                log.exception("a call failed")
+                self.end(ServerError(f"a fault in the server: {message_of(error, named=True)}"))
+            return done
+
+        with self._state.condition:
+            self._event.call.start_server_batch((operation,), completed)
+            self._state.due.add(name)
 
 
 def set_status(context: Any, error: ServerError, trailing: Mapping[str, str | bytes] = MappingProxyType({})) -> str:

@@ -43,7 +43,7 @@ class _Inline(ThreadPoolExecutor):
 class _Watcher:
     service: str
     call: GrpcCall
-    last: int | None = None
+    last: bytes = b""
     sending: bool = False
 
 
@@ -52,29 +52,33 @@ class Health:
 
     def __init__(self) -> None:
         """Starts out knowing no service."""
-        self._response = schemas.message("health", f"{SERVICE.rpartition('.')[0]}.HealthCheckResponse")
+        response = schemas.message("health", f"{SERVICE.rpartition('.')[0]}.HealthCheckResponse")
+        self._unknown, self._up, self._down = (
+            response(status=status).SerializeToString() for status in ("SERVICE_UNKNOWN", "SERVING", "NOT_SERVING")
+        )
         self._request = schemas.methods("health", SERVICE)["Check"].request
         self._waits = Waits(probes=MOST_ARRIVING)
         self._lock = threading.Lock()
-        self._serving: dict[str, bool] = {}
+        self._answers: dict[str, bytes] = {}  # by service
         self._watchers: dict[_Watcher, None] = {}  # the oldest first
         # A watch holds its connection open, and that a descriptor; others need some too.
         self._most_watchers = min(_MOST_WATCHERS, placement.descriptors() // 4)
         self._shut = False
 
     def set(self, serving: Mapping[str, bool]) -> None:
-        """Says for each service name whether it serves; without effect once shut down."""
-        with self._lock:
-            if not self._shut:
-                self._serving = dict(serving)
-                self._report_all()
+        """Sets for each service name whether it serves; without effect once shut down."""
+        self._change({name: self._up if up else self._down for name, up in serving.items()})
 
     def shut_down(self) -> None:
-        """Says that nothing serves any more."""
+        """Reports that nothing serves any more."""
+        self._change(dict.fromkeys(self._answers, self._down), shut=True)
+
+    def _change(self, answers: dict[str, bytes], shut: bool = False) -> None:
         with self._lock:
-            self._serving = dict.fromkeys(self._serving, False)
-            self._shut = True
-            self._report_all()
+            if not self._shut:
+                self._answers, self._shut = answers, shut
+                for watcher in self._watchers:
+                    self._report(watcher)
 
     def end_watches(self) -> None:
         """Ends the streams of all who watch, which would otherwise hold up the server's stop."""
@@ -96,11 +100,10 @@ class Health:
 
     def _check(self, call: GrpcCall, request: bytes | None) -> None:
         service = self._service(request)
-        status = self._status(service)
-        if status == self._response.SERVICE_UNKNOWN:
+        if not (answer := self._answers.get(service)):
             raise ModelNotFound(f"there is no service {service[:80]!r}")
         self._waits.begin(call, "probes", _PATIENCE_S, NOTHING_READ)
-        call.finish(self._response(status=status).SerializeToString())
+        call.finish(answer)
 
     def _watch(self, call: GrpcCall, request: bytes | None) -> None:
         watcher = _Watcher(self._service(request), call)
@@ -115,32 +118,20 @@ class Health:
             self._forget(watcher)
 
     def _service(self, request: bytes | None) -> str:
+        if request is None:
+            raise InvalidInput(NO_REQUEST)
         try:
-            if request is None:
-                raise InvalidInput(NO_REQUEST)
-            service: str = self._request.FromString(request).service
-            return service
+            return str(self._request.FromString(request).service)
         except DecodeError:
             raise InvalidInput("the request is not a HealthCheckRequest") from None
 
-    def _status(self, service: str) -> int:
-        serving = self._serving.get(service)
-        if serving is None:
-            return int(self._response.SERVICE_UNKNOWN)
-        return int(self._response.SERVING if serving else self._response.NOT_SERVING)
-
-    def _report_all(self) -> None:
-        for watcher in self._watchers:
-            self._report(watcher)
-
     def _report(self, watcher: _Watcher) -> None:
-        """Sends what is new, unless the last status is still being sent; called with the lock."""
-        status = self._status(watcher.service)
-        if watcher.sending or status == watcher.last:
-            return
-        watcher.last, watcher.sending = status, True
-        self._waits.begin(watcher.call, "probes", _PATIENCE_S, NOTHING_READ)
-        watcher.call.send(self._response(status=status).SerializeToString(), partial(self._sent, watcher))
+        """Sends what is new, unless the last answer is still being sent; called with the lock."""
+        answer = self._answers.get(watcher.service, self._unknown)
+        if not watcher.sending and answer != watcher.last:
+            watcher.last, watcher.sending = answer, True
+            self._waits.begin(watcher.call, "probes", _PATIENCE_S, NOTHING_READ)
+            watcher.call.send(answer, partial(self._sent, watcher))
 
     def _sent(self, watcher: _Watcher) -> None:
         self._waits.over(watcher.call)
