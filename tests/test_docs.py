@@ -51,6 +51,7 @@ class Reader:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("TMS_")}
         self.env |= {"PATH": path, "PYTHONPATH": str(folder), "VENV": sys.prefix, "TMS_HOST": "127.0.0.1"}
+        self.env["TMS_DRAIN_DELAY_S"] = "0"  # the pages stop servers often
 
     def read(self, page: str) -> None:
         if blocks := [block for block in BLOCK.finditer(page) if block[2] != "text"]:
