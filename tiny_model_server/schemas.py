@@ -4,7 +4,7 @@ Generated modules would register in protobuf's default pool, where they clash wi
 a version stamp; descriptor sets do neither. ``make proto`` writes them from the .proto files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -249,3 +249,16 @@ def methods(schema: str, service: str) -> dict[str, Method]:
         )
         for method in pool.FindServiceByName(service).methods
     }
+
+
+def handlers(servicer: Any, schema: str, service: str) -> dict[str, Callable[[Any, Any], Any]]:
+    """The servicer's methods by their names; if one returns a dictionary, it has the fields of the response."""
+
+    def answering(method: Method) -> Callable[[Any, Any], Any]:
+        def answer(request: Any, call: Any) -> Any:
+            found = getattr(servicer, method.name)(request, call)
+            return method.response(**found) if isinstance(found, dict) else found
+
+        return answer
+
+    return {name: answering(method) for name, method in methods(schema, service).items()}

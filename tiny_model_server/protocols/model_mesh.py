@@ -35,14 +35,12 @@ _NAME_FIELDS = dict.fromkeys((f"server.Server/{method}" for method in _NATIVE), 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method; SettingsError if the sidecar would not start with these settings."""
-    servicer = _ModelMesh(engine)
-    return {name: getattr(servicer, name) for name in schemas.methods(SCHEMA, SERVICE)}
+    return schemas.handlers(_ModelMesh(engine), SCHEMA, SERVICE)
 
 
 class _ModelMesh:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._methods = schemas.methods(SCHEMA, SERVICE)
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
         self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="mesh-load")
         self._adopted: set[str] = set()
@@ -56,7 +54,7 @@ class _ModelMesh:
                 f"ModelMesh wants at least {least // _MIB}"
             )
 
-    def loadModel(self, request: Any, call: Call) -> Any:
+    def loadModel(self, request: Any, call: Call) -> dict[str, Any]:
         self._authorize(call, path := Path(request.modelPath).resolve())
         if not request.modelId or not request.modelPath:
             raise InvalidInput("send modelId, and modelPath: a folder with an __init__.py that holds class Model")
@@ -65,7 +63,7 @@ class _ModelMesh:
             if not model or model.state is not State.READY:
                 model = self._load(request.modelId, path, call)
         size = self._measured[request.modelPath] = model.memory or self._default
-        return self._answer("loadModel", sizeInBytes=size, maxConcurrency=model.metrics.places)
+        return {"sizeInBytes": size, "maxConcurrency": model.metrics.places}
 
     def _load(self, name: str, path: Path, call: Call) -> ServedModel:
         """Loads in a thread of its own, so that this one sees the caller disconnect and ends the load."""
@@ -87,37 +85,36 @@ class _ModelMesh:
         wait([loading])
         raise Cancelled("the load was cancelled")
 
-    def unloadModel(self, request: Any, call: Call) -> Any:
+    def unloadModel(self, request: Any, call: Call) -> dict[str, Any]:
         self._authorize(call)
         self._unload(request.modelId)
-        return self._answer("unloadModel")
+        return {}
 
-    def predictModelSize(self, request: Any, call: Call) -> Any:
+    def predictModelSize(self, request: Any, call: Call) -> dict[str, Any]:
         size = self._measured.get(request.modelPath, self._default)
-        return self._answer("predictModelSize", sizeInBytes=size)
+        return {"sizeInBytes": size}
 
-    def modelSize(self, request: Any, call: Call) -> Any:
+    def modelSize(self, request: Any, call: Call) -> dict[str, Any]:
         model = self._engine.model(request.modelId)
         if model.state is not State.READY:
             raise ModelNotFound(f"model {request.modelId!r} is not loaded")
-        return self._answer("modelSize", sizeInBytes=model.memory or self._default)
+        return {"sizeInBytes": model.memory or self._default}
 
-    def runtimeStatus(self, request: Any, call: Call) -> Any:
+    def runtimeStatus(self, request: Any, call: Call) -> dict[str, Any]:
         self._authorize(call)
         if not self._engine.started:
-            return self._answer("runtimeStatus", status="STARTING")
+            return {"status": "STARTING"}
         for model in self._engine.models():
             self._unload(model.name)
-        return self._answer(
-            "runtimeStatus",
-            status="READY",
-            capacityInBytes=self._capacity,
-            maxLoadingConcurrency=_LOADS_AT_ONCE,
-            modelLoadingTimeoutMs=int(ModelOptions().load_timeout_s * 1000),
-            defaultModelSizeInBytes=self._default,
-            runtimeVersion=__version__,
-            methodInfos={path: {"idInjectionPath": [field]} for path, field in _NAME_FIELDS.items()},
-        )
+        return {
+            "status": "READY",
+            "capacityInBytes": self._capacity,
+            "maxLoadingConcurrency": _LOADS_AT_ONCE,
+            "modelLoadingTimeoutMs": int(ModelOptions().load_timeout_s * 1000),
+            "defaultModelSizeInBytes": self._default,
+            "runtimeVersion": __version__,
+            "methodInfos": {path: {"idInjectionPath": [field]} for path, field in _NAME_FIELDS.items()},
+        }
 
     def _authorize(self, call: Call, path: Path | None = None) -> None:
         """PermissionDenied if the caller may not load from this path, or may not be the sidecar."""
@@ -125,9 +122,6 @@ class _ModelMesh:
         within = folder and (path is None or path.is_relative_to(folder.resolve()))
         if not (within and callers.on_this_host(call.peer, call.metadata)):
             self._engine.authorize(call)
-
-    def _answer(self, method: str, **fields: Any) -> Any:
-        return self._methods[method].response(**fields)
 
     def _lock(self, name: str) -> threading.Lock:
         return self._locks[hash(name) % _LOCKS]

@@ -25,23 +25,21 @@ RESULTS = "results.json"
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
-    servicer = _Modzy(engine)
-    return {name: getattr(servicer, name) for name in schemas.methods(SCHEMA, SERVICE)}
+    return schemas.handlers(_Modzy(engine), SCHEMA, SERVICE)
 
 
 class _Modzy:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._methods = schemas.methods(SCHEMA, SERVICE)
 
-    def Status(self, request: Any, call: Call) -> Any:
+    def Status(self, request: Any, call: Call) -> dict[str, Any]:
         try:
             described = _described(self._loaded(call))
         except ServerError as error:
-            return self._answer("Status", 500, message_of(error))
-        return self._answer("Status", 200, "The model is ready.", **described)
+            return _answer(500, message_of(error))
+        return _answer(200, "The model is ready.", **described)
 
-    def Run(self, request: Any, call: Call) -> Any:
+    def Run(self, request: Any, call: Call) -> dict[str, Any]:
         args = {name: True for name in ("explain", "detect_drift") if getattr(request, name)}
         try:
             model = self._loaded(call)
@@ -49,22 +47,19 @@ class _Modzy:
             outcomes = self._engine.run_batch(model.name, items, args, call)
             outputs = [_output(outcome, model) for outcome in outcomes]
         except ServerError as error:
-            return self._answer("Run", 422 if isinstance(error, InvalidInput) else 500, message_of(error))
+            return _answer(422 if isinstance(error, InvalidInput) else 500, message_of(error))
         errors = [outcome for outcome in outcomes if isinstance(outcome, ServerError)]
         if len(errors) == len(items) and all(isinstance(error, InvalidInput) for error in errors):
-            return self._answer("Run", 422, f"no input can be processed: {message_of(errors[0])}", outputs=outputs)
-        return self._answer("Run", 200, "Success with errors." if errors else "Success.", outputs=outputs)
+            return _answer(422, f"no input can be processed: {message_of(errors[0])}", outputs=outputs)
+        return _answer(200, "Success with errors." if errors else "Success.", outputs=outputs)
 
-    def Shutdown(self, request: Any, call: Call) -> Any:
+    def Shutdown(self, request: Any, call: Call) -> dict[str, Any]:
         try:
             self._engine.authorize(call)
         except ServerError as error:
-            return self._answer("Shutdown", 403, message_of(error))
+            return _answer(403, message_of(error))
         self._engine.request_stop()
-        return self._answer("Shutdown", 202, "The model is shutting down.")
-
-    def _answer(self, method: str, code: int, message: str, **fields: Any) -> Any:
-        return self._methods[method].response(status_code=code, status=_CODES[code], message=message, **fields)
+        return _answer(202, "The model is shutting down.")
 
     def _loaded(self, call: Call) -> ServedModel:
         models, name = self._engine.models(), self._engine.settings.modzy_model
@@ -75,6 +70,10 @@ class _Modzy:
             return model
         self._engine.authorize_load(model, call)
         return self._engine.load(model.name)
+
+
+def _answer(code: int, message: str, **fields: Any) -> dict[str, Any]:
+    return {"status_code": code, "status": _CODES[code], "message": message} | fields
 
 
 def _metadata(model: ServedModel, kind: str) -> list[dict[str, Any]]:

@@ -30,33 +30,31 @@ _MOST_DIMENSIONS = 8
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
-    servicer = _Nos(engine)
-    return {name: getattr(servicer, name) for name in schemas.methods(SCHEMA, SERVICE)}
+    return schemas.handlers(_Nos(engine), SCHEMA, SERVICE)
 
 
 class _Nos:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._methods = schemas.methods(SCHEMA, SERVICE)
 
-    def ListModels(self, request: Any, call: Call) -> Any:
-        return self._methods["ListModels"].response(models=[model.name for model in self._engine.models()])
+    def ListModels(self, request: Any, call: Call) -> dict[str, Any]:
+        return {"models": [model.name for model in self._engine.models()]}
 
-    def InitModel(self, request: Any, call: Call) -> Any:
+    def InitModel(self, request: Any, call: Call) -> dict[str, Any]:
         self._engine.authorize(call)
         self._engine.load(request.model_name, request.num_replicas)
-        return self._methods["InitModel"].response(result="ok")
+        return {"result": "ok"}
 
-    def DeleteModel(self, request: Any, call: Call) -> Any:
+    def DeleteModel(self, request: Any, call: Call) -> dict[str, Any]:
         self._engine.authorize(call)
         self._engine.unload(request.model_name)
-        return self._methods["DeleteModel"].response(result="ok")
+        return {"result": "ok"}
 
-    def GetModelInfo(self, request: Any, call: Call) -> Any:
+    def GetModelInfo(self, request: Any, call: Call) -> dict[str, Any]:
         self._engine.model(request.model_name)
-        return self._methods["GetModelInfo"].response()
+        return {}
 
-    def Predict(self, request: Any, call: Call) -> Any:
+    def Predict(self, request: Any, call: Call) -> dict[str, Any]:
         if request.method not in _RESULTS:
             raise InvalidInput(f"method {request.method[:40]!r} is none of {', '.join(_RESULTS)}")
         kind = "text_request" if request.method.startswith("txt") else "image_request"
@@ -76,7 +74,7 @@ class _Nos:
                 raise type(outcome)(f"image {index}: {outcome}" if isinstance(data, list) else str(outcome))
             answers.append(_named(request.method, codec.decode(outcome)))
         answer = _joined(answers) if isinstance(data, list) else answers[0]
-        return self._methods["Predict"].response(result=pickle.dumps(answer, protocol=4))
+        return {"result": pickle.dumps(answer, protocol=4)}
 
 
 def _named(method: str, value: Any) -> dict[str, Any]:

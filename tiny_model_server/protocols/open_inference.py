@@ -34,17 +34,7 @@ _LARGEST_ENTRIES = 64 << 20  # bytes of all rows' dictionaries
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
     """The function that answers each method."""
-    servicer = OpenInference(engine)
-    methods = schemas.methods(SCHEMA, SERVICE)
-    return {name: _answering(method.response, getattr(servicer, name)) for name, method in methods.items()}
-
-
-def _answering(response: Any, handle: Callable[[Any, Call], Any]) -> Callable[[Any, Call], Any]:
-    def answer(request: Any, call: Call) -> Any:
-        found = handle(request, call)
-        return response(**found) if isinstance(found, dict) else found
-
-    return answer
+    return schemas.handlers(OpenInference(engine), SCHEMA, SERVICE)
 
 
 class OpenInference:
@@ -52,7 +42,7 @@ class OpenInference:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._methods = schemas.methods(SCHEMA, SERVICE)
+        self._stream_response = schemas.message(SCHEMA, "inference.ModelStreamInferResponse")
 
     def ServerLive(self, request: Any, call: Call) -> dict[str, Any]:
         return {"live": True}
@@ -104,30 +94,30 @@ class OpenInference:
         return {"model_name": model.name, "is_unloaded": True}
 
     def ModelStreamInfer(self, requests: Iterator[Any], call: Call) -> Iterator[Any]:
-        response = self._methods["ModelStreamInfer"].response
         for request in requests:
             try:
-                yield response(infer_response=self.ModelInfer(request, call))
+                yield self._stream_response(infer_response=self.ModelInfer(request, call))
             except ServerError as error:
                 failed = {"model_name": request.model_name, "id": request.id}
-                yield response(error_message=message_of(error), infer_response=failed)
+                yield self._stream_response(error_message=message_of(error), infer_response=failed)
 
-    def ModelInfer(self, request: Any, call: Call) -> Any:
+    def ModelInfer(self, request: Any, call: Call) -> dict[str, Any]:
         args = {name: _parameter(value) for name, value in request.parameters.items()}
         wanted = [output.name for output in request.outputs]
-        outputs = self.infer(request.model_name, _inputs(request), args, wanted, call)
+        found = self.infer(request.model_name, _inputs(request), args, wanted, call)
+        kinds = {name: DATATYPES[str(array.dtype)] for name, array in found.items()}
         typed = not request.raw_input_contents and any(tensor.HasField("contents") for tensor in request.inputs)
-        answer = self._methods["ModelInfer"].response(model_name=request.model_name, model_version="1", id=request.id)
-        kinds = {name: DATATYPES[str(array.dtype)] for name, array in outputs.items()}
         typed = typed and all(kind in _FIELDS for kind in kinds.values())
-        for name, array in outputs.items():
-            tensor = answer.outputs.add(name=name, datatype=kinds[name], shape=array.shape)
+        outputs, raw = [], []
+        for name, array in found.items():
+            output = {"name": name, "datatype": kinds[name], "shape": array.shape}
             if typed:
-                flat = array.ravel()
-                getattr(tensor.contents, _FIELDS[kinds[name]]).extend(flat if flat.dtype == object else flat.data)
+                output["contents"] = {_FIELDS[kinds[name]]: array.flat if array.dtype == object else array.ravel().data}
             else:
-                answer.raw_output_contents.append(tensors.raw(array))
-        return answer
+                raw.append(tensors.raw(array))
+            outputs.append(output)
+        facts = {"model_name": request.model_name, "model_version": "1", "id": request.id}
+        return facts | {"outputs": outputs, "raw_output_contents": raw}
 
     def infer(
         self, name: str, inputs: Iterable[Tensor], args: Mapping[str, Any], wanted: Sequence[str], call: Call
@@ -136,12 +126,15 @@ class OpenInference:
         model = self._engine.model(call.model or name)
         most = self._engine.settings.max_items
         values = tensors.arrays(inputs, most)
-        if _metadata(model).get("batch"):
-            outcomes = self._engine.run_batch(model.name, _rows(values, most), args, call)
-            answer = _stacked([_value(outcome, f"row {index}: ") for index, outcome in enumerate(outcomes)])
-        else:
-            answer = _value(self._engine.run(model.name, _encoded(values), args, call))
-        outputs = _outputs(model, answer)
+        try:
+            if _metadata(model).get("batch"):
+                outcomes = self._engine.run_batch(model.name, _rows(values, most), args, call)
+                answer = _stacked(_decoded(outcomes))
+            else:
+                answer = codec.decode(self._engine.run(model.name, _encoded(values), args, call))
+            outputs = _outputs(model, answer)
+        except UnicodeEncodeError:
+            raise ModelError("the model's answer has half of a surrogate pair, which UTF-8 cannot hold") from None
         for output in wanted:
             if output not in outputs:
                 raise InvalidInput(f"there is no output {output!r}; there are {', '.join(outputs)}")
@@ -195,10 +188,11 @@ def _rows(values: Mapping[str, Array], most: int) -> list[Encoded]:
     return [_encoded(values, row) for row in range(rows)]
 
 
-def _value(outcome: Any, where: str = "") -> Any:
-    if isinstance(outcome, ServerError):
-        raise type(outcome)(f"{where}{outcome}")
-    return codec.decode(outcome)
+def _decoded(outcomes: Sequence[Any]) -> list[Any]:
+    for row, outcome in enumerate(outcomes):
+        if isinstance(outcome, ServerError):
+            raise type(outcome)(f"row {row}: {outcome}")
+    return [codec.decode(outcome) for outcome in outcomes]
 
 
 def _stacked(answers: Sequence[Any]) -> Any:
@@ -223,7 +217,7 @@ def _column(answers: Sequence[Any]) -> Array:
 
 def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
     if isinstance(answer, dict) and answer and all(isinstance(value, np.ndarray) for value in answer.values()):
-        return {_utf8(name).decode(): _sendable(array) for name, array in answer.items()}
+        return {name.encode().decode(): _sendable(array) for name, array in answer.items()}
     names = [output["name"] for output in _declared(model, "outputs")]
     array = answer if isinstance(answer, np.ndarray) else np.array([_json(answer)], object)
     return {names[0] if len(names) == 1 else "output": _sendable(array)}
@@ -232,21 +226,14 @@ def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
 def _sendable(array: Array) -> Array:
     """The array, or texts as bytes, or one JSON text in place of what no datatype holds."""
     if array.dtype.kind == "U":
-        return np.array([_utf8(text) for text in array.flat], object).reshape(array.shape)
+        return np.array([text.encode() for text in array.flat], object).reshape(array.shape)
     if array.dtype.kind == "S":
         return array.astype(object)
     return array if str(array.dtype) in DATATYPES else np.array([_json(array)], object)
 
 
 def _json(value: Any) -> bytes:
-    return _utf8(value) if isinstance(value, str) else codec.json_only(value).encode()
-
-
-def _utf8(text: str) -> bytes:
-    try:
-        return text.encode()
-    except UnicodeEncodeError:
-        raise ModelError("the model's answer has half of a surrogate pair, which a text in UTF-8 cannot hold") from None
+    return (value if isinstance(value, str) else codec.json_only(value)).encode()
 
 
 def _metadata(model: ServedModel) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+from starlette.responses import Response
 
 from tiny_model_server import codec, schemas
 from tiny_model_server.codec import Array, Buffer
@@ -36,15 +37,6 @@ _JSON_TYPES: dict[str, set[type]] = {"O": {str}, "b": {bool}, "i": {int}, "u": {
 _MOST_DIMENSIONS = 32
 
 
-class Answer(NamedTuple):
-    """An HTTP answer: status, content type, headers beside it, body."""
-
-    status: int
-    kind: str
-    headers: dict[str, str]
-    body: bytes
-
-
 class Rest:
     """The HTTP form of the protocol."""
 
@@ -61,7 +53,7 @@ class Rest:
 
     def answer(
         self, method: str, fields: dict[str, str], headers: Mapping[str, str], body: Buffer, call: Call
-    ) -> Answer:
+    ) -> Response:
         """Answers what ``find`` found; ServerError says what was wrong. ``headers`` have names in lower case."""
         if method == "ModelInfer":
             return self._infer(fields["model_name"], headers, body, call)
@@ -69,12 +61,9 @@ class Rest:
         if method == "RepositoryIndex":
             request.ready = _object(body or b"{}").get("ready") is True
         found = getattr(self._servicer, method)(request, call)
-        shown = codec.standard_json(found.get(_PARTS.get(method), found)).encode()
-        return Answer(503 if found.get("ready") is False else 200, "application/json", {}, shown)
+        return _json(found.get(_PARTS.get(method), found), 503 if found.get("ready") is False else 200)
 
-    def _infer(self, name: str, headers: Mapping[str, str], body: Buffer, call: Call) -> Answer:
-        if headers.get("content-encoding", "identity") != "identity":
-            raise InvalidInput(f"Content-Encoding {headers['content-encoding']!r} is not taken; send the body as it is")
+    def _infer(self, name: str, headers: Mapping[str, str], body: Buffer, call: Call) -> Response:
         length = headers.get(LENGTH.lower(), str(len(body)))
         if not (length.isascii() and length.isdigit() and int(length) <= len(body)):
             raise InvalidInput(f"{LENGTH} is {length!r}; it must be the bytes of JSON in a body of {len(body)}")
@@ -122,7 +111,7 @@ def _elements(name: str, datatype: str, data: list[Any]) -> list[Any]:
         raise InvalidInput(f"input {name[:40]!r}: a text has half of a surrogate pair") from None
 
 
-def _answer(shown: dict[str, Any], outputs: Mapping[str, Array], as_binary: Mapping[str, bool]) -> Answer:
+def _answer(shown: dict[str, Any], outputs: Mapping[str, Array], as_binary: Mapping[str, bool]) -> Response:
     binary = []
     shown["outputs"] = []
     for name, array in outputs.items():
@@ -133,10 +122,15 @@ def _answer(shown: dict[str, Any], outputs: Mapping[str, Array], as_binary: Mapp
         else:
             output["data"] = _texts(array) if array.dtype == object else codec.lists(array.ravel())
         shown["outputs"].append(output)
-    header = codec.standard_json({name: value for name, value in shown.items() if value != ""}).encode()
+    response = _json({name: value for name, value in shown.items() if value != ""})
     if not binary:
-        return Answer(200, "application/json", {}, header)
-    return Answer(200, "application/octet-stream", {LENGTH: str(len(header))}, b"".join([header, *binary]))
+        return response
+    headers = {LENGTH: str(len(response.body))}
+    return Response(b"".join([response.body, *binary]), 200, headers, "application/octet-stream")
+
+
+def _json(value: Any, status: int = 200) -> Response:
+    return Response(codec.standard_json(value), status, media_type="application/json")
 
 
 def _texts(array: Array) -> list[str]:

@@ -169,14 +169,10 @@ class Web:
                 self._engine.authorize(call)
         if method == "ModelInfer":
             self._check_input(request, fields["model_name"])
-
-        def answer(body: bytearray, call: Call) -> Response:
-            found = self._rest.answer(method, fields, request.headers, body, call)
-            return Response(found.body, found.status, found.headers, found.kind)
-
+        answer = partial(self._rest.answer, method, fields, request.headers)
         if verb == "POST":
             return await self._in_thread(request, answer)
-        return answer(bytearray(), _call(request, Future()))
+        return answer(b"", _call(request, Future()))
 
     def _admit(self, request: Request) -> Call:
         """The call of a request; PermissionDenied or Unauthenticated if it may not be answered."""
