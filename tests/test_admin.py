@@ -223,11 +223,11 @@ def test_what_a_model_mesh_sidecar_may(start_server: StartServer, tmp_path: Path
         write_model(folder, "one", answers)
     (inside / "link").symlink_to(outside)
     (tmp_path / "none").mkdir()
-    doors = {"TMS_PROTOCOLS": "native,model_mesh", **admin}
-    server = start_server(tmp_path / "none", **doors)
+    settings = {"TMS_PROTOCOLS": "native,model_mesh", **admin}
+    server = start_server(tmp_path / "none", **settings)
     assert ask(server, MESH["runtimeStatus"]) == "PERMISSION_DENIED"
     assert ask(server, MESH["loadModel"], modelId="a", modelPath=str(inside / "one")) == "PERMISSION_DENIED"
-    server = start_server(tmp_path / "none", TMS_MESH_MODELS_DIR=inside, **doors)
+    server = start_server(tmp_path / "none", TMS_MESH_MODELS_DIR=inside, **settings)
     assert ask(server, MESH["runtimeStatus"]) == "OK"
     for path in (outside / "one", inside / ".." / "elsewhere" / "one", inside / "link" / "one"):
         assert ask(server, MESH["loadModel"], modelId="a", modelPath=str(path)) == "PERMISSION_DENIED", path

@@ -90,8 +90,8 @@ def test_old_clients_get_what_they_always_got(legacy: RawClient, server: Server)
     assert data("RunImage", legacy.message("ImageArgs", image=picture, model="echo")) == [[0, 1, 2], [3, 4, 5]]
     texts = legacy.message("BatchTextArgs", texts=["a", "b"], model="echo", args='{"x": 1}')
     assert data("RunBatchText", texts) == [{"data": "a", "args": {"x": 1}}, {"data": "b", "args": {"x": 1}}]
-    pictures = legacy.message("BatchImageArgs", images=[picture, picture], model="echo")
-    assert data("RunBatchImage", pictures) == [[[0, 1, 2], [3, 4, 5]]] * 2
+    images = legacy.message("BatchImageArgs", images=[picture, picture], model="echo")
+    assert data("RunBatchImage", images) == [[[0, 1, 2], [3, 4, 5]]] * 2
     assert "echo" in data("ListModels", empty)
     assert data("GetInputShape", name) == [224, 224, 3]
     assert data("GetPID", empty) == {"pid": server.process.pid}

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,42 @@ def test_a_stream_may_be_long_if_it_brings_something(start_server: StartServer) 
     assert len(answers) == 4
 
 
-def test_a_call_without_a_message_is_told_so(server: Server) -> None:
+@contextmanager
+def silent_streams(server: Server, count: int, connections: int) -> Iterator[list[Any]]:
+    """Streams that hold a thread: each has sent one request, got its answer, and then sends nothing."""
+    with ExitStack() as stack:
+        channels = [stack.enter_context(channel(server)) for _ in range(connections)]
+        never: queue.Queue[Any] = queue.Queue()
+        streams = [
+            channels[i % connections].stream_stream(REFLECTION)(chain([b"\x3a\x00"], iter(never.get, None)))
+            for i in range(count)
+        ]
+        yield streams
+        for stream in streams:
+            stream.cancel()
+        for _ in streams:
+            never.put(None)
+
+
+def test_a_stream_that_falls_silent_is_ended(start_server: StartServer) -> None:
+    server = start_server(TMS_STREAM_IDLE_S=0.5)
+    with silent_streams(server, 2, 1) as streams:
+        for stream in streams:
+            assert next(stream)
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stream)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "TMS_STREAM_IDLE_S" in caught.value.details()
+
+
+def test_silent_streams_of_many_connections_stop_nobody(start_server: StartServer) -> None:
+    server = start_server(TMS_THREADS=16)
+    with silent_streams(server, 60, connections=20):
+        others_are_answered(server)
+    server.wait_for_log("too many calls wait for their callers")
+
+
+def test_a_call_without_a_message_is_refused(server: Server) -> None:
     with channel(server) as one, pytest.raises(grpc.RpcError) as caught:
         one.stream_unary(RUN_TEXT.path)(iter(()))
     assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -286,7 +322,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def raising(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose model raises what it is told to."""
+    """A server whose model raises what its input names."""
     folder = tmp_path_factory.mktemp("models")
     (folder / "raises").mkdir()
     (folder / "raises" / "__init__.py").write_text(RAISES)
@@ -315,8 +351,8 @@ def test_whatever_a_model_raises_each_caller_gets_one_status(raising: Server, wh
         infer = schemas.methods("open_inference", "inference.GRPCInferenceService")["ModelStreamInfer"]
         tensor = {"name": "x", "datatype": "BYTES", "shape": [1], "contents": {"bytes_contents": [what.encode()]}}
         asked = infer.request(model_name="raises", inputs=[tensor]).SerializeToString()
-        (told,) = one.stream_stream(infer.path)(iter([asked]), timeout=20)
-        assert EXPECTED[what] in infer.response.FromString(told).error_message or what == "interrupt"
+        (answered,) = one.stream_stream(infer.path)(iter([asked]), timeout=20)
+        assert EXPECTED[what] in infer.response.FromString(answered).error_message or what == "interrupt"
     client = raising.client("raises", timeout=20)  # the local transport
     with pytest.raises(model_client.ModelClientError) as failed:
         client.run(what, retry=False)

@@ -1,4 +1,4 @@
-"""TLS, certificates of clients, tokens: who is let in, who is told what at once, and renewal without a restart."""
+"""TLS, certificates of clients, tokens: who is let in, whose call fails at once, and renewal without a restart."""
 
 import asyncio
 import os
@@ -45,7 +45,7 @@ def tls(server: dict[str, str], **more: object) -> dict[str, object]:
     return {"TMS_TLS_CERT": server["cert"], "TMS_TLS_KEY": server["key"], **more}
 
 
-def told_at_once(client: ModelClient, pattern: str) -> None:
+def fails_at_once(client: ModelClient, pattern: str) -> None:
     begun = time.monotonic()
     with pytest.raises(model_client.Unauthenticated, match=pattern):
         client.run_text("x")
@@ -68,15 +68,15 @@ def test_tls(start_server: StartServer, certificates: Certificates, monkeypatch:
     with ModelClient("echo", addresses=twice, ca=certificates.ca, server_name="models.test") as client:
         assert client.run_text("x") == "x"
     with server.client("echo", ca=certificates.ca, server_name="other.test") as client:
-        told_at_once(client, "certificate is not trusted.*other.test")
+        fails_at_once(client, "certificate is not trusted.*other.test")
     stranger = Certificates(certificates.ca.parent / "..")
     with server.client("echo", ca=stranger.ca) as client:
-        told_at_once(client, "certificate is not trusted: self.signed|unable to get local issuer")
+        fails_at_once(client, "certificate is not trusted: self.signed|unable to get local issuer")
     with server.client("echo") as client:
-        told_at_once(client, "the server speaks TLS; give the client ca=FILE")
+        fails_at_once(client, "the server speaks TLS; give the client ca=FILE")
         assert client.health_check()["stopped_serving"] == [server.address]
     with server.client("echo", tls=True) as client:
-        told_at_once(client, "certificate is not trusted")
+        fails_at_once(client, "certificate is not trusted")
     monkeypatch.setenv("TMS_TLS_CA", str(certificates.ca))
     with server.client("echo") as client:
         assert client.run_text("by the environment") == "by the environment"
@@ -93,7 +93,7 @@ def test_tls(start_server: StartServer, certificates: Certificates, monkeypatch:
 
 def test_a_tls_client_at_a_plain_server(server: Server, certificates: Certificates) -> None:
     with server.client("echo", ca=certificates.ca) as client:
-        told_at_once(client, "the server does not speak TLS")
+        fails_at_once(client, "the server does not speak TLS")
 
 
 def test_mutual_tls(start_server: StartServer, certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,11 +103,11 @@ def test_mutual_tls(start_server: StartServer, certificates: Certificates, monke
     with server.client("echo", ca=certificates.ca, **own) as client:
         assert client.run_text("x") == "x"
     with server.client("echo", ca=certificates.ca) as client:
-        told_at_once(client, "the server wants a certificate it trusts, and none was sent")
+        fails_at_once(client, "the server wants a certificate it trusts, and none was sent")
     (certificates.ca.parent / "other").mkdir()
     stranger = Certificates(certificates.ca.parent / "other").issue("client", "a-client")
     with server.client("echo", ca=certificates.ca, **stranger) as client:
-        told_at_once(client, "the server wants a certificate it trusts, and not the client's")
+        fails_at_once(client, "the server wants a certificate it trusts, and not the client's")
     monkeypatch.setenv("TMS_TLS_CA", str(certificates.ca))
     monkeypatch.setenv("TMS_CLIENT_CERT", own["cert"])
     monkeypatch.setenv("TMS_CLIENT_KEY", own["key"])
@@ -147,7 +147,7 @@ def test_a_token(start_server: StartServer, monkeypatch: pytest.MonkeyPatch) -> 
         assert client.run_text("x") == "x"
     for wrong in ({}, {"token": "open sesam"}, {"token": "open sesame "}):
         with server.client("echo", **wrong) as client:
-            told_at_once(client, "send the server's token")
+            fails_at_once(client, "send the server's token")
             assert client.stats()["retries"] == 0
             assert client.health_check()["serving"] == [server.address]  # probes bring no token
             with pytest.raises(model_client.Unauthenticated):
@@ -180,7 +180,7 @@ def test_wrong_files_stop_the_start(certificates: Certificates) -> None:
         assert message.partition(":")[0] in ran.stderr
 
 
-def test_wrong_files_are_told_to_the_client_at_once(certificates: Certificates) -> None:
+def test_wrong_files_fail_in_the_client_at_once(certificates: Certificates) -> None:
     own = certificates.issue("client", "a-client")
     with pytest.raises(FileNotFoundError):
         ModelClient("x", ca="/no/such/file")
