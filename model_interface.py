@@ -22,7 +22,7 @@ class ModelInterface(ABC):
     max_batch_size: ClassVar[int | None] = None
     """Most items in one ``run_batch``; None means 32 if the class has a ``run_batch`` of its own, else 1."""
     max_wait_ms: ClassVar[float] = 0
-    """How long the first item of a batch may wait for company, in milliseconds. 0: never while a worker is idle."""
+    """How long the first item of a batch waits for more, in milliseconds. 0: never while a worker is idle."""
     workers: ClassVar[int] = 1
     """Processes that run this model."""
     max_workers: ClassVar[int] = 0

@@ -129,13 +129,13 @@ def echo_table(server: Server, stub: Any) -> None:
     os.environ["TMS_LOCAL_TRANSPORT"] = "0"
     with server.client("length") as by_grpc:
         os.environ["TMS_LOCAL_TRANSPORT"] = "1"
-        with server.client("length") as by_lane:
-            worker = psutil.Process(by_lane.model_info()[0]["worker_pids"][0])
+        with server.client("length") as by_local:
+            worker = psutil.Process(by_local.model_info()[0]["worker_pids"][0])
             processes = [psutil.Process(), front, worker]
             for name, data in payloads.items():
                 raw = data.encode() if data is text else data.tobytes()
                 ways: dict[str, Callable[[], Any]] = {"bare": lambda raw=raw: stub(raw)}
-                for way, client in {"gRPC": by_grpc, "same host": by_lane}.items():
+                for way, client in {"gRPC": by_grpc, "same host": by_local}.items():
                     run = client.run_text if data is text else client.run_image
                     ways[way] = lambda run=run, data=data: run(data)
                 for at_once in (1, 8):

@@ -213,7 +213,7 @@ def test_input_shape_and_declared_inputs(server: Server) -> None:
 
 MISBEHAVIOUR = [
     ("raise", model_client.ModelFailed, "raised KeyError: 'no such thing'"),
-    ("invalid", model_client.InvalidInput, "the picture is upside down"),
+    ("invalid", model_client.InvalidInput, "the image is upside down"),
     ("exit", model_client.ModelFailed, "raised SystemExit: 3"),
     ("nonsense", model_client.ModelFailed, r"cannot be encoded: cannot serialize object at \.object\[0\]: "),
     ("junk", model_client.ModelFailed, "could not be handed over: UnpicklingError"),

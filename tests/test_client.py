@@ -37,7 +37,7 @@ def test_targets(addresses: list[str], expected: str) -> None:
 @pytest.mark.parametrize(
     "address", ["localhost", "localhost:", ":50000", "localhost:x", "localhost:70000", "host:0", ""]
 )
-def test_malformed_addresses_are_told_at_once(address: str) -> None:
+def test_malformed_addresses_raise_at_once(address: str) -> None:
     with pytest.raises(ValueError, match="must be host:port"):
         ModelClient("x", addresses=[address])
 
@@ -119,7 +119,7 @@ def test_a_server_that_goes_away_during_use_is_named(start_server: Callable[...,
     client = server.client("echo")
     assert client.run_text("x") == "x"
     server.stop()
-    with pytest.raises(model_client.ServerUnavailable, match=f"no server at {server.address}: it went away"):
+    with pytest.raises(model_client.ServerUnavailable, match=f"no server at {server.address}: it disconnected"):
         client.run_text("x", timeout=0.5)
 
 
@@ -135,7 +135,7 @@ def test_errors_say_everything(server: Server) -> None:
     assert "there is no model 'nobody'" in error.details()
 
 
-def test_mistakes_in_the_call_are_told_before_it_is_made(server: Server) -> None:
+def test_mistakes_in_the_call_raise_before_it_is_made(server: Server) -> None:
     client = server.client("echo")
     with pytest.raises(TypeError, match="args must be a dict, not list"):
         client.run_text("x", ["a"])  # type: ignore[arg-type]
@@ -188,8 +188,8 @@ def test_clients_of_one_process_that_open_together(server: Server) -> None:
 def test_images_of_other_libraries(server: Server) -> None:
     from PIL import Image
 
-    picture = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
-    assert np.array_equal(server.client("echo").run_image(picture), np.asarray(picture))  # type: ignore[arg-type]
+    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    assert np.array_equal(server.client("echo").run_image(image), np.asarray(image))  # type: ignore[arg-type]
 
 
 OLDEST_PROTOBUF = "4.25.8" if sys.version_info < (3, 14) else "5.28.3"

@@ -1,4 +1,4 @@
-"""Mistakes in what an application gives the client are told at once, with what to write instead."""
+"""Mistakes in what an application gives the client raise at once, with what to write instead."""
 
 import asyncio
 import math
@@ -65,7 +65,7 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception] | tuple[type[Exc
 }
 
 
-def told(call: Callable[[], Any], kind: Any, message: str) -> None:
+def refused(call: Callable[[], Any], kind: Any, message: str) -> None:
     begun = time.monotonic()
     with pytest.raises(kind, match=message):
         call()
@@ -73,16 +73,16 @@ def told(call: Callable[[], Any], kind: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_at_once(mistake: str) -> None:
+def test_a_mistake_raises_at_once(mistake: str) -> None:
     call, kind, message = MISTAKES[mistake]
     with ModelClient("m", addresses=NOWHERE) as client:
-        told(lambda: call(client), kind, message)
+        refused(lambda: call(client), kind, message)
 
     async def by_asyncio() -> None:
         async with AsyncModelClient("m", addresses=NOWHERE) as client:
             await call(client)
 
-    told(lambda: asyncio.run(by_asyncio()), kind, message)
+    refused(lambda: asyncio.run(by_asyncio()), kind, message)
 
 
 SUBMITTED: list[tuple[Callable[[ModelClient], Any], type[Exception], str]] = [
@@ -117,7 +117,7 @@ SUBMITTED: list[tuple[Callable[[ModelClient], Any], type[Exception], str]] = [
 def test_so_is_one_in_calls_that_do_not_wait(index: int) -> None:
     call, kind, message = SUBMITTED[index]
     with ModelClient("m", addresses=NOWHERE) as client:
-        told(lambda: call(client), kind, message)
+        refused(lambda: call(client), kind, message)
 
 
 STREAMED: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
@@ -188,9 +188,9 @@ WRONG_PLACES: list[tuple[dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize("index", range(len(WRONG_PLACES)))
 @pytest.mark.parametrize("kind", [ModelClient, AsyncModelClient])
-def test_a_wrong_place_is_told_at_once(kind: Any, index: int) -> None:
+def test_a_wrong_place_raises_at_once(kind: Any, index: int) -> None:
     options, error, message = WRONG_PLACES[index]
-    told(lambda: kind(**{"model": "m"} | options), error, message)
+    refused(lambda: kind(**{"model": "m"} | options), error, message)
 
 
 @pytest.mark.parametrize(

@@ -205,7 +205,7 @@ def test_an_async_call_can_be_cancelled(start_server: Callable[..., Server], tmp
 
 
 class Flaky:
-    """A server of the contract that answers UNAVAILABLE while it is told to, and counts the attempts."""
+    """A server of the contract that answers UNAVAILABLE while it is set to, and counts the attempts."""
 
     def __init__(self) -> None:
         self.attempts = 0
@@ -316,7 +316,7 @@ def test_an_answer_too_large_to_send_is_not_computed_again(start_server: Callabl
     assert log.read_text() == "x"
 
 
-def test_stats_and_debug_log_tell_which_replica_answered(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_stats_and_debug_log_name_the_replica_answered(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     with server.client("echo") as client:
         assert client.stats() == {"calls": 0, "failed": 0, "retries": 0, "replicas": {}}
         client.run_text("x")
@@ -425,7 +425,7 @@ os._exit(sys.stdout.flush() or 0)
     assert forks(server, script) == ["'child'"] * 5
 
 
-def test_a_fork_in_the_middle_of_a_long_call_is_told(start_server: Callable[..., Server], tmp_path: Path) -> None:
+def test_a_fork_in_the_middle_of_a_long_call_raises(start_server: Callable[..., Server], tmp_path: Path) -> None:
     body = "    def run(self, data, args):\n        __import__('time').sleep(2)\n        return data"
     script = """
 from tiny_model_server.client import fork_safety
@@ -441,7 +441,7 @@ print(future.result())
     assert answer == "x"
 
 
-def test_a_fork_after_asyncio_is_told(server: Server) -> None:
+def test_a_fork_after_asyncio_raises(server: Server) -> None:
     script = """
 import asyncio
 async_client = AsyncModelClient("echo", addresses=client.addresses)

@@ -50,18 +50,18 @@ def same(one: Any, other: Any) -> bool:
 
 
 @given(trees)
-def test_what_is_packed_comes_back(value: Any) -> None:
-    packed = codec.encode(value)
-    json.loads(packed.text)
-    assert same(value, codec.decode(packed))
+def test_what_is_encoded_comes_back(value: Any) -> None:
+    encoded = codec.encode(value)
+    json.loads(encoded.text)
+    assert same(value, codec.decode(encoded))
 
 
 @given(trees)
 def test_arrays_cross_shared_memory_bit_for_bit(value: Any) -> None:
-    packed = codec.encode(value)
+    encoded = codec.encode(value)
     segment = Segment()
-    read = segment.read(segment.write(packed.arrays))
-    assert same(value, codec.decode(Encoded(packed.text, read)))
+    read = segment.read(segment.write(encoded.arrays))
+    assert same(value, codec.decode(Encoded(encoded.text, read)))
     segment.close()
 
 
@@ -112,7 +112,7 @@ def test_any_text_is_a_value_or_an_error(text: str, found: list[Any]) -> None:
         pass
 
 
-def test_signatures_tell_shapes_apart_but_not_values_or_bytes() -> None:
+def test_signatures_differ_by_shape_but_not_by_values_or_bytes() -> None:
     def signature(value: Any) -> Any:
         return codec.signature(codec.encode(value))
 

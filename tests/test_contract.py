@@ -80,17 +80,17 @@ def image(client: RawClient, array: np.ndarray) -> Any:
 
 def test_old_clients_get_what_they_always_got(legacy: RawClient, server: Server) -> None:
     empty, name = legacy.message("EmptyArgs"), legacy.message("StringArg", data="declares")
-    picture = image(legacy, np.arange(6, dtype=np.uint8).reshape(2, 3))
+    an_image = image(legacy, np.arange(6, dtype=np.uint8).reshape(2, 3))
 
     def data(method: str, request: Any) -> Any:
         return json.loads(legacy.call(method, request).data)
 
     # With no arguments old clients send the JSON text "" as args.
     assert data("RunText", legacy.message("TextArgs", text="hi", model="echo", args='""')) == "hi"
-    assert data("RunImage", legacy.message("ImageArgs", image=picture, model="echo")) == [[0, 1, 2], [3, 4, 5]]
+    assert data("RunImage", legacy.message("ImageArgs", image=an_image, model="echo")) == [[0, 1, 2], [3, 4, 5]]
     texts = legacy.message("BatchTextArgs", texts=["a", "b"], model="echo", args='{"x": 1}')
     assert data("RunBatchText", texts) == [{"data": "a", "args": {"x": 1}}, {"data": "b", "args": {"x": 1}}]
-    images = legacy.message("BatchImageArgs", images=[picture, picture], model="echo")
+    images = legacy.message("BatchImageArgs", images=[an_image, an_image], model="echo")
     assert data("RunBatchImage", images) == [[[0, 1, 2], [3, 4, 5]]] * 2
     assert "echo" in data("ListModels", empty)
     assert data("GetInputShape", name) == [224, 224, 3]
@@ -111,7 +111,7 @@ def test_old_clients_get_failures_as_statuses(legacy: RawClient) -> None:
     unknown = legacy.message("TextArgs", text="hi", model="nobody")
     assert legacy.refusal("RunText", unknown)[0] == "NOT_FOUND"
     batch = legacy.message("BatchTextArgs", texts=["a", "b"], model="misbehave", args='{"do": "invalid"}')
-    assert legacy.refusal("RunBatchText", batch) == ("INVALID_ARGUMENT", "item 0: the picture is upside down")
+    assert legacy.refusal("RunBatchText", batch) == ("INVALID_ARGUMENT", "item 0: the image is upside down")
 
 
 def test_old_clients_can_stop_the_server(start_server: Callable[..., Server], legacy: RawClient) -> None:
@@ -226,7 +226,7 @@ def test_any_request_gets_a_status_of_the_right_set(raw: RawClient, data: st.Dat
     method = data.draw(st.sampled_from(["RunText", "RunImage", "RunBatchImage", "RunImageToImage", "Run", "RunBatch"]))
     fields: dict[str, Any] = {"model": data.draw(models), "args": data.draw(jsons)}
 
-    def picture() -> Any:
+    def an_image() -> Any:
         size = [data.draw(numbers) for _ in range(3)]
         content, dtype = data.draw(st.binary(max_size=40)), data.draw(dtypes)
         names = dict(zip(("height", "width", "channels"), size, strict=True))
@@ -242,10 +242,10 @@ def test_any_request_gets_a_status_of_the_right_set(raw: RawClient, data: st.Dat
     if method == "RunText":
         request = raw.message("TextArgs", text=data.draw(texts), **fields)
     elif method in ("RunImage", "RunImageToImage"):
-        request = raw.message("ImageArgs", image=picture(), **fields)
+        request = raw.message("ImageArgs", image=an_image(), **fields)
     elif method == "RunBatchImage":
         request = raw.message(
-            "BatchImageArgs", images=[picture() for _ in range(data.draw(st.integers(0, 2)))], **fields
+            "BatchImageArgs", images=[an_image() for _ in range(data.draw(st.integers(0, 2)))], **fields
         )
     elif method == "Run":
         request = raw.message("RunArgs", data=value(), **fields)
@@ -288,8 +288,8 @@ def test_grpcurl_lists_describes_and_calls(server: Server) -> None:
     text = grpcurl(server, "-d", '{"text": "hi", "model": "echo"}', server.address, "server.Server/RunText")
     assert json.loads(text) == {"data": '"hi"'}
     pixels = base64.b64encode(bytes(6)).decode()
-    picture = {"height": 2, "width": 3, "channels": 1, "data": pixels}
-    request = json.dumps({"image": picture, "model": "describe"})
+    an_image = {"height": 2, "width": 3, "channels": 1, "data": pixels}
+    request = json.dumps({"image": an_image, "model": "describe"})
     answer = json.loads(json.loads(grpcurl(server, "-d", request, server.address, "server.Server/RunImage"))["data"])
     assert answer["shape"] == [2, 3]
     health = grpcurl(server, "-d", '{"service": "echo"}', server.address, "grpc.health.v1.Health/Check")

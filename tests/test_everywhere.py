@@ -79,7 +79,7 @@ def test_no_call_of_the_client_warns(server: Server, way: str) -> None:
 
 @pytest.mark.parametrize("system", ["windows", "macos"])
 def test_the_client_on_other_systems(server: Server, system: str) -> None:
-    """The short cut is left alone there: all calls go by gRPC, and a ``shared_array`` is an array as others are."""
+    """All calls go by gRPC there, and a ``shared_array`` is an array as others are."""
     assert "answered" in python("-W", "error", CALLS, server.address, "gRPC", **simulated(system))
     code = "import model_client; print(model_client.shared_array((2, 3)).flags.owndata)"
     assert python("-c", code, **simulated(system)) == "True\n"

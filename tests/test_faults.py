@@ -372,7 +372,7 @@ def test_a_second_signal_hurries(start_server: StartServer) -> None:
 def test_shapes_share_a_batch_only_where_the_model_mixes_them(
     start_server: Callable[..., Server], tmp_path: Path, mixes: bool, kind: str
 ) -> None:
-    """Arrays are told apart in the queue, image files when the worker has decoded them."""
+    """Arrays are grouped by shape in the queue, image files when the worker has decoded them."""
     body = f"""
     max_batch_size = 8
     mix_shapes = {mixes}
@@ -402,10 +402,10 @@ def test_shapes_share_a_batch_only_where_the_model_mixes_them(
     assert any(len({tuple(shape) for shape in batch}) > 1 for batch in batches) == mixes
 
 
-# ---- waiting awake
+# ---- busy polling
 
 
-def test_waiting_awake_stops_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_polling_stops_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     polls: list[float | None] = []
     takes = 0.0
 
@@ -433,7 +433,7 @@ def test_waiting_awake_stops_where_it_does_not_pay(monkeypatch: pytest.MonkeyPat
         polls.clear()
         waiter.wait(5)
         assert sorted(set(polls)) == seen
-    with busy_polling._one:  # another thread is awake already
+    with busy_polling._one:  # another thread polls already
         polls.clear()
         waiter.wait(5)
         assert polls == [5]
@@ -455,7 +455,7 @@ def test_waiting_awake_stops_where_it_does_not_pay(monkeypatch: pytest.MonkeyPat
 def test_waits_that_do_not_pay_take_no_cpu(
     start_server: StartServer, tmp_path: Path, sleeps: float, in_flight: int, calls: int, limit: float
 ) -> None:
-    """Of a model that takes longer than the process stays awake, and of many callers; awake, it took twice as much."""
+    """Of a model that takes longer than the process polls, and of many callers; with polling, it took twice as much."""
     body = f"    def run(self, data, args):\n        __import__('time').sleep({sleeps})\n        return data"
     server = start_server(write_model(tmp_path, "slow", body), TMS_BUSY_POLL_US=10000)
     front = psutil.Process(server.process.pid)
@@ -597,7 +597,7 @@ def test_stages_run_at_once_for_different_calls(server: Server) -> None:
     assert time.monotonic() - started < 1.3
 
 
-def test_a_pipeline_with_a_wrong_stage_is_told(start_server: StartServer, tmp_path: Path) -> None:
+def test_a_pipeline_with_a_wrong_stage_is_reported(start_server: StartServer, tmp_path: Path) -> None:
     (tmp_path / "pipe").mkdir()
     (tmp_path / "pipe" / "__init__.py").write_text(
         "from model_interface import Pipeline\nclass Model(Pipeline):\n    stages = ['nobody']\n"

@@ -1,4 +1,4 @@
-"""The load test, headless and short, against a real server; and that a missed service level is told."""
+"""The load test, headless and short, against a real server; and that a missed service level is reported."""
 
 import csv
 import json

@@ -50,7 +50,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 SKIPPED = ["lost+found", "secret", "dangling", "loop", "half", "pipes", "link_in"]
 
 
-def test_what_is_no_model_is_told_in_one_line_each(folder: Path) -> None:
+def test_what_is_not_a_model_is_logged_in_one_line_each(folder: Path) -> None:
     command = [sys.executable, str(ROOT / "server.py"), "list"]
     if not os.geteuid():
         if not shutil.which("setpriv"):

@@ -88,8 +88,8 @@ def test_the_way_of_a_model(server: Server, sidecar: Sidecar, upper: Path) -> No
         assert sidecar.infer(metadata) == "X"
     request: dict[str, Any] = {"text": "hi", "model": "other"}
     assert sidecar.begin(NATIVE["RunText"], [("mm-model-id", "a__isvc-1")], **request).result().data == '"HI"'
-    told = sidecar.begin(INFERENCE["ModelMetadata"], [("mm-model-id", "a__isvc-1")], name="service").result()
-    assert told.name == "a__isvc-1"
+    found = sidecar.begin(INFERENCE["ModelMetadata"], [("mm-model-id", "a__isvc-1")], name="service").result()
+    assert found.name == "a__isvc-1"
     assert 'model="a__isvc-1"' in metrics(server)
     sidecar.call("unloadModel", modelId="a__isvc-1")
     with pytest.raises(grpc.RpcError) as caught:

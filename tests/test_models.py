@@ -63,7 +63,7 @@ def test_digits_have_the_accuracy_that_is_recorded(examples: Server) -> None:
     assert examples.client("digits").get_input_shape() == [8, 8]
 
 
-def test_digits_take_pictures_of_any_size(examples: Server) -> None:
+def test_digits_take_images_of_any_size(examples: Server) -> None:
     digit = (load_digits().images[3] * 255 / 16).astype(np.uint8)
     large = cv2.cvtColor(cv2.resize(digit, (80, 80), interpolation=cv2.INTER_NEAREST), cv2.COLOR_GRAY2RGB)
     for name in ("digits", "digits_onnx"):

@@ -50,8 +50,8 @@ def shared(depth: int) -> Any:
 
 def built(name: bytes, state: Any, *parts: Any) -> bytes:
     """A pickle that calls "module\\nname" with parts and sets a state, whatever this process has under that name."""
-    made, told = (pickle.dumps(value, protocol=3)[2:-1] for value in (parts, state))
-    return b"\x80\x04c" + name + b"\n" + made + pickle.REDUCE + told + pickle.BUILD + pickle.STOP
+    made, stated = (pickle.dumps(value, protocol=3)[2:-1] for value in (parts, state))
+    return b"\x80\x04c" + name + b"\n" + made + pickle.REDUCE + stated + pickle.BUILD + pickle.STOP
 
 
 HOSTILE: dict[str, bytes] = {
@@ -76,7 +76,7 @@ HOSTILE: dict[str, bytes] = {
     "a class that is no instance": b"\x80\x04\x8c\x05numpy\x8c\x07ndarray\x93.",
     "state for a class": b"\x80\x04\x8c\x07_codecs\x8c\x06encode\x93}b.",
     "keys that take for ever": b"\x80\x04}" + pickle.dumps(shared(40), protocol=3)[2:-1] + b"K\x01s.",
-    "a state that takes for ever to tell": built(b"PIL.Image\nImage", [{}, shared(40), shared(40), None, b""]),
+    "a state that takes for ever to read": built(b"PIL.Image\nImage", [{}, shared(40), shared(40), None, b""]),
     "a set": pickle.dumps({1, 2}),
     "a number": pickle.dumps(5),
     "nothing": pickle.dumps(None),

@@ -98,10 +98,10 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.kill()
 
 
-@pytest.mark.parametrize("lane", [True, False], ids=["lane", "gRPC"])
+@pytest.mark.parametrize("local", [True, False], ids=["local", "gRPC"])
 @pytest.mark.parametrize("what", ["fork", "exec", "exit"])
-def test_a_process_that_a_model_has_forked_answers_nobody(programs: Server, what: str, lane: bool) -> None:
-    address = ("localhost" if lane else "127.0.0.1") + f":{programs.port}"
+def test_a_process_that_a_model_has_forked_answers_nobody(programs: Server, what: str, local: bool) -> None:
+    address = ("localhost" if local else "127.0.0.1") + f":{programs.port}"
     client = model_client.ModelClient("program", addresses=[address], timeout=30)
     for number in range(5):
         assert client.run(["first", number], {"do": what}) == ["first", number]
@@ -185,7 +185,7 @@ LOADS = {
 
 
 @pytest.mark.parametrize("case", LOADS)
-def test_what_is_wrong_with_a_model_is_told_when_it_loads(tmp_path: Path, case: str) -> None:
+def test_what_is_wrong_with_a_model_is_reported_when_it_loads(tmp_path: Path, case: str) -> None:
     line, why = LOADS[case]
     code = f"from model_interface import ModelInterface\nclass Model(ModelInterface):\n    {line}\n"
     write(tmp_path, "odd", code + "    def run(self, data, args): return data\n")

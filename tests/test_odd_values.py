@@ -68,7 +68,7 @@ def by_rest(server: Server, model: str, texts: list[str]) -> tuple[int, Any]:
 
 
 def clients(server: Server, monkeypatch: pytest.MonkeyPatch) -> list[ModelClient]:
-    """One that takes the short cut, where there is one, and one that does not."""
+    """One that uses the local transport, where there is one, and one that does not."""
     found = [server.client("whole")]
     found[0].run("few empty rows")
     monkeypatch.setenv("TMS_LOCAL_TRANSPORT", "0")

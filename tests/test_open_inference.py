@@ -126,7 +126,7 @@ def test_no_request_harms_the_server(
         assert error.code() is Code.INVALID_ARGUMENT, error.details()
 
 
-def test_a_closed_door(start_server: Callable[..., Server]) -> None:
+def test_a_disabled_protocol(start_server: Callable[..., Server]) -> None:
     server = start_server(TMS_PROTOCOLS="native")
     with pytest.raises(grpc.RpcError) as caught:
         call(server, "ServerLive")

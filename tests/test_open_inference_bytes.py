@@ -20,20 +20,20 @@ from tiny_model_server import schemas
 
 INFER = schemas.methods("open_inference", "inference.GRPCInferenceService")["ModelInfer"]
 
-# Tells what one input is: for a row of its own one answer each, else one of all.
-TELLS = """
+# Describes what one input is: for a row of its own one answer each, else one of all.
+DESCRIBES = """
     metadata = {batch}
     def run(self, data, args):
         import numpy as np
-        def told(value):
+        def described(value):
             if isinstance(value, np.ndarray):
                 return ["array", str(value.dtype), list(value.shape), value.ravel().tolist()]
             if isinstance(value, (list, tuple)):
-                return [told(item) for item in value]
+                return [described(item) for item in value]
             if isinstance(value, dict):
-                return {{key: told(item) for key, item in value.items()}}
+                return {{key: described(item) for key, item in value.items()}}
             return [type(value).__name__, value.hex() if isinstance(value, bytes) else value]
-        return told(data)
+        return described(data)
 """
 ECHO = """
     metadata = {batch}
@@ -43,10 +43,10 @@ ECHO = """
 
 
 @pytest.fixture(scope="module")
-def tells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def describer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("models")
     for name, batch in (("whole", {}), ("rows", {"batch": True})):
-        write_model(folder, name, TELLS.format(batch=batch))
+        write_model(folder, name, DESCRIBES.format(batch=batch))
         write_model(folder, f"echo_{name}", ECHO.format(batch=batch))
     server = Server(folder)
     yield server
@@ -57,8 +57,8 @@ def png(width: int) -> bytes:
     return cv2.imencode(".png", np.full((2, width, 3), width, np.uint8))[1].tobytes()
 
 
-def told_of(element: bytes) -> Any:
-    """What the model tells of one element of BYTES."""
+def description_of(element: bytes) -> Any:
+    """The model's description of one element of BYTES."""
     if element.startswith(b"\x89PNG"):
         width = int.from_bytes(element[16:20], "big")
         return ["array", "uint8", [2, width, 3], [width] * (2 * width * 3)]
@@ -116,8 +116,8 @@ def by_rest(server: Server, model: str, tensor: dict[str, Any], raw: bytes | Non
     if answer.status != 200:
         raise RuntimeError(f"{answer.status}: {found['error']}")
     (output,) = found["outputs"]
-    tail = body[int(length) :] if length else output["data"]
-    return [output["datatype"], output["shape"], tail]
+    data = body[int(length) :] if length else output["data"]
+    return [output["datatype"], output["shape"], data]
 
 
 def answered(output: Any) -> Any:
@@ -141,16 +141,16 @@ SHAPES = [[1], [2], [4], [1, 1], [2, 1], [1, 2], [2, 2], [4, 1], []]
 @pytest.mark.parametrize(("way", "kind"), list(itertools.product(["raw", "typed", "REST"], ELEMENTS)))
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("model", ["whole", "rows"])
-def test_bytes(tells: Server, way: str, kind: str, shape: list[int], model: str) -> None:
+def test_bytes(describer: Server, way: str, kind: str, shape: list[int], model: str) -> None:
     elements = ELEMENTS[kind][: math.prod(shape)]
     tensor = {"name": "x", "datatype": "BYTES", "shape": shape}
 
     def call() -> Any:
         if way == "REST":
-            return by_rest(tells, model, tensor, framed(elements))
+            return by_rest(describer, model, tensor, framed(elements))
         if way == "raw":
-            return by_grpc(tells, model, tensor, framed(elements))
-        return by_grpc(tells, model, tensor, None, {"bytes_contents": elements})
+            return by_grpc(describer, model, tensor, framed(elements))
+        return by_grpc(describer, model, tensor, None, {"bytes_contents": elements})
 
     if model == "rows" and not shape:
         with pytest.raises((grpc.RpcError, RuntimeError), match="the first dimension counts the rows"):
@@ -158,7 +158,7 @@ def test_bytes(tells: Server, way: str, kind: str, shape: list[int], model: str)
         return
 
     def one_or_list(part: Sequence[bytes]) -> Any:
-        return told_of(part[0]) if len(part) == 1 else [told_of(element) for element in part]
+        return description_of(part[0]) if len(part) == 1 else [description_of(element) for element in part]
 
     each = len(elements) // shape[0] if model == "rows" else len(elements)
     expected = [one_or_list(elements[at : at + each]) for at in range(0, len(elements), each)]
@@ -166,47 +166,47 @@ def test_bytes(tells: Server, way: str, kind: str, shape: list[int], model: str)
 
 
 @pytest.mark.parametrize("model", ["whole", "rows"])
-def test_texts_in_json(tells: Server, model: str) -> None:
+def test_texts_in_json(describer: Server, model: str) -> None:
     for shape, data in (([2], ["a", "grün"]), ([2, 1], [["a"], ["grün"]])):
         tensor = {"name": "x", "datatype": "BYTES", "shape": shape}
-        found = answered(by_rest(tells, model, tensor, None, data))
+        found = answered(by_rest(describer, model, tensor, None, data))
         assert found == ([["str", "a"], ["str", "grün"]] if model == "rows" else [[["str", "a"], ["str", "grün"]]])
     tensor = {"name": "x", "datatype": "BYTES", "shape": [1]}
     for data, message in (([1], "not all of its data are BYTES"), (["\ud83d"], "half of a surrogate pair")):
         with pytest.raises(RuntimeError, match=f"400: .*{message}"):
-            by_rest(tells, model, tensor, None, data)
-    assert answered(by_rest(tells, model, tensor | {"name": "\udc00"}, None, ["x"])) == [["str", "x"]]
+            by_rest(describer, model, tensor, None, data)
+    assert answered(by_rest(describer, model, tensor | {"name": "\udc00"}, None, ["x"])) == [["str", "x"]]
 
 
 @pytest.mark.parametrize("model", ["whole", "rows"])
 @pytest.mark.parametrize("by", [by_grpc, by_rest])
-def test_the_content_type_goes_before_what_the_bytes_look_like(tells: Server, by: Any, model: str) -> None:
+def test_the_content_type_goes_before_what_the_bytes_look_like(describer: Server, by: Any, model: str) -> None:
     for kind, element, expected in (
         ("bytes", png(3), ["bytes", png(3).hex()]),
         ("bytes", b"text", ["bytes", b"text".hex()]),
-        ("image/png", png(3), told_of(png(3))),
+        ("image/png", png(3), description_of(png(3))),
         ("str", b"text", ["str", "text"]),
     ):
         tensor = {"name": "x", "datatype": "BYTES", "shape": [2]}
         tensor["parameters"] = {"content_type": {"string_param": kind}}
-        found = answered(by(tells, model, tensor, framed([element, element])))
+        found = answered(by(describer, model, tensor, framed([element, element])))
         assert found == ([expected, expected] if model == "rows" else [[expected, expected]])
     tensor = {"name": "x", "datatype": "BYTES", "shape": [1], "parameters": {"content_type": {"string_param": "str"}}}
     with pytest.raises((grpc.RpcError, RuntimeError), match="not UTF-8"):
-        by(tells, model, tensor, framed([b"\xff"]))
+        by(describer, model, tensor, framed([b"\xff"]))
 
 
 @pytest.mark.parametrize("model", ["whole", "rows"])
 @pytest.mark.parametrize("by", [by_grpc, by_rest])
-def test_no_elements(tells: Server, by: Any, model: str) -> None:
+def test_no_elements(describer: Server, by: Any, model: str) -> None:
     for datatype, shape in itertools.product(["BYTES", "FP32"], [[0], [0, 2], [2, 0]]):
         tensor = {"name": "x", "datatype": datatype, "shape": shape}
         if model == "rows":
             with pytest.raises((grpc.RpcError, RuntimeError), match="counts the rows|no elements"):
-                by(tells, model, tensor, b"")
+                by(describer, model, tensor, b"")
         else:
             expected = [] if datatype == "BYTES" else ["array", "float32", shape, []]
-            assert answered(by(tells, model, tensor, b"")) == [expected]
+            assert answered(by(describer, model, tensor, b"")) == [expected]
 
 
 NUMBERS: dict[str, tuple[str, list[Any], str]] = {
@@ -228,23 +228,23 @@ NUMBERS: dict[str, tuple[str, list[Any], str]] = {
 @pytest.mark.parametrize("datatype", NUMBERS)
 @pytest.mark.parametrize("way", ["raw", "typed", "REST raw", "REST JSON"])
 @pytest.mark.parametrize("model", ["whole", "rows"])
-def test_numbers(tells: Server, datatype: str, way: str, model: str) -> None:
+def test_numbers(describer: Server, datatype: str, way: str, model: str) -> None:
     name, numbers, field = NUMBERS[datatype]
     for shape in ([4], [2, 2], [4, 1], [1, 4], [1, 2, 2]):
         array = np.array(numbers, name).reshape(shape)
         tensor = {"name": "x", "datatype": datatype, "shape": shape}
         if way == "raw":
-            found = by_grpc(tells, f"echo_{model}", tensor, array.tobytes())
+            found = by_grpc(describer, f"echo_{model}", tensor, array.tobytes())
         elif way == "typed" and field:
-            found = by_grpc(tells, f"echo_{model}", tensor, None, {field: numbers})
+            found = by_grpc(describer, f"echo_{model}", tensor, None, {field: numbers})
         elif way == "typed":
             with pytest.raises(grpc.RpcError, match="shape .* has 4 elements, but there are 0"):
-                by_grpc(tells, model, tensor, None, {"fp32_contents": numbers})
+                by_grpc(describer, model, tensor, None, {"fp32_contents": numbers})
             return
         elif way == "REST raw":
-            found = by_rest(tells, f"echo_{model}", tensor, array.tobytes())
+            found = by_rest(describer, f"echo_{model}", tensor, array.tobytes())
         else:
-            found = by_rest(tells, f"echo_{model}", tensor, None, array.tolist())
+            found = by_rest(describer, f"echo_{model}", tensor, None, array.tolist())
         assert found[1] == shape
         assert numbers_of(found) == array.ravel().tolist()
 
@@ -257,12 +257,12 @@ def numbers_of(output: list[Any]) -> list[Any]:
     return np.frombuffer(data, NUMBERS[datatype][0]).tolist() if isinstance(data, bytes) else data
 
 
-def test_brain_floats(tells: Server) -> None:
+def test_brain_floats(describer: Server) -> None:
     values = np.array([[1.5, -2.0], [0.0, 256.0]], np.float32)
     raw = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
     for model in ("echo_whole", "echo_rows"):
         tensor = {"name": "x", "datatype": "BF16", "shape": [2, 2]}
-        datatype, shape, found = by_grpc(tells, model, tensor, raw)
+        datatype, shape, found = by_grpc(describer, model, tensor, raw)
         assert (datatype, shape, found) == ("FP32", [2, 2], values.tobytes())
 
 
@@ -283,16 +283,16 @@ def test_brain_floats(tells: Server) -> None:
         ("FP32", [{"$float": "nan"}]),
     ],
 )
-def test_json_that_a_datatype_does_not_hold(tells: Server, datatype: str, data: list[Any]) -> None:
+def test_json_that_a_datatype_does_not_hold(describer: Server, datatype: str, data: list[Any]) -> None:
     tensor = {"name": "x", "datatype": datatype, "shape": [1]}
     with pytest.raises(RuntimeError, match=f"400: input 'x': not all of its data are {datatype}"):
-        by_rest(tells, "whole", tensor, None, data)
+        by_rest(describer, "whole", tensor, None, data)
 
 
-def test_typed_numbers_that_a_datatype_does_not_hold(tells: Server) -> None:
+def test_typed_numbers_that_a_datatype_does_not_hold(describer: Server) -> None:
     for datatype, contents in (("INT8", {"int_contents": [128]}), ("UINT16", {"uint_contents": [1 << 16]})):
         with pytest.raises(grpc.RpcError, match="out of bounds for u?int") as caught:
-            by_grpc(tells, "whole", {"name": "x", "datatype": datatype, "shape": [1]}, None, contents)
+            by_grpc(describer, "whole", {"name": "x", "datatype": datatype, "shape": [1]}, None, contents)
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 

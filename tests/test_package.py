@@ -90,8 +90,8 @@ def test_the_server(wheel: Path, start_server: Callable[..., Server], tmp_path: 
     server = start_server(models, command=[command], cwd=empty)
     assert run(command, "health", cwd=empty, TMS_PORT=str(server.port)).returncode == 0
     shutil.copy(ROOT / "tests" / "everywhere" / "calls.py", empty)
-    for way, lane in (("same host", "1"), ("gRPC", "0")):
-        ran = run(programs / "python", "calls.py", server.address, way, cwd=empty, TMS_LOCAL_TRANSPORT=lane)
+    for way, local in (("same host", "1"), ("gRPC", "0")):
+        ran = run(programs / "python", "calls.py", server.address, way, cwd=empty, TMS_LOCAL_TRANSPORT=local)
         assert ran.returncode == 0, ran.stderr
     assert server.client("mine").run_text("x") == "here"
     assert server.stop() == 0

@@ -1,4 +1,4 @@
-"""One suite over every door: the same scenarios, and answers that belong together."""
+"""One suite over every protocol: the same scenarios, and answers that belong together."""
 
 import json
 import pickle
@@ -50,8 +50,8 @@ class Refused(Exception):
         self.status, self.message = status, message
 
 
-class Door:
-    """How one door is called; ``run`` gives one answer an input."""
+class Protocol:
+    """How one protocol is called; ``run`` gives one answer an input."""
 
     statuses: dict[str, str] = {}
     timeout = 20.0
@@ -82,7 +82,7 @@ class Door:
         raise NotImplementedError
 
 
-class Native(Door):
+class Native(Protocol):
     def run(self, model: str, inputs: list[Any]) -> list[Any]:
         if isinstance(inputs[0], str):
             fields: dict[str, Any] = {"texts": inputs}
@@ -99,7 +99,7 @@ class Native(Door):
             return client.health_check() == {"serving": [self.server.address], "stopped_serving": []}
 
 
-class OpenInference(Door):
+class OpenInference(Protocol):
     def run(self, model: str, inputs: list[Any]) -> list[Any]:
         if isinstance(inputs[0], str):
             tensor: dict[str, Any] = {"name": "x", "datatype": "BYTES", "shape": [len(inputs)]}
@@ -136,7 +136,7 @@ class ModelMesh(OpenInference):
         return super().run("the-name-of-the-service", inputs)
 
 
-class Rest(Door):
+class Rest(Protocol):
     statuses = {
         "INVALID_ARGUMENT": "400",
         "NOT_FOUND": "404",
@@ -157,23 +157,23 @@ class Rest(Door):
                 raise Refused(str(error.code), json.loads(error.read())["error"]) from None
 
     def run(self, model: str, inputs: list[Any]) -> list[Any]:
-        tail = b""
+        binary = b""
         if isinstance(inputs[0], str):
             tensor = {"name": "x", "datatype": "BYTES", "shape": [len(inputs)], "data": inputs}
         else:
-            tail = np.stack(inputs).tobytes()
+            binary = np.stack(inputs).tobytes()
             tensor = {"name": "x", "datatype": "UINT8", "shape": [len(inputs), *inputs[0].shape]}
-            tensor["parameters"] = {"binary_data_size": len(tail)}
+            tensor["parameters"] = {"binary_data_size": len(binary)}
         header = json.dumps({"inputs": [tensor]}).encode()
         length = {"Inference-Header-Content-Length": str(len(header))}
-        answer = json.loads(self.http(f"/v2/models/{model}/infer", header + tail, **length))
+        answer = json.loads(self.http(f"/v2/models/{model}/infer", header + binary, **length))
         return _rows({output["name"]: output["data"] for output in answer["outputs"]})
 
     def ready(self) -> bool:
         return bool(json.loads(self.http("/v2/health/ready"))["ready"])
 
 
-class Modzy(Door):
+class Modzy(Protocol):
     """One model; what is an error of the server elsewhere is the item's error here, in words."""
 
     statuses = {
@@ -206,7 +206,7 @@ class Modzy(Door):
         return bool(self.call("modzy", "ModzyModel", "Status").status_code == 200)
 
 
-class Nos(Door):
+class Nos(Protocol):
     loads = True
 
     def run(self, model: str, inputs: list[Any]) -> list[Any]:
@@ -252,37 +252,37 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
-def door(everything: Server, request: pytest.FixtureRequest) -> Iterator[Door]:
-    made: Door = request.param(everything)
+def protocol(everything: Server, request: pytest.FixtureRequest) -> Iterator[Protocol]:
+    made: Protocol = request.param(everything)
     yield made
     made.channel.close()
 
 
-def refusal(door: Door, model: str, inputs: list[Any]) -> Refused:
+def refusal(protocol: Protocol, model: str, inputs: list[Any]) -> Refused:
     with pytest.raises(Refused) as caught:
-        door.run(model, inputs)
+        protocol.run(model, inputs)
     return caught.value
 
 
-def test_a_good_call(door: Door) -> None:
-    assert door.run("probe", ["Grüße"]) == [{"text": "GRÜSSE"}]
+def test_a_good_call(protocol: Protocol) -> None:
+    assert protocol.run("probe", ["Grüße"]) == [{"text": "GRÜSSE"}]
 
 
-def test_a_batch(door: Door) -> None:
+def test_a_batch(protocol: Protocol) -> None:
     texts = [f"number {n / 1e6}" for n in range(4)]
-    assert door.run("probe", texts) == [{"text": text.upper()} for text in texts]
+    assert protocol.run("probe", texts) == [{"text": text.upper()} for text in texts]
 
 
-def test_big_images(door: Door) -> None:
+def test_big_images(protocol: Protocol) -> None:
     images = [PIXELS, PIXELS // 2]
-    assert door.run("probe", images) == [{"sum": int(image.sum()), "shape": "1080x1920x3"} for image in images]
+    assert protocol.run("probe", images) == [{"sum": int(image.sum()), "shape": "1080x1920x3"} for image in images]
 
 
-def test_an_unknown_model(door: Door) -> None:
-    if isinstance(door, Modzy):
-        pytest.skip("this door names no model")
-    refused = refusal(door, "nobody", ["x"])
-    assert refused.status == door.expected("NOT_FOUND")
+def test_an_unknown_model(protocol: Protocol) -> None:
+    if isinstance(protocol, Modzy):
+        pytest.skip("this protocol names no model")
+    refused = refusal(protocol, "nobody", ["x"])
+    assert refused.status == protocol.expected("NOT_FOUND")
     assert "there is no model 'nobody'; there are: echo, probe" in refused.message
 
 
@@ -294,53 +294,53 @@ def test_an_unknown_model(door: Door) -> None:
         ("sleep 30", "DEADLINE_EXCEEDED", "took longer than its timeout_s=1.5"),
     ],
 )
-def test_a_bad_input(door: Door, text: str, status: str, message: str) -> None:
-    refused = refusal(door, "probe", [text])
-    assert refused.status == door.expected(status)
+def test_a_bad_input(protocol: Protocol, text: str, status: str, message: str) -> None:
+    refused = refusal(protocol, "probe", [text])
+    assert refused.status == protocol.expected(status)
     assert message in refused.message
-    assert door.run("probe", ["good"]) == [{"text": "GOOD"}]
+    assert protocol.run("probe", ["good"]) == [{"text": "GOOD"}]
 
 
-def test_an_unloaded_model(door: Door, everything: Server) -> None:
+def test_an_unloaded_model(protocol: Protocol, everything: Server) -> None:
     with everything.client("probe") as client:
         client.unload_model()
         try:
-            if door.loads:
-                assert door.run("probe", ["x"]) == [{"text": "X"}]
+            if protocol.loads:
+                assert protocol.run("probe", ["x"]) == [{"text": "X"}]
             else:
-                refused = refusal(door, "probe", ["x"])
-                assert refused.status == door.expected("FAILED_PRECONDITION")
+                refused = refusal(protocol, "probe", ["x"])
+                assert refused.status == protocol.expected("FAILED_PRECONDITION")
                 assert "'probe' is not loaded" in refused.message
         finally:
             client.load_model()
-    assert door.run("probe", ["x"]) == [{"text": "X"}]
+    assert protocol.run("probe", ["x"]) == [{"text": "X"}]
 
 
-def test_overload(door: Door, everything: Server) -> None:
+def test_overload(protocol: Protocol, everything: Server) -> None:
     """One at work and four queued are what this model holds; the next is refused at once."""
     with everything.client("probe") as client:
         held = [client.submit_text(f"sleep 0.{n or 5}") for n in range(5)]
         wait_for(lambda: client.model_info()[0]["queue_depth"] == 4, "a full queue")
         started = time.monotonic()
-        refused = refusal(door, "probe", ["x"])
+        refused = refusal(protocol, "probe", ["x"])
         assert time.monotonic() - started < 0.5
-        assert refused.status == door.expected("RESOURCE_EXHAUSTED")
+        assert refused.status == protocol.expected("RESOURCE_EXHAUSTED")
         assert "queue" in refused.message
         assert [future.result() for future in held] == [{"text": f"SLEEP 0.{n or 5}"} for n in range(5)]
-    assert door.run("probe", ["x"]) == [{"text": "X"}]
+    assert protocol.run("probe", ["x"]) == [{"text": "X"}]
 
 
-def test_the_callers_deadline(door: Door) -> None:
-    if isinstance(door, Rest):
+def test_the_callers_deadline(protocol: Protocol) -> None:
+    if isinstance(protocol, Rest):
         pytest.skip("HTTP has no deadline; the server's own is 60 s")
-    door.timeout = 0.3
+    protocol.timeout = 0.3
     started = time.monotonic()
     # Caller and server watch the same deadline; the server's word for it may come just before the caller's own.
-    words = {"DEADLINE_EXCEEDED", door.expected("DEADLINE_EXCEEDED")}
-    assert refusal(door, "probe", ["sleep 1"]).status in words
+    words = {"DEADLINE_EXCEEDED", protocol.expected("DEADLINE_EXCEEDED")}
+    assert refusal(protocol, "probe", ["sleep 1"]).status in words
     assert time.monotonic() - started < 0.8
-    door.timeout = 20
-    assert door.run("probe", ["x"]) == [{"text": "X"}]
+    protocol.timeout = 20
+    assert protocol.run("probe", ["x"]) == [{"text": "X"}]
 
 
 def dropped(server: Server) -> float:
@@ -350,15 +350,15 @@ def dropped(server: Server) -> float:
     return float(found[1]) if found else 0.0
 
 
-def test_a_caller_that_goes(door: Door, everything: Server) -> None:
+def test_a_caller_that_goes(protocol: Protocol, everything: Server) -> None:
     """What it asked for is not run, if it was not begun; the others do not notice."""
-    if isinstance(door, Rest):
-        pytest.skip("this door has no channel to close; test_http.py has a caller that goes")
+    if isinstance(protocol, Rest):
+        pytest.skip("this protocol has no channel to close; test_http.py has a caller that goes")
     answers: list[Any] = []
 
     def ask() -> None:
         try:
-            answers.append(door.run("probe", ["sleep 1"]))
+            answers.append(protocol.run("probe", ["sleep 1"]))
         except (Refused, ValueError) as error:
             answers.append(error)
 
@@ -368,7 +368,7 @@ def test_a_caller_that_goes(door: Door, everything: Server) -> None:
             thread.start()
         wait_for(lambda: client.model_info()[0]["queue_depth"] == 1, "one at work, one queued")
         before = dropped(everything)
-        door.channel.close()
+        protocol.channel.close()
         wait_for(lambda: dropped(everything) == before + 1, "the queued input to be dropped")
         for thread in asking:
             thread.join()
@@ -376,30 +376,30 @@ def test_a_caller_that_goes(door: Door, everything: Server) -> None:
     assert all(isinstance(answer, Exception) for answer in answers)
 
 
-def test_readiness(door: Door) -> None:
-    assert door.ready()
+def test_readiness(protocol: Protocol) -> None:
+    assert protocol.ready()
 
 
-def test_which_doors_are_open(start_server: Callable[..., Server], everything: Server) -> None:
+def test_which_protocols_are_open(start_server: Callable[..., Server], everything: Server) -> None:
     assert any("protocols: native, open_inference, model_mesh, modzy, nos" in line for line in everything.log)
     server = start_server()
     for kind in (Modzy, Nos):
-        door = kind(server)
+        protocol = kind(server)
         with pytest.raises(Refused, match="UNIMPLEMENTED"):
-            door.ready()
-        door.channel.close()
+            protocol.ready()
+        protocol.channel.close()
     closed = Rest(start_server(TMS_PROTOCOLS="native"))
     with pytest.raises(Refused, match="404"):
         closed.ready()
     closed.channel.close()
 
 
-# Requests of all shapes to all doors. What stops or unloads is left out, as is what would load from the disk's paths.
+# Requests of all shapes to all protocols. What stops or unloads is left out, as is what would load from paths.
 LEFT_OUT = {"StopServer", "Shutdown", "runtimeStatus", "UnloadModel", "RepositoryModelUnload", "DeleteModel"}
 METHODS = {
     method.path: method
-    for door in PROTOCOLS.values()
-    for name, method in schemas.methods(door.SCHEMA, door.SERVICE).items()
+    for protocol in PROTOCOLS.values()
+    for name, method in schemas.methods(protocol.SCHEMA, protocol.SERVICE).items()
     if name not in LEFT_OUT and not method.client_streaming
 }
 NAMES = st.sampled_from(["probe", "echo", "nobody", "", "../echo", "txt2vec", "img2vec"])
@@ -449,7 +449,7 @@ ALLOWED = {"INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION"}
 
 
 @given(st.data())
-def test_no_request_harms_any_door(everything: Server, data: st.DataObject) -> None:
+def test_no_request_harms_any_protocol(everything: Server, data: st.DataObject) -> None:
     method = METHODS[data.draw(st.sampled_from(sorted(METHODS)))]
     fields = data.draw(message_of(method.request.DESCRIPTOR))
     content = data.draw(st.one_of(st.just(method.request(**fields).SerializeToString()), st.binary(max_size=60)))
@@ -495,17 +495,17 @@ REQUESTS = st.fixed_dictionaries(
 @given(
     model=st.sampled_from(["probe", "echo", "nobody", "%2e%2e", ""]),
     request=st.one_of(REQUESTS, JSONS),
-    tail=st.binary(max_size=12),
+    binary=st.binary(max_size=12),
     length=st.sampled_from([None, "-1", "x", "999999", "0", "2"]),
 )
-def test_no_body_harms_the_rest_form(everything: Server, model: str, request: Any, tail: bytes, length: Any) -> None:
+def test_no_body_harms_the_rest_form(everything: Server, model: str, request: Any, binary: bytes, length: Any) -> None:
     header = json.dumps(request).encode()
-    door = Rest(everything)
+    protocol = Rest(everything)
     headers = {"Inference-Header-Content-Length": length or str(len(header))}
     try:
-        door.http(f"/v2/models/{model}/infer", header + tail, **headers)
+        protocol.http(f"/v2/models/{model}/infer", header + binary, **headers)
     except Refused as error:
         failed = error.status == "500" and "model 'probe' raised" in error.message
         assert failed or error.status in ("400", "404"), error
-    assert door.ready()
-    door.channel.close()
+    assert protocol.ready()
+    protocol.channel.close()

@@ -1,4 +1,4 @@
-"""Traces: a collector of the test's own hears of a call in client, server, queue and worker, as one trace."""
+"""Traces: a collector of the test's own receives a call in client, server, queue and worker, as one trace."""
 
 import os
 import subprocess

@@ -84,7 +84,7 @@ def test_a_value_arrives_equal(server: Server, value: Any, expected: Any) -> Non
         found = answer["in"][0] if isinstance(answer, dict) and "in" in answer else answer
         assert found == expected
         assert type(found) is type(expected)
-        assert str(found) == str(expected)  # which tells -0.0 from 0.0
+        assert str(found) == str(expected)  # in which -0.0 is not 0.0
 
 
 ARRAYS = {

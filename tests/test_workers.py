@@ -504,7 +504,7 @@ def test_health_says_that_no_worker_can_be_started(start_server: StartServer, tm
     ids=repr,
 )  # fmt: skip
 @pytest.mark.parametrize("where", ["spawn", "start"])
-def test_the_keeper_of_a_worker_survives_any_error(
+def test_the_supervisor_of_a_worker_survives_any_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, error: Exception
 ) -> None:
     engine = Engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one"))))
@@ -639,7 +639,7 @@ def test_a_models_own_python_may_be_of_any_version(start_server: StartServer, tm
     assert answer == {"same": True, "leaks": False, "array": "text"}
 
 
-def test_a_python_that_is_too_old_is_told_what_it_must_be(tmp_path: Path) -> None:
+def test_a_python_that_is_too_old_is_refused_with_what_it_must_be(tmp_path: Path) -> None:
     write(tmp_path, "own", WHERE)
     own_interpreter(tmp_path / "own", "3.8")
     ran = run(sys.executable, ROOT / "server.py", "check", "own", cwd=tmp_path, TMS_MODELS_DIR=str(tmp_path))
@@ -647,7 +647,7 @@ def test_a_python_that_is_too_old_is_told_what_it_must_be(tmp_path: Path) -> Non
     assert "is Python 3.8" in ran.stderr
 
 
-def test_a_python_without_numpy_is_told_what_it_must_have(tmp_path: Path) -> None:
+def test_a_python_without_numpy_is_refused_with_what_it_must_have(tmp_path: Path) -> None:
     write(tmp_path, "own", WHERE)
     own_interpreter(tmp_path / "own", ".".join(map(str, sys.version_info[:2])))
     ran = run(sys.executable, ROOT / "server.py", "check", "own", cwd=tmp_path, TMS_MODELS_DIR=str(tmp_path))

@@ -38,8 +38,8 @@ one = client.infer("echo", tensors(("a", np.ones(3)), ("b", np.zeros(2))), outpu
 assert one.as_numpy("a") is None and one.as_numpy("b").shape == (2,)
 said = client.infer("echo", tensors(("text", text)), parameters={"n": 3, "deep": True, "word": "x"})
 assert b'"n": 3' in said.as_numpy("output")[0] and b'"deep": true' in said.as_numpy("output")[0]
-picture = np.array([open(sys.argv[2], "rb").read()], object)
-assert b'"shape": [4, 8, 3]' in client.infer("describe", tensors(("image", picture))).as_numpy("output")[0]
+image_file = np.array([open(sys.argv[2], "rb").read()], object)
+assert b'"shape": [4, 8, 3]' in client.infer("describe", tensors(("image", image_file))).as_numpy("output")[0]
 rows = client.infer("rows", tensors(("x", np.arange(12, dtype="float32").reshape(4, 3))))
 assert (rows.as_numpy("output") == np.arange(12, dtype="float32").reshape(4, 3) * 2).all()
 try:

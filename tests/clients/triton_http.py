@@ -41,8 +41,8 @@ assert two.as_numpy("b").dtype == np.int32
 said = client.infer("echo", tensors(("text", text)), parameters={"n": 3, "deep": True, "word": "x"})
 assert b'"n": 3' in said.as_numpy("output")[0]
 with open(sys.argv[2], "rb") as file:
-    picture = np.array([file.read()], object)
-assert b'"shape": [4, 8, 3]' in client.infer("describe", tensors(("image", picture))).as_numpy("output")[0]
+    image_file = np.array([file.read()], object)
+assert b'"shape": [4, 8, 3]' in client.infer("describe", tensors(("image", image_file))).as_numpy("output")[0]
 rows = client.infer("rows", tensors(("x", np.arange(12, dtype="float32").reshape(4, 3))))
 assert (rows.as_numpy("output") == np.arange(12, dtype="float32").reshape(4, 3) * 2).all()
 try:

@@ -63,7 +63,7 @@ class LocalCall:
                 raise call.closed() from None
             if call.retry:
                 return NOT_ANSWERED
-            raise self._failed("UNAVAILABLE", f"the server went away: {error}") from None
+            raise self._failed("UNAVAILABLE", f"the server disconnected: {error}") from None
         finally:
             self._connections.give_back(connection, usable=usable)
 

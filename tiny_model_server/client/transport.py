@@ -143,7 +143,7 @@ class Transport:
         error = call.failed(failed)
         unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
         if unanswered and (why := self.why_silent(timeout=_PROBE_S)):
-            return self._unreachable(f"it went away, and did not come back within {call.timeout:g} s ({why})")
+            return self._unreachable(f"it disconnected, and did not come back within {call.timeout:g} s ({why})")
         return error
 
     def _unreachable(self, why: str) -> errors.ModelClientError:

@@ -23,7 +23,7 @@ _MALLOC = {
 _ENOUGH_DESCRIPTORS = 1 << 16
 
 CORES: frozenset[int] = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
-"""The cores that the server was started with; empty where the system does not tell."""
+"""The cores that the server was started with; empty where the system does not report them."""
 
 
 def cpus(root: Path = Path("/")) -> float:

@@ -67,7 +67,7 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
     ``name`` may be any text: an alias, or the name of a folder that an orchestrator made.
     """
     name = re.sub(r"[^\w-]", "_", name)
-    os.environ[PLUGIN] = f"{name}={path}"  # tells the package ``models``, here and in processes that the model starts
+    os.environ[PLUGIN] = f"{name}={path}"  # read by the package ``models``, here and in processes that the model starts
     module = importlib.import_module(f"models.{name}")
     plugin = getattr(module, "Model", None)
     if not (isinstance(plugin, type) and issubclass(plugin, ModelInterface)):

@@ -1,4 +1,4 @@
-"""Tells with how many others an item was run; -1 is a bad item, -2 one that breaks the whole batch."""
+"""Reports with how many others an item was run; -1 is a bad item, -2 one that breaks the whole batch."""
 
 import time
 

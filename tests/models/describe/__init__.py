@@ -1,4 +1,4 @@
-"""Tells what arrived: type, dtype, shape, sum."""
+"""Describes what arrived: type, dtype, shape, sum."""
 
 import numpy as np
 

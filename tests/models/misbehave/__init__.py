@@ -17,7 +17,7 @@ class Model(ModelInterface):
         if what == "raise":
             raise KeyError("no such thing")
         if what == "invalid":
-            raise InvalidInput("the picture is upside down")
+            raise InvalidInput("the image is upside down")
         if what == "exit":
             sys.exit(3)
         if what == "die":

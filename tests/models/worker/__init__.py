@@ -1,4 +1,4 @@
-"""Tells about its worker; sleeps, dies, counts and allocates as args say."""
+"""Reports its worker; sleeps, dies, counts and allocates as args say."""
 
 import os
 import signal

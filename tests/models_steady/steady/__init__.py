@@ -1,4 +1,4 @@
-"""Takes the time it is told to at its construction, or always fails; for tests of balancing."""
+"""Takes the time that its constructor is given, or always fails; for tests of balancing."""
 
 import time
 
