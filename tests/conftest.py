@@ -1,11 +1,13 @@
 """Real servers for the tests: each a process of its own, on free ports, killed in the end."""
 
+import fcntl
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -130,6 +132,14 @@ class Server:
         self.process.kill()
         self.process.wait()
         self._reader.join()  # ends with the last worker, which goes when the front is gone
+
+
+@pytest.fixture
+def default_ports() -> Iterator[None]:
+    """For a test whose server listens at 50000 and 8080: no other test on this machine does so meanwhile."""
+    with (Path(tempfile.gettempdir()) / "tiny_model_server_ports").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -121,6 +121,7 @@ def reader(folder: Path) -> Iterator[Reader]:
         made.stop()
 
 
+@pytest.mark.usefixtures("default_ports")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_page_does_what_it_says(page: Path, tmp_path: Path) -> None:
     with reader(tmp_path) as one:

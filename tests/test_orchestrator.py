@@ -44,6 +44,7 @@ def test_what_only_looks_like_them_is_still_wrong() -> None:
             Settings.from_env({name: value})
 
 
+@pytest.mark.usefixtures("default_ports")
 def test_a_server_beside_such_services_starts(start_server: Callable[..., Server], tmp_path: Path) -> None:
     models = write_model(tmp_path, "x", ANSWERS.format("x"))
     server = start_server(models=models, **links("tms-http"), **links("tms-model-x"))
