@@ -64,8 +64,8 @@ class Method(NamedTuple):
 class WithTrailingBytes(NamedTuple):
     """A message without its last array or image, whose bytes protobuf would copy once more and its parser twice.
 
-    They come at the end, in an occurrence of their own of that field. ``owner`` has what else an array says of itself,
-    serialized; an image has said it in the message: parsers join what they find of it.
+    They come at the end, in a second occurrence of the field that leads to them; parsers merge the two. ``owner`` is
+    the serialized rest of the array's own message, or empty for an image, whose other fields stay in the message.
     """
 
     message: Any
@@ -96,7 +96,7 @@ def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_
     try:
         if len(data) > 2 * most_items:  # else there cannot be more
             _Counter(most_items).count(kind, data, 0, len(data))
-        if call is None or call.lane:  # where a place may be told as well, and is what counts
+        if call is None or call.lane:  # a place in shared memory goes before the bytes
             return method.request.FromString(data)
         request, call.trailing_bytes = parse_trailing(method.request, data)
         return request
