@@ -28,7 +28,7 @@ class Budget:
     def expect(self, size: int, before: int = 0) -> None:
         """Counts ``size`` more bytes of a request of which ``before`` were counted and which still arrives.
 
-        Several such requests, but for small ones, have half of all bytes: callers who send no more leave room.
+        All such requests, except small ones, get half of all bytes, so that half-sent requests leave room.
         """
         with self._lock:
             others = self._coming - before
@@ -42,7 +42,7 @@ class Budget:
             self._coming += size
 
     def arrived(self, size: int) -> None:
-        """A request of so many bytes is all there, or will not be."""
+        """A request of so many bytes has arrived, or will not."""
         with self._lock:
             self._coming -= size
 

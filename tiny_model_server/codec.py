@@ -82,7 +82,7 @@ class EncodedImage(bytes):
 
 
 class Placed(NamedTuple):
-    """What is known of an array whose bytes lie in memory that this process does not map."""
+    """Describes an array whose bytes lie in memory that this process does not map."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -245,7 +245,7 @@ def portable(array: Array) -> Array:
     return array if array.flags.c_contiguous else np.array(array, order="C")
 
 
-@lru_cache(256)  # numpy takes its time to make or to name a dtype
+@lru_cache(256)  # numpy is slow to make or to name a dtype
 def _portable_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     if dtype.kind in "biufcUSmM" and _DTYPES.fullmatch(dtype_name(little := dtype.newbyteorder("<"))):
         return little

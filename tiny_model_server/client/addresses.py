@@ -120,7 +120,7 @@ class Target:
         self._looking_up = threading.Lock()
 
     def current(self) -> str:
-        """The target as known now; OSError if no name could ever be looked up."""
+        """The target with the addresses found last. Raises OSError if no name was ever found."""
         if self._fixed:
             return self._fixed
         if not self._found:
@@ -174,7 +174,7 @@ def first_refusal(addresses: Sequence[str], credentials: Credentials) -> str | N
 
 
 def _fixed_target(addresses: Sequence[str]) -> str | None:
-    """The target of addresses that need no lookup of ours; None if they need it."""
+    """The target of addresses that gRPC can look up itself; None if it cannot."""
     if all(address.startswith("unix:") for address in addresses):
         return "unix:" + ",".join(address.removeprefix("unix:") for address in addresses)
     if len(addresses) == 1 and addresses[0].startswith("dns://"):
@@ -186,7 +186,7 @@ def _fixed_target(addresses: Sequence[str]) -> str | None:
 
 
 def _family(pairs: Iterable[Pair]) -> tuple[str, str]:
-    """("ipv4" or "ipv6", its addresses with commas): gRPC takes no mix; of both, IPv4 is taken."""
+    """("ipv4" or "ipv6", the addresses with commas). gRPC accepts no mix; if there are both, IPv4 is used."""
     pairs = list(dict.fromkeys(pairs))
     v6 = [f"[{host}]:{port}" for host, port in pairs if ":" in host]
     v4 = [f"{host}:{port}" for host, port in pairs if ":" not in host]

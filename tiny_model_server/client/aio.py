@@ -54,7 +54,7 @@ class AsyncTransport(Transport):
         await _close(self.leave())
 
     def _send(self, call: Call) -> LocalCall | None:
-        """The call, under way by the local transport; None if gRPC is to make it, for nothing here may wait."""
+        """The call, started by the local transport; None if that would have to wait, and gRPC must make it."""
         connections = self.local
         if not connections or not call.request.short:
             return None

@@ -58,7 +58,7 @@ class BlockingTransport(Transport):
         return outcome
 
     def ahead(self, request: Request, timeout: float | None, retry: bool) -> "Future[Any] | LocalCall":
-        """As ``submit``, but by the local transport no thread waits for the answer until it is asked for."""
+        """Like ``submit``. By the local transport, no thread waits until the application asks for the answer."""
         if self.connected and self.local:
             call = Call(self, request, timeout, retry)
             with fork_safety.in_flight:
@@ -116,7 +116,7 @@ class BlockingTransport(Transport):
                 if call.outcome:
                     done = call.cancel_by(stub.future(call.request, **call.options()))
                     response = done.result()
-                else:  # which is quicker, but only ends with its channel
+                else:  # quicker, but it can be ended only with its channel
                     response, done = stub.with_call(call.request, **call.options())
         finally:
             self._end(call)

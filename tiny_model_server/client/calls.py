@@ -17,11 +17,11 @@ from tiny_model_server.errors import CODES, InvalidInput
 from tiny_model_server.shared_memory import Segment
 
 Args = Mapping[str, Any] | None
-"""What a call hands to the model beside its input."""
+"""The arguments that a model gets besides its input."""
 Image = Array | str | os.PathLike[str] | bytes
 """An array HxW or HxWxC of any numeric dtype, the path of an image file, or the bytes of one."""
 Source = Segment | memoryview | None
-"""Where the bytes are that a message lacks: shared memory, or the bytes of its last array or image."""
+"""Where the bytes are that are not in the message: shared memory, or the trailing bytes."""
 
 METHODS = schemas.methods("server", "server.Server")
 STATUSES = {code: name for name, code in CODES.items()}

@@ -55,7 +55,7 @@ POLICIES = {"load": [_BY_LOAD, _ROUND_ROBIN], "round_robin": [_ROUND_ROBIN]}
 
 
 class Place(NamedTuple):
-    """What clients have in common that share a channel."""
+    """What clients must have in common to share a channel."""
 
     library: Any
     """``grpc`` or ``grpc.aio``."""
@@ -85,7 +85,7 @@ class SharedChannel:
         self._stubs: dict[tuple[str, bool], Any] = {}
 
     def stale(self) -> bool:
-        """True if later calls should use another channel. gRPC's idle timer works once in a channel's life."""
+        """True if later calls must use another channel, since gRPC's idle timer works only once for a channel."""
         return self._retired or (not self._calls and time.monotonic() - self._used > _IDLE_S)
 
     def add_call(self) -> bool:
@@ -95,7 +95,7 @@ class SharedChannel:
             return not self._closed
 
     def drop(self, *, clients: int = 0, calls: int = 0, retire: bool = False) -> bool:
-        """Counts clients or calls that go. True once: then the channel is to be closed."""
+        """Counts clients or calls that end. Returns True once: then the caller must close the channel."""
         with _lock:
             self._clients -= clients
             self._calls -= calls
@@ -142,7 +142,7 @@ class SharedChannel:
 
 _lock = threading.Lock()
 _shared: dict[Place, SharedChannel] = {}
-"""Those of another process or event loop stay here: nothing may close them in this one."""
+"""Channels of another process or event loop stay here, because they must not be closed in this one."""
 
 
 def shared(place: Place) -> SharedChannel:
@@ -189,7 +189,7 @@ def _options(policy: list[dict[str, Any]], retry: bool) -> list[tuple[str, Any]]
     }
     return [
         ("grpc.service_config", json.dumps(service_config)),
-        ("grpc.service_config_disable_resolution", 1),  # no TXT records: this configuration is the one
+        ("grpc.service_config_disable_resolution", 1),  # so that no TXT record replaces this configuration
         ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
         ("grpc.max_send_message_length", _LARGEST_MESSAGE),
         ("grpc.per_rpc_retry_buffer_size", _RETRY_BUFFER),

@@ -1,4 +1,4 @@
-"""How a client and its servers trust each other: certificates, names, and what was wrong when they did not."""
+"""The client's TLS: certificates, names, and the reason why a handshake failed."""
 
 import socket
 import ssl
@@ -13,11 +13,11 @@ _PROBE_S = 2.0
 
 @dataclass(frozen=True)
 class Credentials:
-    """TLS as the client wants it: none at all, or with these PEM files."""
+    """Whether the client uses TLS, and its PEM files."""
 
     tls: bool = False
     ca: str = ""
-    """File of the authorities that servers' certificates must come from; the system's if empty."""
+    """File of the authorities that sign servers' certificates; the system's if empty."""
     cert: str = ""
     """File of the client's own certificate chain, for servers that ask for one."""
     key: str = ""
@@ -46,7 +46,7 @@ class Credentials:
         return [("grpc.ssl_target_name_override", name), ("grpc.default_authority", name)] if name else []
 
     def refusal(self, host: str, port: int, name: str) -> str | None:
-        """Why the server there and this client cannot trust each other; None if there is none, or they can."""
+        """Why TLS fails between this client and the server there; None if it works, or if no server is there."""
         try:
             with socket.create_connection((host, port), _PROBE_S) as plain:
                 return self._handshake(plain, self.server_name or name)
@@ -59,7 +59,7 @@ class Credentials:
             with context.wrap_socket(plain, server_hostname=name) as secured:
                 if not self.tls:
                     return "the server speaks TLS; give the client ca=FILE, or tls=True for the system's authorities"
-                # In TLS 1.3 the server looks at the client's certificate after the client is done, and then hangs up.
+                # In TLS 1.3 the server checks the client's certificate last. If it is wrong, the server disconnects.
                 if secured.recv(1):
                     return None
                 mine = "not the client's, of which it does not know the authority" if self.cert else "none was sent"

@@ -14,24 +14,24 @@ _changed = threading.Condition(_lock)
 _in_flight = 0
 _forking = False
 generation = 0
-"""How many forks lie behind this process; what was connected in an earlier one is not to be used."""
+"""Counts the forks that led to this process. Connections of an earlier generation must not be used."""
 polled = False
-"""Set where gRPC's asyncio is used: it has a thread in gRPC all the time, so that no moment is good for a fork."""
+"""True once gRPC's asyncio was used: it always has a thread in gRPC, so a fork is never safe."""
 unusable = False
 """True in a child that was forked while calls were under way, or after asyncio was used."""
 
 
 def begin() -> None:
-    """Notes that a call starts; waits while a fork is under way."""
+    """Counts a call that starts. Waits during a fork."""
     global _in_flight
-    with _lock:  # which is quicker than by the condition
+    with _lock:  # quicker than the condition
         while _forking:
             _changed.wait()
         _in_flight += 1
 
 
 def end() -> None:
-    """Notes that a call has ended."""
+    """Counts a call that has ended."""
     global _in_flight
     with _lock:
         _in_flight -= 1

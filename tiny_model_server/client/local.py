@@ -66,7 +66,7 @@ class LocalConnection:
                 raise ConnectionError("the server takes no more callers")
             self.request, self.response = segments
             self.server = local_transport.receive(self._socket, *HELLO.unpack(header)).decode()
-            self._socket.settimeout(None)  # with one, Python would poll before everything it does
+            self._socket.settimeout(None)  # with a timeout, Python would poll before each operation
             undo.pop_all()
         self._poll = select.poll()
         self._poll.register(self._socket, select.POLLIN)
@@ -74,7 +74,7 @@ class LocalConnection:
             memory.connections.append(self)
 
     def place(self, arrays: Sequence[Array]) -> list[int]:
-        """Where the arrays of the next call lie in the shared memory, after they were put there if need be."""
+        """Puts the arrays of the next call into the shared memory, unless they lie there; returns their places."""
         if self.memory:
             return [_offset(array) for array in arrays]
         return [offset for offset, *_ in self.request.write(arrays)]
@@ -89,7 +89,7 @@ class LocalConnection:
         self._socket.settimeout(None)
 
     def fileno(self) -> int:
-        """The descriptor, which can be read from when there is an answer, or an end."""
+        """The descriptor: readable when there is an answer, or when the server has disconnected."""
         return self._socket.fileno()
 
     def complete(self) -> bool:
@@ -168,9 +168,9 @@ class LocalConnections:
         self.not_before = math.inf
 
     def take(self, arrays: Sequence[Array], *, connect: bool = True) -> LocalConnection | None:
-        """A connection for a call with these arrays; None if the server has none for us, or no more.
+        """A connection for a call with these arrays; None if the server refuses it.
 
-        Without ``connect``, which may take its time, only one that is there.
+        Without ``connect``, which may wait, returns an open connection or None.
         """
         memories = {_memory(array) for array in arrays}
         memory = memories.pop() if len(memories) == 1 else None
@@ -194,7 +194,7 @@ class LocalConnections:
         return connection
 
     def prepare(self, arrays: Sequence[Array]) -> None:
-        """Has a connection made for later calls with such arrays, in another thread."""
+        """Lets another thread open a connection for later calls with such arrays."""
 
         def connect() -> None:
             if connection := self.take(arrays):
@@ -204,7 +204,7 @@ class LocalConnections:
             daemons(self._generation).begin(connect)
 
     def give_back(self, connection: LocalConnection, *, usable: bool) -> None:
-        """Takes a connection back after its call; one that broke or was left in the middle is closed."""
+        """Takes a connection back after its call. Closes it if it failed, or if the call was abandoned."""
         memory = connection.memory
         with self._lock:
             known = connection in self.busy
@@ -216,13 +216,13 @@ class LocalConnections:
         connection.close()
 
     def close(self, *, calls: bool = True) -> None:
-        """Closes all connections; calls in them fail or, without ``calls``, may end before."""
+        """Closes all connections. Calls in them fail, or without ``calls``, may end first."""
         with self._lock:
             idle, busy = dict(self.idle), self.busy
             self.idle.clear()
             self.busy, self.closed = set(), True
         if calls and self._generation == fork_safety.generation:
-            for connection in busy:  # to be closed by who waits for the answer
+            for connection in busy:  # the thread that waits for the answer closes it
                 connection.disconnect()
         _close(idle, self._generation)
 
@@ -236,7 +236,7 @@ def _close(idle: dict["OwnMemory | None", list[LocalConnection]], generation: in
 
 
 class Daemons:
-    """Threads that do jobs, and that no exit of the process waits for."""
+    """Threads that do jobs. The exit of the process does not wait for them."""
 
     def __init__(self) -> None:
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -268,7 +268,7 @@ def shared_array(shape: int | Sequence[int], dtype: Any = np.uint8) -> Array:
     Fill it in place, as ``capture.read(frame)`` of OpenCV does, and not while a call with it is under way. Elsewhere it
     is an array as others are.
     """
-    made = np.empty(shape, dtype)  # checks both; the system gives no memory to what is not written
+    made = np.empty(shape, dtype)  # checks both; untouched memory costs nothing
     if not local_transport.available() or not made.nbytes:
         return np.zeros(shape, dtype)
     memory = OwnMemory()

@@ -11,11 +11,11 @@ from tiny_model_server.client.local import LocalConnection, LocalConnections
 from tiny_model_server.client.transport import Call
 
 NOT_ANSWERED = object()
-"""Returned where gRPC is to make the call, with all that it does for a call."""
+"""Returned if gRPC must make the call instead."""
 
 
 class LocalCall:
-    """One thread asks for its answer, as it would ask a future.
+    """A call that one thread waits for, like a future.
 
     ``by_grpc`` makes the call where the local transport cannot.
     """
@@ -40,7 +40,7 @@ class LocalCall:
         try:
             connection.send(call.request.method.path.encode(), message, call.remaining(), call.retry)
         except OSError:
-            pass  # receive reports what it was
+            pass  # ``receive`` reports the error
         return True
 
     def receive(self) -> Any:
@@ -79,7 +79,7 @@ class LocalCall:
             finally:
                 loop.remove_reader(fd)
         except TimeoutError:
-            pass  # receive reports it
+            pass  # ``receive`` reports it
         except asyncio.CancelledError:
             self.cancel()
             raise

@@ -1,4 +1,4 @@
-"""What a client knows of its calls: how many, how many times tried, how long, by the replica that answered."""
+"""A client's statistics: calls, failures, retries and latencies, by the replica that answered."""
 
 import logging
 import statistics

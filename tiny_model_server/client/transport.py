@@ -1,4 +1,4 @@
-"""What the blocking and the asyncio client share: where their calls go, and what becomes of each call."""
+"""What the blocking and the asyncio client share: the transport of their calls, and the outcome of each call."""
 
 import threading
 import time
@@ -41,7 +41,7 @@ class Transport:
         self._place: Place | None = None
         self._channel: SharedChannel | None = None
         self._unused: list[SharedChannel] = []
-        """Channels that nobody uses any more and that are still to be closed."""
+        """Channels that are no longer used, and must be closed."""
         self._calls: set[Call] = set()
         """Those under way by gRPC."""
 
@@ -83,7 +83,7 @@ class Transport:
     def begin(self, call: "Call") -> Any:
         """Counts a call by gRPC; returns what makes it."""
         while not (channel := self.channel()).add_call():
-            pass  # it was closed meanwhile
+            pass  # another thread has closed it
         call.channel = channel
         with self._lock:
             self._calls.add(call)
@@ -127,7 +127,7 @@ class Transport:
         self.connected = True
 
     def why_silent(self, **options: Any) -> str | None:
-        """Asks for a server's health, and blocks. gRPC's reason why none answers; None if one does."""
+        """Asks for a server's health, and blocks. Returns gRPC's reason why no server answers; None if one does."""
         channel = shared(self._now(grpc, None))  # that of the blocking clients, which asyncio has for a moment
         try:
             return None if channel.health_check()(**options).status == _SERVING else "it is not serving"
@@ -139,7 +139,7 @@ class Transport:
                 channel.close()
 
     def explained(self, call: "Call", failed: Any) -> errors.ModelClientError:
-        """This client's error for gRPC's. If nobody answered in time, it asks why, and blocks for a moment."""
+        """This client's error for gRPC's. If no server answered in time, blocks for a moment to find out why."""
         error = call.failed(failed)
         unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
         if unanswered and (why := self.why_silent(timeout=_PROBE_S)):
@@ -151,7 +151,7 @@ class Transport:
         return errors.from_status("UNAVAILABLE", details, self.model)
 
     def _check_refusal(self) -> None:
-        """Raises Unauthenticated if a server is there, but TLS between it and this client fails."""
+        """Raises Unauthenticated if a server is there, but TLS with it fails."""
         if why := addresses.first_refusal(self.options["addresses"], self.credentials):
             raise errors.from_status("UNAUTHENTICATED", why, self.model)
 

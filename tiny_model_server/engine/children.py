@@ -1,4 +1,4 @@
-"""The processes that the front starts, and those that come to it as orphans. For the thread of the engine's loop."""
+"""The processes that the front starts, and the orphans that it adopts. For the thread of the engine's loop."""
 
 import os
 import subprocess

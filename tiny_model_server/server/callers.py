@@ -45,8 +45,8 @@ def on_this_host(peer: str, metadata: Mapping[str, str | bytes]) -> bool:
 def by_this_user(peer: str, ports: Collection[int] = ()) -> bool:
     """True if the other end of a connection on this host belongs to a process of this user or of root.
 
-    The mode of a unix socket's file says who may connect, so every caller that did is let in. For TCP, Linux tells the
-    user of each connection; False where the system does not tell. ``ports`` are this server's, if they are known.
+    The mode of a unix socket's file says who may connect, so every caller that did is allowed. For TCP, Linux reports
+    the user of each connection; on other systems the result is False. ``ports`` are this server's, if they are known.
     """
     if peer.startswith("unix:"):
         return True

@@ -24,13 +24,13 @@ def watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             _watch(engine, folder, stop)
-        except Exception as error:  # whatever the system reports, the watch goes on
+        except Exception as error:  # whatever the system reports, try again
             log.error("%s cannot be watched for changes: %s", folder, error)
             stop.wait(_AGAIN_S)
 
 
 def _watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
-    """Watches a folder until another one takes its place, for the system watches on the one that was moved away."""
+    """Watches a folder until another one replaces it, because the system would go on to watch the old one."""
     here, watched = folder.resolve(), folder.stat()
     changes = watchfiles.watch(
         here,
@@ -45,7 +45,7 @@ def _watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
         for name in sorted({path.relative_to(here).parts[0] for path in paths if path.is_relative_to(here)}):
             _reload(engine, here / name)
         if not os.path.samestat(folder.stat(), watched):
-            log.warning("%s is another folder now", folder)
+            log.warning("%s was replaced by another folder", folder)
             return
 
 

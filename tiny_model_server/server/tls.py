@@ -14,7 +14,7 @@ log = logging.getLogger("tiny_model_server.tls")
 
 
 def credentials(settings: Settings) -> grpc.ServerCredentials | None:
-    """What grpcio's server needs for TLS, None without TMS_TLS_CERT; SettingsError if the files will not do."""
+    """What grpcio's server needs for TLS, None without TMS_TLS_CERT; SettingsError if the files cannot be used."""
     if not (files := Files.of(settings)):
         return None
     return grpc.dynamic_ssl_server_credentials(files.configuration(), files.renewed, files.client_ca is not None)  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def own_channel(settings: Settings, address: str, timeout_s: float) -> grpc.Chan
 
 
 class Files:
-    """The certificate's files, of which a new content is used by the next handshake."""
+    """The certificate's files. The next handshake uses their new content after a change."""
 
     def __init__(self, cert: Path, key: Path, client_ca: Path | None) -> None:
         """Reads the files; OSError or ValueError if they cannot be read or do not belong together."""
@@ -47,7 +47,7 @@ class Files:
 
     @classmethod
     def of(cls, settings: Settings) -> "Files | None":
-        """The files that the settings name, None without TMS_TLS_CERT; SettingsError if they will not do."""
+        """The files that the settings name, None without TMS_TLS_CERT; SettingsError if they cannot be used."""
         cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
         if not (cert or key or client_ca):
             return None
@@ -59,7 +59,7 @@ class Files:
             raise SettingsError(f"TMS_TLS_CERT, TMS_TLS_KEY or TMS_TLS_CLIENT_CA cannot be used: {error}") from None
 
     def context(self) -> ssl.SSLContext:
-        """For the handshake of the HTTP port: of the files as they are now, or as they were last good."""
+        """For a handshake of the HTTP port: a context with the files as they are now or, if those are wrong, as before."""
         self.renewed()
         return self._context
 
