@@ -1,7 +1,7 @@
 """Lets a process that uses the client fork: gRPC's fork handlers need a moment without calls.
 
 While a fork is under way no call starts, and the fork waits for those that are under way. If they take too long, the
-child raises at its first call, where gRPC would hang.
+child's first call raises an error, because gRPC would hang.
 """
 
 import os

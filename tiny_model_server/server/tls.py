@@ -59,7 +59,7 @@ class Files:
             raise SettingsError(f"TMS_TLS_CERT, TMS_TLS_KEY or TMS_TLS_CLIENT_CA cannot be used: {error}") from None
 
     def context(self) -> ssl.SSLContext:
-        """For a handshake of the HTTP port: a context with the files as they are now or, if those are wrong, as before."""
+        """The context for a handshake of the HTTP port. Wrong files do not replace the ones before."""
         self.renewed()
         return self._context
 
