@@ -29,7 +29,8 @@ from ray.serve.config import gRPCOptions  # noqa: E402
 from ray.serve.grpc_util import RayServegRPCContext  # noqa: E402
 
 from tiny_model_server import schemas  # noqa: E402
-from tiny_model_server.engine.engine import Call, Engine  # noqa: E402
+from tiny_model_server.engine.call import Call  # noqa: E402
+from tiny_model_server.engine.engine import Engine  # noqa: E402
 from tiny_model_server.errors import ServerError  # noqa: E402
 from tiny_model_server.protocols import native  # noqa: E402
 from tiny_model_server.settings import ModelOptions, Settings  # noqa: E402

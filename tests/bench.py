@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 from model_client import AsyncModelClient, ModelClient  # noqa: E402
 from tests.conftest import Server  # noqa: E402
 from tiny_model_server import codec, schemas  # noqa: E402
-from tiny_model_server.engine.engine import Call, Engine  # noqa: E402
+from tiny_model_server.engine.call import Call  # noqa: E402
+from tiny_model_server.engine.engine import Engine  # noqa: E402
 from tiny_model_server.settings import Settings  # noqa: E402
 
 SECONDS = float(os.environ.get("BENCH_SECONDS", "2"))

@@ -1,5 +1,6 @@
 """Real servers for the tests: each a process of its own, on free ports, killed in the end."""
 
+import asyncio
 import fcntl
 import os
 import re
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from model_client import ModelClient
+from tiny_model_server.engine.engine import Engine
+from tiny_model_server.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "models"
@@ -132,6 +135,23 @@ class Server:
         self.process.kill()
         self.process.wait()
         self._reader.join()  # ends with the last worker, which goes when the front is gone
+
+
+@contextmanager
+def running_engine(settings: Settings) -> Iterator[Engine]:
+    """An engine whose loop runs in a thread. It ends with the block."""
+    engine = Engine(settings)
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        thread = threading.Thread(target=loop.run_forever)
+        runner.run(engine.use_loop())
+        thread.start()
+        try:
+            yield engine
+        finally:
+            asyncio.run_coroutine_threadsafe(engine.stop(5), loop).result(20)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
 
 
 @pytest.fixture

@@ -23,7 +23,8 @@ from tests.test_faults import write_model
 from tests.test_security import Certificates, tls
 from tests.test_web import post
 from tiny_model_server import logs, schemas
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import PermissionDenied
 from tiny_model_server.server import callers
 from tiny_model_server.settings import Settings

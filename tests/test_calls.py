@@ -191,7 +191,7 @@ def test_a_bad_item_fails_alone(server: Server) -> None:
 def test_image_to_image(server: Server) -> None:
     image = np.random.default_rng(2).random((6, 8, 2)).astype(np.float32)
     assert np.array_equal(server.client("echo").run_image_to_image(image), image)
-    with pytest.raises(model_client.ModelUnavailable, match=r"str, no image.*RunImage"):
+    with pytest.raises(model_client.ModelUnavailable, match=r"str, not an image.*RunImage"):
         server.client("masks").run_image_to_image(np.zeros((4, 4), np.uint8))
 
 
@@ -216,7 +216,7 @@ MISBEHAVIOUR = [
     ("invalid", model_client.InvalidInput, "the image is upside down"),
     ("exit", model_client.ModelFailed, "raised SystemExit: 3"),
     ("nonsense", model_client.ModelFailed, r"cannot be encoded: cannot serialize object at \.object\[0\]: "),
-    ("junk", model_client.ModelFailed, "could not be handed over: UnpicklingError"),
+    ("junk", model_client.ModelFailed, "cannot be read: UnpicklingError"),
     ("cycle", model_client.ModelFailed, "nested too deeply"),
     ("die", model_client.ModelFailed, "exited with code 7, twice"),
     ("segfault", model_client.ModelFailed, "killed by SIGSEGV, twice"),

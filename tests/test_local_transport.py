@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,8 +28,6 @@ from tiny_model_server import local_transport, schemas
 from tiny_model_server.client import local
 from tiny_model_server.errors import CODES
 from tiny_model_server.local_transport import FINAL, HELLO, REQUEST
-from tiny_model_server.server.local_server import LocalServer
-from tiny_model_server.settings import Settings
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
 METHODS = schemas.methods("server", "server.Server")
@@ -319,10 +316,10 @@ HANGS = {
     "in run": "time.sleep(60 * len(data))",
     "in its answer": (
         "import gc\n"
-        "        from tiny_model_server.engine.worker_connection import Pipe\n"
+        "        from tiny_model_server.engine.worker_connection import WorkerConnection\n"
         "        for pipe in gc.get_objects() if data else ():\n"
-        "            if isinstance(pipe, Pipe):\n"
-        "                os.write(pipe.fileno(), b'half')\n"
+        "            if isinstance(pipe, WorkerConnection):\n"
+        "                os.write(pipe.socket.fileno(), b'half')\n"
         "        time.sleep(60 * len(data))"
     ),
 }
@@ -443,24 +440,6 @@ def test_a_greeting_that_is_nested_deeply(start_server: Callable[..., Server]) -
     assert not [line for line in server.log if "Traceback" in line]
 
 
-def test_a_worker_that_cannot_be_watched() -> None:
-    """Its own thread finishes what it was given."""
-
-    class Blind:
-        def register(self, fd: int, events: int) -> None:
-            raise OSError("no watch is left")
-
-    abandoned: list[Any] = []
-    handlers = dict.fromkeys(METHODS)
-    served = LocalServer(SimpleNamespace(settings=Settings()), handlers, 1, "x")  # type: ignore[arg-type]
-    served._workers = Blind()  # type: ignore[assignment]
-    with socket.socket() as seat:
-        served.drive(seat, SimpleNamespace(abandon=abandoned.append))  # type: ignore[arg-type]
-        assert abandoned == [seat]
-    served.stop(0)
-    assert not served._driven
-
-
 def test_a_request_that_never_ends(server: Server) -> None:
     """A caller that stops in the middle holds up nobody but itself."""
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
@@ -536,7 +515,7 @@ def test_another_users_server_gets_nothing(start_server: Callable[..., Server]) 
         assert thief.stdout
         assert thief.stdout.readline() == "bound\n"
         server = start_server(TMS_PORT=port)
-        server.wait_for_log("no short cut for clients on this host")
+        server.wait_for_log("no local transport for clients on this host")
         with server.client("echo", token="secret") as client:
             assert client.run_text("x") == "x"
             assert lanes(client) == 0

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,12 +18,12 @@ import psutil
 import pytest
 
 import model_client
-from tests.conftest import ROOT, Server, wait_for
+from tests.conftest import ROOT, Server, running_engine, wait_for
 from tests.test_faults import ANSWERS, Load, alive, write_model
 from tests.test_package import environment, run, wheel  # noqa: F401 - a fixture
 from tiny_model_server import codec, schemas
 from tiny_model_server.engine import children
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
 from tiny_model_server.errors import InvalidInput
 from tiny_model_server.settings import ModelOptions, Settings
 
@@ -500,41 +499,30 @@ def test_health_says_that_no_worker_can_be_started(start_server: StartServer, tm
 @pytest.mark.parametrize(
     "error",
     [OSError(11, "Resource temporarily unavailable"), OSError(12, "Cannot allocate memory"), MemoryError(),
-     RuntimeError("can't start new thread"), ZeroDivisionError("a mistake of the server")],
+     ZeroDivisionError("a mistake of the server")],
     ids=repr,
 )  # fmt: skip
-@pytest.mark.parametrize("where", ["spawn", "start"])
 def test_the_supervisor_of_a_worker_survives_any_error(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, error: Exception
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: Exception
 ) -> None:
-    engine = Engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one"))))
-    one = codec.encode(1)
-    spawn, start = children.spawn, threading.Thread.start
-    failures: list[str] = []
+    spawn, failures = children.spawn, []
 
     def fail(*arguments: Any, **options: Any) -> Any:
-        if len(failures) < 3 and (where == "spawn" or arguments[0]._target.__name__ == "_serve"):
-            failures.append(where)
+        if len(failures) < 3:
+            failures.append(1)
             raise error
-        return (spawn if where == "spawn" else start)(*arguments, **options)
+        return spawn(*arguments, **options)
 
-    try:
+    with running_engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one")))) as engine:
         model = engine.load("one")
-        if where == "spawn":
-            monkeypatch.setattr(children, "spawn", fail)
-        else:
-            monkeypatch.setattr(threading.Thread, "start", fail)
+        monkeypatch.setattr(children, "spawn", fail)
         os.kill(model.pids[0], signal.SIGKILL)
         wait_for(lambda: len(failures) == 3 and model.pids, "another worker")
         wait_for(lambda: model.state == "READY", "the model")
-        assert codec.decode(engine.run("one", one, {}, Call())) == "one"
-    finally:
-        monkeypatch.undo()
-        engine.stop(5)
+        assert codec.decode(engine.run("one", codec.encode(1), {}, Call())) == "one"
 
 
 def test_a_first_load_waits_for_what_the_server_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    engine = Engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one"))))
     spawn, failures = children.spawn, []
 
     def fail(*arguments: Any, **options: Any) -> Any:
@@ -544,10 +532,8 @@ def test_a_first_load_waits_for_what_the_server_lacks(monkeypatch: pytest.Monkey
         return spawn(*arguments, **options)
 
     monkeypatch.setattr(children, "spawn", fail)
-    try:
+    with running_engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one")))) as engine:
         assert engine.load("one").state == "READY"
-    finally:
-        engine.stop(5)
 
 
 # ---- the bounds of options
@@ -580,8 +566,10 @@ def test_with_overrides_and_class_attributes_are_checked_alike(name: str, value:
 
 
 def test_an_engine_refuses_what_an_option_may_not_be(tmp_path: Path) -> None:
-    engine = Engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one"))))
-    with pytest.raises(InvalidInput, match="from 1 to 256"):
+    with (
+        running_engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one")))) as engine,
+        pytest.raises(InvalidInput, match="from 1 to 256"),
+    ):
         engine.load("one", 1000)
 
 

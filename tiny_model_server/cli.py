@@ -1,6 +1,7 @@
 """The life of a server process: settings, load, serve, drain, stop; and the commands ``check`` and ``list``."""
 
 import argparse
+import asyncio
 import json
 import logging
 import os
@@ -8,17 +9,19 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 
 import grpc
 
 from tiny_model_server import __version__, codec, ending, local_transport, logs, schemas
-from tiny_model_server.engine import busy_polling, children
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine import children
+from tiny_model_server.engine.busy_polling import BusyPollingSelector
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.placement import cpus, keep_memory, keep_to_one_core
 from tiny_model_server.engine.repository import State, discover
 from tiny_model_server.errors import ServerError
-from tiny_model_server.protocols import native
 from tiny_model_server.server import tls
 from tiny_model_server.server.grpc_server import GrpcServer
 from tiny_model_server.server.health import SERVICE as HEALTH_SERVICE
@@ -64,130 +67,127 @@ def serve(settings: Settings) -> int:
     log.info("settings: %s", settings.describe())
     keep_memory()
     children.adopt_orphans()
-    busy_polling.seconds = settings.busy_poll_us / 1e6 if cpus() >= 2 else 0
     if settings.one_core:
         keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
     engine = Engine(settings)
-    busy_polling.calls, busy_polling.few = (
-        lambda: engine.calls,
-        max(2, int(cpus()) // 2),
-    )  # to each belong a caller and a worker
-    grpc_server = GrpcServer(engine, settings)
-    web = None
-    if settings.http_port is not None:
-        web = HttpServer(Web(engine, settings), settings, engine.inflight.limit // 2)
-    engine.ports = frozenset([grpc_server.port, *([web.port] if web else [])])
-    lanes = open_lanes(engine, settings, grpc_server)
-    hurry = threading.Event()
+    few = max(2, int(cpus()) // 2)  # to each call belong a caller and a worker, which need cores too
+    seconds = settings.busy_poll_us / 1e6 if cpus() >= 2 else 0
+    selector = BusyPollingSelector(seconds, lambda: 0 < engine.calls <= few)
+    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
+        return ending.leave(runner.run(_serve(engine, settings)))
 
-    # Python's handlers run in the main thread, which a signal that the kernel gives to another thread does not wake;
-    # the descriptor is written to at once, and its reader may take locks.
-    heard, wakeup = socket.socketpair()
-    wakeup.setblocking(False)
-    signal.set_wakeup_fd(wakeup.fileno())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: None)
+
+async def _serve(engine: Engine, settings: Settings) -> int:
+    await engine.use_loop()
+    loop, hurry, stopped = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+    grpc_server = GrpcServer(engine, settings)
+    http = None
+    if settings.http_port is not None:
+        http = HttpServer(Web(engine, settings), settings, engine.inflight.limit // 2)
+    engine.ports = frozenset([grpc_server.port, *([http.port] if http else [])])
+    local = _open_local(engine, settings, grpc_server)
 
     def obey() -> None:
-        while heard.recv(1):
-            if engine.stop_requested.is_set():
-                hurry.set()
-                ending.within(_STOP_WORKERS_S + _STOP_REST_S)
-                grpc_server.stop(0)
-                if web:
-                    web.stop(0)
-            engine.request_stop()
+        if engine.stop_requested.is_set():
+            hurry.set()
+            ending.within(_STOP_WORKERS_S + _STOP_REST_S)
+            grpc_server.stop(0)
+            if http:
+                http.stop(0)
+        engine.stop_requested.set()
 
-    threading.Thread(target=obey, name="signals", daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, obey)
+    loop.add_signal_handler(signal.SIGCHLD, children.reap)
     grpc_server.start()
-    if lanes:
-        lanes.start()
-    if web:
-        web.start()
+    if local:
+        local.start()
+    if http:
+        http.start()
     host = settings.host.strip("[]")
     host = f"[{host}]" if ":" in host else host
-    http = f", HTTP on {host}:{web.port}" if web else ""
-    log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port, http, os.getpid())
+    log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port,
+             f", HTTP on {host}:{http.port}" if http else "", os.getpid())  # fmt: skip
     log.info("protocols: %s", ", ".join(settings.protocols))
     log.info("who may stop the server and change its models: %s", engine.who_may())
-    failed = threading.Event()
-    threading.Thread(target=_load, args=(engine, settings, failed), name="start").start()
-    engine.stop_requested.wait()
+    loading = asyncio.create_task(_load(engine, settings, stopped))
+    await engine.stop_requested.wait()
+    stopped.set()
     log.info("stopping")
     ending.within(settings.drain_delay_s + settings.grace_s + _STOP_WORKERS_S + _STOP_REST_S)
     grpc_server.refuse_health()
-    hurry.wait(settings.drain_delay_s)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(hurry.wait(), settings.drain_delay_s)
     grace_s = 0 if hurry.is_set() else settings.grace_s
     ended = grpc_server.stop(grace_s)
-    if web:
-        web.stop(grace_s)
-    if lanes:
-        lanes.stop(grace_s)
-    ended.wait()
-    if web:
-        web.join(grace_s + _STOP_WORKERS_S)
-    engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
+    if http:
+        http.stop(grace_s)
+    if local:
+        await local.stop(grace_s)
+    await asyncio.to_thread(ended.wait)
+    if http:
+        await asyncio.to_thread(http.join, grace_s + _STOP_WORKERS_S)
+    await engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
+    failed = await loading
     log.info("stopped")
-    return ending.leave(1 if failed.is_set() else 0)
+    return 1 if failed else 0
 
 
-def open_lanes(engine: Engine, settings: Settings, grpc_server: GrpcServer) -> LocalServer | None:
-    """The short cut for clients on this host, where it may be: for loopback callers of a server without TLS."""
-    local = settings.host in ("0.0.0.0", "::", "[::]", *local_transport.LOOPBACK)
-    if not (
-        settings.local_transport
-        and local_transport.available()
-        and local
-        and not settings.tls_cert
-        and "native" in settings.protocols
-    ):
+def _open_local(engine: Engine, settings: Settings, grpc_server: GrpcServer) -> LocalServer | None:
+    """The local transport, where it may be: for loopback callers of a server without TLS."""
+    on_loopback = settings.host in ("0.0.0.0", "::", "[::]", *local_transport.LOOPBACK)
+    wanted = settings.local_transport and "native" in settings.protocols and not settings.tls_cert
+    if not (wanted and on_loopback and local_transport.available()):
         return None
     try:
-        return LocalServer(engine, native.handlers(engine), grpc_server.port, grpc_server.replica)
+        return LocalServer(engine, grpc_server.port, grpc_server.replica)
     except OSError as error:
-        log.warning("no short cut for clients on this host: %s", error)
+        log.warning("no local transport for clients on this host: %s", error)
         return None
 
 
-def _load(engine: Engine, settings: Settings, failed: threading.Event) -> None:
-    engine.start()
-    if engine.stop_requested.is_set():
-        return
+async def _load(engine: Engine, settings: Settings, stopped: threading.Event) -> bool:
+    """Loads the models. Returns True if the server is to end because one has failed."""
+    await engine.start()
+    if stopped.is_set():
+        return False
     bad = [model.name for model in engine.models() if model.state is State.FAILED]
     good = len(engine.models()) - len(bad)
     log.info("serving %d models%s", good, f"; FAILED: {', '.join(bad)}" if bad else "")
     if settings.reload:
-        watcher = threading.Thread(
-            target=watch, args=(engine, settings.models_dir, engine.stop_requested), name="reload"
-        )
-        watcher.start()
+        threading.Thread(target=watch, args=(engine, settings.models_dir, stopped), name="reload").start()
     if not engine.models():
         log.warning("there is no model folder in %s", settings.models_dir.resolve())
     if bad and settings.strict:
         log.error("TMS_STRICT=1: stopping, because not every model could be loaded")
-        failed.set()
         engine.request_stop()
+        return True
+    return False
 
 
 def check_model(settings: Settings, name: str) -> int:
     """Loads and warms up one model and, if it has an ``example``, sends that through a worker and prints the answer."""
-    engine = Engine(replace(settings, strict=True))
+    return asyncio.run(_check_model(Engine(replace(settings, strict=True)), name))
+
+
+async def _check_model(engine: Engine, name: str) -> int:
+    await engine.use_loop()
     try:
         model = engine.model(name)
-        model.load()
+        await model.load()
         assert model.loaded
         print(f"{name}: loaded and warmed up; input shape {model.loaded.input_shape}, {model.loaded.options}")
         if model.loaded.example is None:
             print(f"{name}: has no example, so nothing was run; give the class one to have it checked")
         else:
-            answer = codec.decode(engine.run(name, model.loaded.example, {}, Call()))
-            print(f"{name}: answers its example with {answer!r}")
+            answer = await asyncio.to_thread(engine.run, name, model.loaded.example, {}, Call())
+            print(f"{name}: answers its example with {codec.decode(answer)!r}")
         return 0
     except ServerError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     finally:
-        engine.stop(_STOP_WORKERS_S)
+        await engine.stop(_STOP_WORKERS_S)
 
 
 def list_models(settings: Settings) -> int:

@@ -96,7 +96,7 @@ def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_
     try:
         if len(data) > 2 * most_items:  # else there cannot be more
             _Counter(most_items).count(kind, data, 0, len(data))
-        if call is None or call.lane:  # a place in shared memory goes before the bytes
+        if call is None or call.buffers:  # a place in shared memory goes before the bytes
             return method.request.FromString(data)
         request, call.trailing_bytes = parse_trailing(method.request, data)
         return request

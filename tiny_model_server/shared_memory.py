@@ -11,7 +11,6 @@ import math
 import mmap
 import os
 import tempfile
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import ClassVar
@@ -142,13 +141,14 @@ class Segment:
 
 
 class SharedBuffers:
-    """The memory that a caller on this host shares with the workers: one buffer for requests, one for responses.
+    """The memory that a caller shares with the workers: one buffer for requests, one for responses.
 
-    The server itself never maps it: it knows the two descriptors, and hands them to workers. The caller's connection
-    owns them; they are closed when the connection has ended and no worker uses them any more.
+    The front itself never maps it. It knows the two descriptors, and hands them to workers. The caller's connection, or
+    the thread that answers the call, owns them; they are closed when the owner has closed them and no worker uses them
+    any more. But for ``read`` and the writing methods, only the engine's loop may touch them.
     """
 
-    _numbers = itertools.count()
+    _names = itertools.count()
     open_names: ClassVar[set[int]] = set()
     """Names of those that are not closed."""
 
@@ -164,76 +164,81 @@ class SharedBuffers:
             os.close(self.request)
             raise
         self.caller_owned = caller_owned
-        self.name = next(self._numbers)
+        self.name = next(self._names)
         self.retained = False
-        """Set when a model keeps what lies in the request buffer: it is the model's then, and not written again."""
-        self._lock = threading.Lock()
-        self._holders = 1  # the connection
-        self._closed = False
+        """Whether a model keeps what lies in the request buffer. It is the model's then, and is not written again."""
+        self.holders = 1
+        """The owner, and the workers that use them now."""
+        self.closed = False
         self.open_names.add(self.name)
 
-    def hold(self) -> bool:
-        """Keeps the descriptors open until ``release``; False if the connection has ended."""
-        with self._lock:
-            self._holders += not self._closed
-            return not self._closed
-
     def release(self) -> None:
-        """Ends a ``hold``."""
-        with self._lock:
-            self._holders -= 1
-            last = self._holders == 0
-        if last:
+        """A holder does not use them any more. The last one closes the descriptors."""
+        self.holders -= 1
+        if not self.holders:
             self._dispose()
 
     def close(self) -> None:
-        """Ends the connection's own hold; the memory goes when no worker uses it any more."""
-        with self._lock:
-            closed, self._closed = self._closed, True
-        if not closed:
+        """Ends the owner's hold."""
+        if not self.closed:
+            self.closed = True
             self.release()
 
     def renewed(self) -> SharedBuffers:
-        """Buffers with a new file for requests, in the place of one that a model has retained."""
+        """Buffers with a new file for requests, in the place of one that a model retains."""
         return SharedBuffers(response=os.dup(self.response))
+
+    @property
+    def size(self) -> int:
+        """Bytes of both buffers."""
+        return os.fstat(self.request).st_size + os.fstat(self.response).st_size
 
     def check(self, offset: int, length: int) -> None:
         """ValueError if so many bytes at ``offset`` of the request buffer are not there, or are not aligned to 64."""
         check_place(self.request, offset, length)
 
-    def read(self, offset: int, length: int) -> bytes:
-        """A copy of bytes of the request buffer; ValueError if they are not all there."""
-        self.check(offset, length)
-        return _read(self.request, offset, length)
-
     def response_arrays(self, places: Sequence[Place]) -> list[Array]:
         """Copies of the arrays at these places of the response buffer, where a worker has put them."""
-        found = []
-        for offset, name, shape in places:
-            dtype = dtype_of(name)
-            data = _read(self.response, offset, math.prod(shape) * dtype.itemsize)
-            found.append(np.frombuffer(data, dtype).reshape(shape) if data else np.empty(shape, dtype))
-        return found
+        return read_arrays(self.response, places)
 
-    def write(self, arrays: Sequence[Array]) -> list[Place]:
+    def write_request(self, arrays: Sequence[Array]) -> list[Place]:
+        """Copies portable arrays into the request buffer, from its start."""
+        return write_arrays(self.request, arrays)
+
+    def write_response(self, arrays: Sequence[Array]) -> list[Place]:
         """Copies portable arrays into the response buffer, from its start."""
-        places, end = layout(arrays)
-        if os.fstat(self.response).st_size < end:
-            os.ftruncate(self.response, end)
-        for (offset, *_), array in zip(places, arrays, strict=True):
-            data, at = raw(array), 0
-            while at < len(data):
-                at += os.pwrite(self.response, data[at : at + _MOST_AT_ONCE], offset + at)
-        return places
+        return write_arrays(self.response, arrays)
 
     def _dispose(self) -> None:
         self.open_names.discard(self.name)
-        if not self.retained:  # workers may map it until they hear that it is closed
+        if not self.retained:  # workers may map it until they are told that it is closed
             discard(self.response)
             if not self.caller_owned:
                 discard(self.request)
         os.close(self.request)
         os.close(self.response)
+
+
+def read_arrays(fd: int, places: Sequence[Place]) -> list[Array]:
+    """Copies of the arrays at these places of a file, without mapping it."""
+    found = []
+    for offset, name, shape in places:
+        dtype = dtype_of(name)
+        data = _read(fd, offset, math.prod(shape) * dtype.itemsize)
+        found.append(np.frombuffer(data, dtype).reshape(shape) if data else np.empty(shape, dtype))
+    return found
+
+
+def write_arrays(fd: int, arrays: Sequence[Array]) -> list[Place]:
+    """Copies portable arrays into a file, from its start, without mapping it."""
+    places, end = layout(arrays)
+    if os.fstat(fd).st_size < end:
+        os.ftruncate(fd, end)
+    for (offset, *_), array in zip(places, arrays):
+        data, at = raw(array), 0
+        while at < len(data):
+            at += os.pwrite(fd, data[at : at + _MOST_AT_ONCE], offset + at)
+    return places
 
 
 def _read(fd: int, offset: int, length: int) -> bytes:

@@ -1,47 +1,29 @@
-"""Waiting awake for a moment before sleeping: to wake a core up costs more than most waits within a call take."""
+"""A selector that polls for a moment before it sleeps: to wake a sleeping core costs more than most waits take."""
 
-import threading
+import selectors
 import time
 from collections.abc import Callable
 from typing import Any
 
-seconds = 0.0
-"""How long to stay awake; 0 is not at all. Set at the start."""
-calls: Callable[[], int] = int
-"""How many calls are under way. Set at the start."""
-few = 2
-"""So many calls at once leave a core to stay awake on; of more, callers and workers need it. Set at the start."""
-_most = 0.0  # calls at once, lately
-_one = threading.Lock()  # stays awake at a time: more would only take each other's core
 
+class BusyPollingSelector(selectors.DefaultSelector):
+    """Polls for ``seconds`` as long as the last wait was shorter than that, and ``worthwhile`` says so."""
 
-def _crowded() -> bool:
-    global _most
-    _most = max(calls(), 0.95 * _most)
-    return _most > few
+    def __init__(self, seconds: float, worthwhile: Callable[[], bool]) -> None:
+        super().__init__()
+        self._seconds, self._worthwhile = seconds, worthwhile
+        self._was_short = False
 
-
-class Waiter:
-    """Waits in one place for events, and stays awake there as long as that has paid lately."""
-
-    def __init__(self, poll: Callable[[float | None], Any]) -> None:
-        """``poll`` returns events if there are any within so many seconds (None: whenever)."""
-        self._poll = poll
-        self.pays = True
-        """Whether the last wait was short."""
-
-    def wait(self, timeout: float | None) -> Any:
-        """What ``poll`` finds within ``timeout`` seconds."""
-        if not seconds or (timeout is not None and timeout <= 0) or _crowded():
-            return self._poll(timeout)
+    def select(self, timeout: float | None = None) -> Any:
+        """The events within ``timeout`` seconds (None: whenever they come)."""
+        if timeout is not None and timeout <= 0:
+            return super().select(timeout)
         begun = time.monotonic()
-        if self.pays and _one.acquire(blocking=False):
-            try:
-                while time.monotonic() - begun < seconds:
-                    if found := self._poll(0):
-                        return found
-            finally:
-                _one.release()
-        found = self._poll(timeout)
-        self.pays = time.monotonic() - begun < seconds
+        if self._was_short and self._worthwhile():
+            end = begun + (self._seconds if timeout is None else min(timeout, self._seconds))
+            while time.monotonic() < end:
+                if found := super().select(0):
+                    return found
+        found = super().select(timeout)
+        self._was_short = time.monotonic() - begun < self._seconds
         return found

@@ -2,8 +2,6 @@
 
 import os
 import subprocess
-import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -39,13 +37,6 @@ def adopt_orphans() -> None:
     global _adopting
     _adopting = os.getpid() != 1  # process 1 of a container gets others' orphans too, of what an operator starts there
     guardian.adopt_orphans()
-    threading.Thread(target=_reap_for_ever, daemon=True).start()
-
-
-def _reap_for_ever() -> None:  # until the engine's loop does it
-    while True:
-        time.sleep(1)
-        reap()
 
 
 def reap() -> None:

@@ -1,22 +1,26 @@
-"""The one door: every protocol comes through here to run models and to ask about them."""
+"""The engine: runs models for all protocols, and knows the state of the whole replica.
 
+One asyncio loop owns all of it. Methods that are coroutines, and ``begin``, belong to the loop. All others may be
+called from any thread, and wait for the loop if they have to.
+"""
+
+import asyncio
 import hmac
 import itertools
 import logging
-import threading
+import queue
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 from tiny_model_server import tracing
 from tiny_model_server.budget import Budget
-from tiny_model_server.codec import ARRAY, Encoded, args_json, dtype_name, signature
+from tiny_model_server.codec import Encoded, args_json
 from tiny_model_server.engine import placement
-from tiny_model_server.engine.batcher import Batcher, Chunks, Item, Outcome, Seat
+from tiny_model_server.engine.batcher import Outcome, Stream
+from tiny_model_server.engine.buffers import BufferPool, copy_out, place
+from tiny_model_server.engine.call import Call, Run, status_of
 from tiny_model_server.engine.metrics import Metrics
 from tiny_model_server.engine.repository import Repository, ServedModel, State
 from tiny_model_server.errors import (
@@ -24,7 +28,6 @@ from tiny_model_server.errors import (
     DeadlineExceeded,
     InvalidInput,
     ModelUnavailable,
-    NotLoaded,
     NowAPipeline,
     Overloaded,
     PermissionDenied,
@@ -34,59 +37,12 @@ from tiny_model_server.errors import (
 )
 from tiny_model_server.server import callers
 from tiny_model_server.settings import Settings, check_option
-from tiny_model_server.shared_memory import SharedBuffers
 
 log = logging.getLogger("tiny_model_server.engine")
 
 _LOADS_AT_ONCE = 4
 _LARGEST_ARGS = 256 << 20  # bytes, counted for each item of a request
-
-
-LATER = object()
-"""What a handler returns if the answer comes by ``Loop.later``."""
-
-
-class WouldWait(Exception):
-    """The handler would have to wait: call it in a thread that can."""
-
-
-class Loop(Protocol):
-    """A transport that answers many calls from one thread."""
-
-    def later(self, answer: Callable[[], Any]) -> None:
-        """Hears from any thread that a call is over; ``answer`` returns what the handler would, or raises."""
-
-    def drive(self, seat: Seat, batcher: Batcher) -> None:
-        """Takes care of a borrowed worker that was given work; called from the loop's thread."""
-
-
-@dataclass
-class Call:
-    """What a handler knows of the call that it answers, whatever the transport."""
-
-    deadline: float | None = None
-    """On the monotonic clock; None if the caller set none."""
-    peer: str = ""
-    """As gRPC writes it: "ipv4:127.0.0.1:1234", "unix:..."."""
-    metadata: Mapping[str, str | bytes] = field(default_factory=dict)
-    on_end: Callable[[Callable[[], None]], bool] = lambda callback: True
-    """Registers a function to be called when the call ends, by cancellation too; False if it has ended."""
-    repeatable: bool = True
-    """False forbids to run the inputs again if a worker dies of them or with them."""
-    model: str = ""
-    """The model that a router in front chose; it goes before the one that the request names."""
-    lane: SharedBuffers | None = None
-    """The memory that the caller shares with the workers, if it does."""
-    largest: int = 1 << 31
-    """Bytes of arrays that a request may have in the memory shared."""
-    placed: int = 0
-    """How many it has named so far."""
-    trailing_bytes: memoryview | None = None
-    """The bytes of the request's image or last array, if the transport has left them out of the message."""
-    loop: "Loop | None" = None
-    """Who calls the handler in a thread that must not wait."""
-    trailing: dict[str, str | bytes] = field(default_factory=dict)
-    """Metadata to send with the answer's status."""
+_T = TypeVar("_T")
 
 
 class Engine:
@@ -99,44 +55,356 @@ class Engine:
         self.metrics = Metrics()
         self._repository = Repository(settings, self.metrics, self._changed)
         self.calls = 0
-        """How many are in work."""
+        """How many are at work."""
         self.inflight = Budget((settings.max_inflight_mb << 20) or placement.memory() // 4)
         """Counts the bytes of requests under way; every transport takes from it before it reads or parses one."""
         self.ports: frozenset[int] = frozenset()
         """The TCP ports at which it is called; empty if they are not known."""
-        self._counting = threading.Lock()
-        self._room = threading.Lock()
-        self._stopping = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._buffers = BufferPool(self._on_loop)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._room = asyncio.Lock()  # one unloads others at a time, for TMS_MAX_LOADED
+        self.stopping = False
+        """True once the server has begun to stop."""
         self.started = False
         """True once every model was loaded or has failed."""
-        self.stop_requested = threading.Event()
-        """Set by ``request_stop``; the launcher waits for it."""
+        self.stop_requested = asyncio.Event()
+        """Set by ``request_stop``; the owner of the loop waits for it."""
 
-    def on_change(self, listener: Callable[[], None]) -> None:
-        """Calls ``listener`` whenever the state of a model or of the replica changes."""
-        self._listeners.append(listener)
+    # ---- for the loop
 
-    def start(self) -> None:
-        """Loads every model, several at once, and returns when each is READY or FAILED."""
+    async def start(self) -> None:
+        """Takes the running loop. Loads every model, several at once; each is READY or FAILED then."""
+        await self.use_loop()
         if not self.settings.lazy:
-            with ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="load") as loader:
-                first = self.models()[: self.settings.max_loaded or None]
-                wait([loader.submit(self._try_load, model) for model in first])
+            turns = asyncio.Semaphore(_LOADS_AT_ONCE)
+            await asyncio.gather(
+                *(self._try_load(model, turns) for model in self.models()[: self.settings.max_loaded or None])
+            )
         self.started = True
         self._changed()
 
-    def stop(self, grace_s: float) -> None:
+    async def use_loop(self) -> None:
+        """Lets the running loop own the engine, from the first call on."""
+        self._loop = asyncio.get_running_loop()
+
+    async def stop(self, grace_s: float) -> None:
         """Refuses calls, finishes what was accepted within ``grace_s`` seconds, and ends all workers."""
-        self._stopping.set()
-        stoppers = [threading.Thread(target=model.stop, args=(grace_s,)) for model in self.models()]
-        for stopper in stoppers:
-            stopper.start()
-        for stopper in stoppers:
-            stopper.join()
+        self.stopping = True
+        await asyncio.gather(*(model.stop(grace_s) for model in self.models()))
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._buffers.close()
+
+    def begin(self, run: Run) -> None:
+        """Starts a call. ``run.done`` gets its outcomes; nothing is raised."""
+        run.finished = self._answer
+        if self.stopping:
+            return run.refuse(Stopping("the server is stopping"))
+        if self.calls == self.settings.threads:
+            return run.refuse(Overloaded(f"the server has {self.calls} calls in work already"))
+        self.calls += 1
+        run.admitted = True
+        self._start(run)
+
+    def _start(self, run: Run) -> None:
+        try:
+            model = run.model = self.model(run.name)
+            run.since = model.metrics.arrived(len(run.values))
+            model.used = time.monotonic()
+            if model.stages:
+                self._spawn(run, self._run_stages(run, model))
+            elif self._is_to_load(model):
+                self._spawn(run, self._load_and_put(run, model))
+            else:
+                self._put(run, model)
+        except ServerError as error:
+            run.refuse(error)
+
+    def _answer(self, run: Run, outcomes: list[Outcome]) -> None:
+        """Counts the outcomes of a call, and gives them to who waits for them."""
+        if model := run.model:
+            model.metrics.answered(run.since, [status_of(outcome) for outcome in outcomes])
+            if isinstance(outcomes[0], NowAPipeline):
+                run.outcomes, run.items, run.model = [], [], None
+                return self._start(run)
+            stages = [self.model(name).metrics for name in model.stages if self._repository.knows(name)]
+            run.report = model.metrics.report(min(metrics.capacity for metrics in stages or [model.metrics]))
+        self.calls -= run.admitted
+        run.done(outcomes)
+
+    def _put(self, run: Run, model: ServedModel) -> None:
+        items = run.make_items(model)
+        try:
+            model.batcher.put(items)
+        except Overloaded:
+            if len(items) == 1:
+                raise
+            self._spawn(run, model.batcher.put_in_parts(items))
+
+    async def _load_and_put(self, run: Run, model: ServedModel) -> None:
+        while self._is_to_load(model):
+            await self._begin_to_load(model)
+        self._put(run, model)
+
+    async def _begin_to_load(self, model: ServedModel) -> None:
+        if not self.settings.max_loaded:
+            return await model.begin_to_load()
+        async with self._room:
+            if self._is_to_load(model):
+                await self._unload_others(model)
+                await model.begin_to_load()
+
+    async def _run_stages(self, run: Run, pipeline: ServedModel) -> None:
+        outcomes: list[Outcome] = list(run.values)
+        for stage in pipeline.stages:
+            if self.model(stage).stages:
+                raise ModelUnavailable(f"{pipeline.name!r} names the stage {stage!r}, which is a pipeline itself")
+            alive = [index for index, outcome in enumerate(outcomes) if isinstance(outcome, Encoded)]
+            values = [outcome for outcome in outcomes if isinstance(outcome, Encoded)]
+            if values:
+                json_only = run.json_only and stage == pipeline.stages[-1]
+                results = await self._run_stage(stage, values, run, json_only)
+                for index, result in zip(alive, results, strict=True):
+                    outcomes[index] = result
+        run.finish(outcomes)
+
+    async def _run_stage(self, name: str, values: list[Encoded], run: Run, json_only: bool) -> list[Outcome]:
+        found: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
+        buffers = self._buffers.take()
+        part = Run(name, place(values, buffers), run.args, run.call, found.set_result, json_only)
+        part.finished = self._answer
+        try:
+            self._start(part)
+            outcomes = await found
+            if part.error:
+                raise part.error
+            return outcomes
+        finally:
+            part.done = lambda outcomes: None
+            part.cancel(Cancelled("the call was cancelled"))
+            self._buffers.give_back(buffers)
+
+    def _spawn(self, run: Run, work: Coroutine[Any, Any, None]) -> None:
+        """Does what has to wait for something in a task, which ends with the call."""
+
+        def over(task: "asyncio.Task[None]") -> None:
+            if not task.cancelled() and (error := task.exception()):
+                if not isinstance(error, ServerError):
+                    log.error("a call failed", exc_info=error)
+                    error = ServerError(f"a fault in the server: {type(error).__name__}: {error}")
+                run.refuse(error)
+
+        run.task = self._keep(work)
+        run.task.add_done_callback(over)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _is_to_load(self, model: ServedModel) -> bool:
+        return self.settings.lazy and model.state in (State.UNLOADED, State.UNLOADING)
+
+    async def _make_room(self, model: ServedModel) -> None:
+        if self.settings.max_loaded:
+            async with self._room:
+                await self._unload_others(model)
+
+    async def _unload_others(self, model: ServedModel) -> None:
+        """Unloads the models that were not called for longest, if this one would be one too many."""
+        model.used, model.wanted = time.monotonic(), True
+        others = [other for other in self.models() if other.wanted and other is not model and not other.stages]
+        others.sort(key=lambda other: other.used, reverse=True)
+        for idle in others[self.settings.max_loaded - 1 :]:
+            log.info("model %s is unloaded: TMS_MAX_LOADED=%d", idle.name, self.settings.max_loaded)
+            await idle.unload()
+
+    async def _try_load(self, model: ServedModel, turns: asyncio.Semaphore) -> None:
+        async with turns:
+            started = time.monotonic()
+            try:
+                await model.load()
+                log.info("model %s loaded in %.1f s", model.name, time.monotonic() - started)
+            except ServerError:
+                pass  # its state and the log give the reason; the others serve
+
+    async def load_model(self, name: str, workers: int = 0) -> ServedModel:
+        """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
+        if workers:
+            try:
+                check_option("workers", workers)
+            except ValueError as error:
+                raise InvalidInput(f"{error}; 0 takes the model's own") from None
+        self._repository.find()
+        model = self.model(name)
+        await self._make_room(model)
+        await model.load(workers)
+        return model
+
+    async def reload_model(self, name: str) -> ServedModel:
+        """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
+        self._repository.find()
+        model = self.model(name)
+        await self._make_room(model)
+        await model.reload()
+        return model
+
+    async def unload_model(self, name: str) -> ServedModel:
+        """Ends a model's workers; see ``ServedModel.unload``."""
+        model = self.model(name)
+        await model.unload()
+        return model
+
+    async def forget_model(self, name: str, grace_s: float) -> None:
+        """Finishes what an adopted model has queued within ``grace_s`` seconds, and knows it no more."""
+        await self.model(name).stop(grace_s)
+        self._repository.remove(name)
+        self._changed()
+
+    async def _adopt(self, name: str, path: Path) -> ServedModel:
+        return self._repository.add(name, path)
+
+    def _changed(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+    # ---- for any thread
+
+    def run(
+        self, name: str, value: Encoded, args: Mapping[str, Any], call: Call, *, json_only: bool = False
+    ) -> Encoded:
+        """The model's answer to one input. Raises what went wrong.
+
+        ``json_only`` asks for JSON alone, arrays in it being nested lists.
+        """
+        (outcome,) = self.run_batch(name, [value], args, call, json_only=json_only)
+        if isinstance(outcome, ServerError):
+            raise outcome
+        return outcome
+
+    def run_batch(
+        self, name: str, values: Sequence[Encoded], args: Mapping[str, Any], call: Call, *, json_only: bool = False
+    ) -> list[Outcome]:
+        """One outcome an input, in order: the model's answer, or the error of that input alone."""
+        text, buffers = self.check_batch(values, args), self._buffers.take()
+        answered: queue.SimpleQueue[list[Outcome]] = queue.SimpleQueue()
+        try:
+            response = (call.buffers or buffers) if len(values) == 1 else None
+            run = Run(call.model or name, place(values, buffers), text, call, answered.put, json_only, response)
+            self._begin_from_thread(run)
+            try:
+                outcomes = answered.get(timeout=_remaining(call.deadline))
+            except queue.Empty:
+                self._on_loop(run.cancel, DeadlineExceeded("the deadline passed before the model answered"))
+                outcomes = answered.get()
+            call.trailing["endpoint-load-metrics-bin"] = run.report
+            if run.error:
+                raise run.error
+            steps = (
+                (("queue", item.enqueued, item.begun), ("compute", item.begun, time.monotonic())) for item in run.items
+            )
+            tracing.spans(run.name, itertools.chain.from_iterable(steps))
+            return [copy_out(one) if isinstance(one, Encoded) and response is buffers else one for one in outcomes]
+        finally:
+            self._buffers.give_back(buffers)
+
+    def run_stream(self, name: str, value: Encoded, args: Mapping[str, Any], call: Call) -> Iterator[Encoded]:
+        """What the model yields for one input, as it comes. Leaving the iterator ends the model's work on it."""
+        text, buffers = self.check_batch([value], args), self._buffers.take()
+        try:
+            stream = Stream(self.settings.stream_idle_s)
+            values = place([value], buffers)
+            run = Run(call.model or name, values, text, call, lambda outcomes: stream.end(), stream=stream)
+            self._begin_from_thread(run)
+            try:
+                while found := self._wait(stream.get(), call.deadline):
+                    for outcome in found:
+                        if isinstance(outcome, ServerError):
+                            raise outcome
+                        yield outcome
+                if isinstance(outcome := run.outcomes[0], ServerError):
+                    raise outcome
+            finally:
+                self._on_loop(run.cancel, Cancelled("the caller disconnected"))
+                call.trailing["endpoint-load-metrics-bin"] = run.report
+        finally:
+            self._buffers.give_back(buffers)
+
+    def load(self, name: str, workers: int = 0) -> ServedModel:
+        """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
+        return self._wait(self.load_model(name, workers))
+
+    def reload(self, name: str) -> ServedModel:
+        """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
+        return self._wait(self.reload_model(name))
+
+    def unload(self, name: str) -> ServedModel:
+        """Ends a model's workers; see ``ServedModel.unload``."""
+        return self._wait(self.unload_model(name))
+
+    def forget(self, name: str, grace_s: float) -> None:
+        """Finishes what an adopted model has queued within ``grace_s`` seconds, and knows it no more."""
+        self._wait(self.forget_model(name, grace_s))
+
+    def adopt(self, name: str, path: Path) -> ServedModel:
+        """Knows the folder ``path``, wherever it is, as a model of this name; it is to be loaded then."""
+        if not (path / "__init__.py").is_file():
+            raise InvalidInput(f"{str(path)!r} is not a model folder: there is no __init__.py in it")
+        return self._wait(self._adopt(name, path.resolve()))
 
     def request_stop(self) -> None:
-        """Asks the launcher to stop the server; returns at once."""
-        self.stop_requested.set()
+        """Asks the owner of the loop to stop the server; returns at once."""
+        self._on_loop(self.stop_requested.set)
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls ``listener`` on the loop whenever the state of a model or of the replica changes."""
+        self._listeners.append(listener)
+
+    def models(self) -> list[ServedModel]:
+        """All models found, by name."""
+        return self._repository.models()
+
+    def model(self, name: str) -> ServedModel:
+        """The model of this name; ModelNotFound if there is none."""
+        return self._repository.model(name)
+
+    def input_shape(self, name: str) -> list[int] | None:
+        """The shape that a model wants, None for any; ModelUnavailable if it is not loaded."""
+        model = self.model(name)
+        if model.loaded is None:
+            raise ModelUnavailable(f"model {name!r} is {model.state}: {model.reason or 'ask again when it is READY'}")
+        return model.loaded.input_shape
+
+    def serving(self, model: ServedModel) -> bool:
+        """True if calls to this model can be answered now; a pipeline needs all its stages."""
+        return model.state is State.READY and all(self.model(stage).state is State.READY for stage in model.stages)
+
+    @property
+    def ready(self) -> bool:
+        """True when every model that is meant to be loaded is, and there is one; a lazy server needs one folder."""
+        wanted = [model for model in self.models() if model.wanted]
+        if "model_mesh" in self.settings.protocols:  # which begins with none, and sends them
+            return self.started and all(self.serving(model) for model in wanted)
+        if not self.settings.lazy and not wanted:
+            return False
+        return bool(self.models()) and all(self.serving(model) for model in wanted)
+
+    def check_batch(self, values: Sequence[Encoded], args: Mapping[str, Any]) -> str:
+        """The args as JSON. InvalidInput if a call may not have so many inputs, or such args."""
+        if not values:
+            raise InvalidInput("the batch is empty; send at least one input")
+        if len(values) > (most := self.settings.max_items):
+            raise InvalidInput(f"the batch has {len(values)} items; TMS_MAX_ITEMS={most} is the most that one may have")
+        try:
+            text = args_json(args) if args else ""
+        except TypeError as error:
+            raise InvalidInput(str(error)) from None
+        if len(text) * len(values) > _LARGEST_ARGS:
+            raise InvalidInput(f"args of {len(text)} bytes go along with each of {len(values)} items; send less")
+        return text
 
     def authenticate(self, metadata: Mapping[str, str | bytes]) -> None:
         """Unauthenticated unless the server asks for no token, or the caller has it or the admin token."""
@@ -172,381 +440,36 @@ class Engine:
             "set TMS_ADMIN_TOKEN to let others)",
         }[self.settings.admin_rule]
 
-    def models(self) -> list[ServedModel]:
-        """All models found, by name."""
-        return self._repository.models()
+    def _begin_from_thread(self, run: Run) -> None:
+        def cancel() -> None:
+            if not run.outcomes:
+                self._on_loop(run.cancel, Cancelled("the caller disconnected"))
 
-    def model(self, name: str) -> ServedModel:
-        """The model of this name; ModelNotFound if there is none."""
-        return self._repository.model(name)
+        self._on_loop(self.begin, run)
+        if not run.call.on_end(cancel):
+            cancel()
 
-    def input_shape(self, name: str) -> list[int] | None:
-        """The shape that a model wants, None for any; ModelUnavailable if it is not loaded."""
-        model = self.model(name)
-        if model.loaded is None:
-            raise ModelUnavailable(f"model {name!r} is {model.state}: {model.reason or 'ask again when it is READY'}")
-        return model.loaded.input_shape
-
-    def load(self, name: str, workers: int = 0) -> ServedModel:
-        """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
-        if workers:
-            try:
-                check_option("workers", workers)
-            except ValueError as error:
-                raise InvalidInput(f"{error}; 0 takes the model's own") from None
-        self._repository.find()
-        model = self.model(name)
-        self._make_room(model)
-        model.load(workers)
-        return model
-
-    def adopt(self, name: str, path: Path) -> ServedModel:
-        """Knows the folder ``path``, wherever it is, as a model of this name; it is to be loaded then."""
-        if not (path / "__init__.py").is_file():
-            raise InvalidInput(f"{str(path)!r} is no model folder: there is no __init__.py in it")
-        return self._repository.add(name, path.resolve())
-
-    def forget(self, name: str, grace_s: float) -> None:
-        """Finishes what an adopted model has queued within ``grace_s`` seconds, and knows it no more."""
-        self.model(name).stop(grace_s)
-        self._repository.remove(name)
-        self._changed()
-
-    def reload(self, name: str) -> ServedModel:
-        """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
-        self._repository.find()
-        model = self.model(name)
-        self._make_room(model)
-        model.reload()
-        return model
-
-    def unload(self, name: str) -> ServedModel:
-        """Ends a model's workers; see ``ServedModel.unload``."""
-        model = self.model(name)
-        model.unload()
-        return model
-
-    def serving(self, model: ServedModel) -> bool:
-        """True if calls to this model can be answered now; a pipeline needs all its stages."""
-        return model.state is State.READY and all(self.model(stage).state is State.READY for stage in model.stages)
-
-    @property
-    def ready(self) -> bool:
-        """True when every model that is meant to be loaded is, and there is one; a lazy server needs one folder."""
-        wanted = [model for model in self.models() if model.wanted]
-        if "model_mesh" in self.settings.protocols:  # which begins with none, and sends them
-            return self.started and all(self.serving(model) for model in wanted)
-        if not self.settings.lazy and not wanted:
-            return False
-        return bool(self.models()) and all(self.serving(model) for model in wanted)
-
-    @property
-    def stopping(self) -> bool:
-        """True once the server has begun to stop."""
-        return self._stopping.is_set()
-
-    def run(
-        self,
-        name: str,
-        data: Encoded,
-        args: Mapping[str, Any],
-        call: Call,
-        *,
-        plain: bool = False,
-        then: Callable[[Encoded], Any] = lambda outcome: outcome,
-    ) -> Any:
-        """What ``then`` makes of the model's answer to one input; raises what went wrong.
-
-        ``plain`` asks for JSON alone, arrays in it being nested lists. For a loop it returns LATER or raises WouldWait.
-        """
-        if call.loop:
-            return self._run_later(call.model or name, data, args, call, plain, then)
-        (outcome,) = self.run_batch(name, [data], args, call, plain=plain)
-        if isinstance(outcome, ServerError):
-            raise outcome
-        return then(outcome)
-
-    def run_batch(
-        self, name: str, items: Sequence[Encoded], args: Mapping[str, Any], call: Call, *, plain: bool = False
-    ) -> list[Outcome]:
-        """One outcome an input, in order: the model's answer, or the error of that input alone."""
-        if not items:
-            raise InvalidInput("the batch is empty; send at least one input")
-        if len(items) > self.settings.max_items:
-            most = self.settings.max_items
-            raise InvalidInput(f"the batch has {len(items)} items; TMS_MAX_ITEMS={most} is the most that one may have")
-        self._admit()
+    def _wait(self, work: Coroutine[Any, Any, _T], deadline: float | None = None) -> _T:
+        """Lets the loop do something, and waits for its result."""
+        if self._loop is None:
+            raise Stopping("the server is starting")
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            model = self._open(call.model or name, call.deadline)
-            args_text = _text(args)
-            if len(args_text) * len(items) > _LARGEST_ARGS:
-                raise InvalidInput(
-                    f"args of {len(args_text)} bytes go along with each of {len(items)} items; send less"
-                )
-            if not model.stages:
-                try:
-                    found = self._run(model, items, args_text, call, plain, call.lane if len(items) == 1 else None)
-                finally:
-                    self._report_load(model, call)
-                if not isinstance(found[0], NowAPipeline):
-                    return found
-            arrived = model.metrics.arrived(len(items))
-            outcomes: list[Outcome] = list(items)
-            try:
-                for stage in model.stages:
-                    alive = [index for index, item in enumerate(outcomes) if isinstance(item, Encoded)]
-                    values = [item for item in outcomes if isinstance(item, Encoded)]
-                    if values:
-                        last = plain and stage == model.stages[-1]
-                        results = self._run(self._stage(model, stage, call), values, args_text, call, last)
-                        for index, outcome in zip(alive, results, strict=True):
-                            outcomes[index] = outcome
-            except ServerError as error:
-                model.metrics.answered(arrived, [error.status] * len(items))
-                raise
-            finally:
-                self._report_load(model, call)
-            model.metrics.answered(arrived, [_status(outcome) for outcome in outcomes])
-            return outcomes
-        finally:
-            self._dismiss()
+            return future.result(_remaining(deadline))
+        except TimeoutError:
+            future.cancel()
+            raise DeadlineExceeded("the deadline passed before the model had finished") from None
 
-    def run_stream(self, name: str, data: Encoded, args: Mapping[str, Any], call: Call) -> Iterator[Encoded]:
-        """What the model yields for one input, as it comes; leaving the iterator ends the model's work on it."""
-        self._admit()
+    def _on_loop(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
-            model = self._open(call.model or name, call.deadline)
-            if model.stages:
-                raise ModelUnavailable(f"model {name!r} is a pipeline, which does not stream; call it by Run")
-            args_text = _text(args)
-            item = Item(data, args_text, object(), deadline=call.deadline, once=not call.repeatable)
-            item.chunks = Chunks(self.settings.stream_idle_s)
-            arrived = model.metrics.arrived(1)
-            status = Cancelled.status
-            try:
-                self._submit(model, [item], call)
-                last = False
-                while not last:
-                    chunk, last = item.next_chunk()
-                    if isinstance(chunk, ServerError):
-                        raise chunk
-                    if not last:
-                        yield chunk
-                status = "OK"
-            except ServerError as error:
-                status = error.status
-                raise
-            finally:
-                item.resolve(Cancelled("the caller went away"))
-                model.metrics.answered(arrived, [status])
-                self._report_load(model, call)
-        finally:
-            self._dismiss()
-
-    def _run(
-        self,
-        model: ServedModel,
-        values: Sequence[Encoded],
-        args: str,
-        call: Call,
-        plain: bool,
-        lane: SharedBuffers | None = None,
-    ) -> list[Outcome]:
-        arrived = model.metrics.arrived(len(values))
-        statuses = [ServerError.status] * len(values)
-        try:
-            items = self._items(model, values, args, call, plain)
-            items[0].lane = lane
-            self._submit(model, items, call)
-            outcomes = [item.wait() for item in items]
-            now = time.monotonic()
-            steps = ((("queue", item.enqueued, item.begun), ("compute", item.begun, now)) for item in items)
-            tracing.spans(model.name, itertools.chain.from_iterable(steps))
-            statuses = [_status(outcome) for outcome in outcomes]
-            return outcomes
-        except ServerError as error:
-            statuses = [error.status] * len(values)
-            raise
-        finally:
-            model.metrics.answered(arrived, statuses)
-
-    def _run_later(
-        self,
-        name: str,
-        data: Encoded,
-        args: Mapping[str, Any],
-        call: Call,
-        plain: bool,
-        then: Callable[[Encoded], Any],
-    ) -> Any:
-        assert call.loop
-        model = self.model(name)
-        if model.stages or (self.settings.lazy and model.state is not State.READY):
-            raise WouldWait
-        self._admit()
-        arrived = model.metrics.arrived(1)
-        try:
-            (item,) = self._items(self._open(name, call.deadline), [data], _text(args), call, plain)
-        except Exception as error:
-            self._dismiss()
-            model.metrics.answered(arrived, [getattr(error, "status", ServerError.status)])
-            raise
-
-        def answer() -> Any:
-            outcome = item.wait()
-            self._dismiss()
-            model.metrics.answered(arrived, [_status(outcome)])
-            if isinstance(outcome, ServerError):
-                raise outcome
-            return then(outcome)
-
-        item.lane, item.then = call.lane, partial(call.loop.later, answer)
-        try:
-            if not call.on_end(lambda: item.resolve(Cancelled("the caller went away"))):
-                raise Cancelled("the caller went away")
-            if seat := model.batcher.borrow(item):
-                seat.begin([item])
-                call.loop.drive(seat, model.batcher)
-            else:
-                model.batcher.put([item])
-        except NotLoaded as error:
-            if not self.settings.lazy:
-                item.resolve(error)
-                return LATER
-            item.then = None  # it was unloaded in the moment before, and loading takes time
-            self._dismiss()
-            model.metrics.answered(arrived, [Cancelled.status])
-            raise WouldWait from None
-        except ServerError as error:
-            item.resolve(error)
-        return LATER
-
-    def _items(self, model: ServedModel, values: Sequence[Encoded], args: str, call: Call, plain: bool) -> list[Item]:
-        """An item for each value; InvalidInput if one does not fit what the model declares."""
-        loaded, once = model.loaded, not call.repeatable
-        mixes = loaded is not None and loaded.options.mix_shapes
-        items = []
-        for data in values:
-            if loaded is not None:
-                _check_declared(loaded.metadata.get("inputs") or [], data)
-            # What is not repeatable is alone in its batch: that is run again item by item if it fails.
-            key: Hashable = object() if once else (args, () if mixes else signature(data))
-            items.append(Item(data, args, key, deadline=call.deadline, plain=plain, once=once))
-        return items
-
-    def _submit(self, model: ServedModel, items: list[Item], call: Call) -> None:
-        def give_up() -> None:
-            for item in items:
-                item.resolve(Cancelled("the caller went away"))
-
-        if not call.on_end(give_up):
-            give_up()
-        while True:
-            try:
-                if len(items) > 1:
-                    return model.batcher.put_in_parts(items)
-                if items[0].chunks is not None or not model.batcher.run(items[0]):
-                    model.batcher.put(items)
-                return
-            except NotLoaded:
-                if not self.settings.lazy:
-                    raise
-                self._open(model.name, call.deadline)  # it was unloaded in the moment before
-
-    def _report_load(self, model: ServedModel, call: Call) -> None:
-        if call.lane:
-            return  # that caller has no other replica
-        loads = [self.model(stage).metrics for stage in model.stages] or [model.metrics]
-        call.trailing["endpoint-load-metrics-bin"] = model.metrics.report(min(load.capacity for load in loads))
-
-    def _open(self, name: str, deadline: float | None) -> ServedModel:
-        """The model, which is loaded or begins to be if the server is lazy."""
-        model = self.model(name)
-        model.used = time.monotonic()
-        if self.settings.lazy and model.state in (State.UNLOADED, State.UNLOADING):
-            if not self.settings.max_loaded:
-                model.open_if_lazy(deadline)
-                return model
-            if not self._room.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
-                raise DeadlineExceeded(f"the deadline passed before there was room for model {name!r}")
-            try:
-                if model.state in (State.UNLOADED, State.UNLOADING):  # else another call was faster
-                    self._unload_others(model)
-                    model.open_if_lazy(deadline)
-            finally:
-                self._room.release()
-        return model
-
-    def _make_room(self, model: ServedModel) -> None:
-        """Unloads the models that were not called for longest, if this one would be one too many."""
-        if self.settings.max_loaded:
-            with self._room:
-                self._unload_others(model)
-
-    def _unload_others(self, model: ServedModel) -> None:
-        model.used, model.wanted = time.monotonic(), True
-        others = [other for other in self.models() if other.wanted and other is not model and not other.stages]
-        others.sort(key=lambda other: other.used, reverse=True)
-        for idle in others[self.settings.max_loaded - 1 :]:
-            log.info("model %s is unloaded: TMS_MAX_LOADED=%d", idle.name, self.settings.max_loaded)
-            idle.unload()
-
-    def _stage(self, pipeline: ServedModel, name: str, call: Call) -> ServedModel:
-        stage = self._open(name, call.deadline)
-        if stage.stages:
-            raise ModelUnavailable(f"{pipeline.name!r} names the stage {name!r}, which is a pipeline itself")
-        return stage
-
-    def _admit(self) -> None:
-        if self.stopping:
-            raise Stopping("the server is stopping")
-        with self._counting:
-            if self.calls == self.settings.threads:
-                raise Overloaded(f"the server has {self.calls} calls in work already")
-            self.calls += 1
-
-    def _dismiss(self) -> None:
-        with self._counting:
-            self.calls -= 1
-
-    def _try_load(self, model: ServedModel) -> None:
-        started = time.monotonic()
-        try:
-            model.load()
-            log.info("model %s loaded in %.1f s", model.name, time.monotonic() - started)
-        except ServerError:
-            pass  # its state and the log say why; the others serve
-
-    def _changed(self) -> None:
-        for listener in self._listeners:
-            listener()
+            assert self._loop
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:  # the loop is closed
+            raise Stopping("the server is stopping") from None
 
 
-def _text(args: Mapping[str, Any]) -> str:
-    try:
-        return args_json(args) if args else ""
-    except TypeError as error:
-        raise InvalidInput(str(error)) from None
-
-
-def _status(outcome: Outcome) -> str:
-    return outcome.status if isinstance(outcome, ServerError) else "OK"
-
-
-def _check_declared(inputs: Sequence[Mapping[str, Any]], data: Encoded) -> None:
-    """InvalidInput if an array does not fit the only input that the model's metadata declares."""
-    if len(inputs) != 1 or len(data.arrays) != 1 or data.text != ARRAY:
-        return
-    array, dtype, shape = data.arrays[0], inputs[0].get("dtype"), inputs[0].get("shape")
-    fits = shape is None or (
-        len(shape) == len(array.shape)
-        and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
-    )
-    if not fits or dtype not in (None, dtype_name(array.dtype)):
-        raise InvalidInput(
-            f"the model takes {dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size), "
-            f"not {dtype_name(array.dtype)} of shape {list(array.shape)}"
-        )
+def _remaining(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _offers(metadata: Mapping[str, str | bytes], token: str) -> bool:

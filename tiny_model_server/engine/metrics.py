@@ -1,7 +1,6 @@
 """How busy the models are: metrics in one registry, and the load reports by which clients weigh the replicas."""
 
 import logging
-import threading
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +45,6 @@ class Metrics:
         self.registry.register(self)
         self.loads: dict[str, ModelMetrics] = {}
         self._own: dict[str, Any] = {}
-        self._lock = threading.Lock()
 
     def collect(self) -> Iterator[Metric]:
         """Every metric with the numbers of all models; for the registry."""
@@ -68,15 +66,14 @@ class Metrics:
 
     def own(self, name: str, kind: type[Counter] | type[Histogram]) -> Any:
         """The metric that models count themselves under this name, None if the name is taken by another."""
-        with self._lock:
-            if name not in self._own:
-                try:
-                    made = kind(f"tms_model_{name}", "Counted by the model", ["model"], registry=self.registry)
-                except ValueError as error:  # the name of another metric's series
-                    log.warning("a model's metric is left out: %s", error)
-                    made = None
-                self._own[name] = made
-            found = self._own[name]
+        if name not in self._own:
+            try:
+                made = kind(f"tms_model_{name}", "Counted by the model", ["model"], registry=self.registry)
+            except ValueError as error:  # the name of another metric's series
+                log.warning("a model's metric is left out: %s", error)
+                made = None
+            self._own[name] = made
+        found = self._own[name]
         return found if isinstance(found, kind) else None
 
     def forget(self, model: str) -> None:
@@ -125,7 +122,6 @@ class ModelMetrics:
         self.wanted: Callable[[], bool] = lambda: False
         self._busy, self._answers, self._errors = _Window(), _Window(), _Window()
         self._report = (0.0, b"")
-        self._lock = threading.Lock()
         self._slots = 1
         self.places = 1
         """Items that are at work at once when every slot has a full batch."""
@@ -139,49 +135,35 @@ class ModelMetrics:
 
     def arrived(self, count: int) -> float:
         """Notes that inputs came in; returns the time, for ``answered``."""
-        with self._lock:
-            self.in_flight += count
+        self.in_flight += count
         return time.monotonic()
-
-    def drop(self) -> None:
-        """Notes an input that was not run because nobody waits for it."""
-        with self._lock:
-            self.dropped += 1
-
-    def restarted(self) -> None:
-        """Notes a worker that died."""
-        with self._lock:
-            self.worker_restarts += 1
 
     def answered(self, since: float, statuses: Sequence[str]) -> None:
         """Notes the statuses of inputs that came at ``since``."""
         now, errors = time.monotonic(), 0
-        with self._lock:
-            for status in statuses:
-                errors += status not in _NOT_THE_SERVERS_FAULT
-                self.requests[status] = self.requests.get(status, 0) + 1
-                self.request_seconds.observe(now - since)
-            self.in_flight -= len(statuses)
-            self._answers.add(int(now), len(statuses))
-            if errors:
-                self._errors.add(int(now), errors)
+        for status in statuses:
+            errors += status not in _NOT_THE_SERVERS_FAULT
+            self.requests[status] = self.requests.get(status, 0) + 1
+            self.request_seconds.observe(now - since)
+        self.in_flight -= len(statuses)
+        self._answers.add(int(now), len(statuses))
+        if errors:
+            self._errors.add(int(now), errors)
 
     def started(self, queued_s: Sequence[float]) -> None:
         """Notes the start of a batch whose items waited this long."""
-        with self._lock:
-            for seconds in queued_s:
-                self.queue_seconds.observe(seconds)
-            self.batch_size.observe(len(queued_s))
+        for seconds in queued_s:
+            self.queue_seconds.observe(seconds)
+        self.batch_size.observe(len(queued_s))
 
     def finished(self, since: float, compute_s: float, tally: CustomMetrics) -> None:
         """Notes the end of a batch that began at ``since`` and took the worker ``compute_s``."""
         now = time.monotonic()
         took = now - since
-        with self._lock:
-            self.compute_seconds.observe(compute_s)
-            self.batch_s = took if not self.batch_s else 0.9 * self.batch_s + 0.1 * took
-            for second in range(max(int(since), int(now) - _WINDOW_S), int(now) + 1):
-                self._busy.add(second, min(now, second + 1) - max(since, second))
+        self.compute_seconds.observe(compute_s)
+        self.batch_s = took if not self.batch_s else 0.9 * self.batch_s + 0.1 * took
+        for second in range(max(int(since), int(now) - _WINDOW_S), int(now) + 1):
+            self._busy.add(second, min(now, second + 1) - max(since, second))
         for name, amount in tally[0].items():
             if metric := self._metrics.own(name, Counter):
                 metric.labels(self._name).inc(amount)
@@ -193,8 +175,7 @@ class ModelMetrics:
     def busy_fraction(self) -> float:
         """The part of the last whole seconds that the workers were busy with batches that have ended."""
         now = int(time.monotonic())
-        with self._lock:
-            return min(1.0, self._busy.total(now - _WINDOW_S, now) / (_WINDOW_S * self._slots))
+        return min(1.0, self._busy.total(now - _WINDOW_S, now) / (_WINDOW_S * self._slots))
 
     @property
     def capacity(self) -> float:
@@ -211,9 +192,8 @@ class ModelMetrics:
         made, report = self._report
         if now - made > _REPORT_AGE_S:
             first, elapsed = int(now) - _WINDOW_S, now % 1 + _WINDOW_S
-            with self._lock:
-                rps = self._answers.total(first, int(now) + 1) / elapsed
-                eps = self._errors.total(first, int(now) + 1) / elapsed
+            rps = self._answers.total(first, int(now) + 1) / elapsed
+            eps = self._errors.total(first, int(now) + 1) / elapsed
             orca = schemas.message("orca", "xds.data.orca.v3.OrcaLoadReport")
             utilization = rps / capacity if capacity else _UNKNOWN_UTILIZATION
             report = orca(rps_fractional=rps, eps=eps, application_utilization=utilization).SerializeToString()

@@ -1,11 +1,10 @@
 """From folders to loaded models: discovery, and the state of each model."""
 
+import asyncio
 import logging
 import os
 import re
 import stat
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from enum import StrEnum
@@ -14,14 +13,13 @@ from typing import Any
 
 from tiny_model_server.engine.batcher import Batcher
 from tiny_model_server.engine.metrics import Metrics, ModelMetrics
-from tiny_model_server.engine.pool import Loaded, Plugin, Pool, resident_memory
+from tiny_model_server.engine.pool import Pool, resident_memory
+from tiny_model_server.engine.worker_process import Loaded, Plugin
 from tiny_model_server.errors import (
-    DeadlineExceeded,
     ModelNotFound,
     ModelUnavailable,
     NotLoaded,
     NowAPipeline,
-    Overloaded,
     ServerError,
     Stopping,
 )
@@ -54,30 +52,18 @@ class ServedModel:
     """One model folder: its queue, its workers, its state."""
 
     def __init__(
-        self,
-        plugin: Plugin,
-        settings: Settings,
-        metrics: Metrics,
-        changed: Callable[[], None],
-        known: Callable[[str], bool],
-        reason: str = "",
+        self, plugin: Plugin, settings: Settings, metrics: Metrics, repository: "Repository", reason: str = ""
     ) -> None:
-        """``changed`` is called after each change of state, ``known`` tells whether there is a model of a name.
-
-        A ``reason`` means that the folder cannot be loaded.
-        """
-        self._known = known
+        """A ``reason`` means that the folder cannot be loaded."""
         self.name = plugin.name
-        self._plugin = plugin
-        self._settings = settings
-        self._changed = changed
-        self._lock = threading.Lock()  # one load, reload or unload at a time
+        self._plugin, self._settings, self._repository = plugin, settings, repository
+        self._turn = asyncio.Lock()  # one load, reload or unload at a time
         self._pool: Pool | None = None
         self._pools: list[Pool] = []  # during a reload there are two
-        self._pools_lock = threading.Lock()
+        self._loading: asyncio.Task[None] | None = None
         self._unloadable = reason
-        self.loaded: Loaded | None = None
         self._stopped = False
+        self.loaded: Loaded | None = None
         self.wanted = False
         """True if it is meant to be loaded."""
         self.used = 0.0
@@ -93,72 +79,67 @@ class ServedModel:
         if reason:
             log.error("model %s FAILED: %s", self.name, reason)
 
-    def load(self, workers: int = 0) -> None:
+    async def load(self, workers: int = 0) -> None:
         """Starts the workers and waits until they are ready; calls queue meanwhile. ModelUnavailable says why not.
 
         ``workers`` (0: as it is) other than those it has starts that many in their place.
         """
-        with self._lock:
+        async with self._turn:
             other = bool(workers) and self.loaded is not None and self.loaded.options.workers != workers
             if workers:
                 self._plugin = replace(self._plugin, overrides=self._plugin.overrides | {"workers": workers})
             self.wanted = True
             if self.state is not State.READY:
-                self._start()
+                await self._start()
             elif other:
-                self._swap()
+                await self._swap()
 
-    def reload(self) -> None:
+    async def begin_to_load(self) -> None:
+        """Begins to load an unloaded model, once it has finished to unload; its calls queue meanwhile."""
+        await self._turn.acquire()
+        if self.state is not State.UNLOADED or self._stopped:
+            return self._turn.release()
+        self.wanted = True
+        self._enter(State.LOADING)
+        self.batcher.open()
+        self._loading = asyncio.create_task(self._load_quietly())  # nobody unloads the model before it ends
+
+    async def _load_quietly(self) -> None:
+        try:
+            await self._start()
+        except ServerError:
+            pass  # its state and the log give the reason
+        finally:
+            self._turn.release()
+
+    async def reload(self) -> None:
         """Starts new workers from the files as they are now, and lets the old ones finish; no call fails.
 
-        ModelUnavailable says why the new ones cannot be started; the old ones then go on.
+        ModelUnavailable says why the new ones cannot be started. The old ones continue then.
         """
-        with self._lock:
+        async with self._turn:
             self.wanted = True
-            if self.state is State.READY:
-                self._swap()
-            else:
-                self._start()
+            await (self._swap() if self.state is State.READY else self._start())
 
-    def unload(self) -> None:
-        """Refuses new calls, finishes what is queued, and ends the workers, which gives all their memory back."""
-        with self._lock:
+    async def unload(self) -> None:
+        """Refuses new calls, finishes what is queued, and ends the workers, which frees all their memory."""
+        async with self._turn:
             self.wanted = False
             if self._pool is None and self.state is not State.READY:
                 return
             self._enter(State.UNLOADING)
             self.batcher.close(self._refusal(), drain=True)
-            self._stop_pool(self.loaded.options.timeout_s if self.loaded else 0, drain=True)
+            await self._stop_pool(self.loaded.options.timeout_s if self.loaded else 0, drain=True)
             self.loaded = None
             self._enter(State.UNLOADED)
             self.batcher.close(self._refusal(), drain=False)
 
-    def stop(self, grace_s: float) -> None:
+    async def stop(self, grace_s: float) -> None:
         """Refuses new calls, lets what is queued and running finish for ``grace_s`` seconds, stops the workers."""
-        with self._pools_lock:
-            self._stopped = True
-            pools = list(self._pools)
+        self._stopped = True
         self.batcher.close(Stopping("the server is stopping"), drain=True)
-        for pool in pools:
-            pool.stop(grace_s, drain=grace_s > 0)
+        await asyncio.gather(*(pool.stop(grace_s, drain=grace_s > 0) for pool in self._pools))
         self.batcher.close(Stopping("the server stopped before the model could answer"), drain=False)
-
-    def open_if_lazy(self, deadline: float | None) -> None:
-        """Begins to load an unloaded model, once it has finished to unload; its calls queue meanwhile."""
-        if not self._lock.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
-            raise DeadlineExceeded(f"the deadline passed before model {self.name!r} had been unloaded")
-        if self.state is not State.UNLOADED or self._stopped:
-            self._lock.release()
-            return
-        self.wanted = True
-        self._enter(State.LOADING)
-        self.batcher.open()
-        try:  # the thread releases the lock: nobody is to unload the model before it has been loaded
-            threading.Thread(target=self._load_quietly, name=f"load-{self.name}").start()
-        except RuntimeError as error:  # too many threads just now
-            self._enter(State.UNLOADED)
-            self.batcher.close(Overloaded(f"the server cannot load the model now: {error}"), drain=False)
-            self._lock.release()
 
     @property
     def stages(self) -> list[str]:
@@ -172,11 +153,11 @@ class ServedModel:
 
     @property
     def memory(self) -> int:
-        """Resident memory of its workers in bytes; 0 where the system does not tell."""
+        """Resident memory of its workers in bytes; 0 where the system does not report it."""
         return sum(map(resident_memory, self.pids))
 
     def describe(self) -> dict[str, Any]:
-        """What is told of the model to those who ask, by the names of the contract's ModelInfo."""
+        """Facts about the model, by the names of the contract's ModelInfo."""
         loaded = self.loaded
         return {
             "name": self.name,
@@ -190,83 +171,67 @@ class ServedModel:
             "stages": self.stages,
         }
 
-    def _load_quietly(self) -> None:
-        try:
-            self._start()
-        except ServerError:
-            pass  # its state and the log say why
-        finally:
-            self._lock.release()
-
-    def _start(self) -> None:
+    async def _start(self) -> None:
         if self._unloadable:
             raise self._refusal()
-        self._stop_pool(0)  # one that goes on trying to restart its workers
+        await self._stop_pool(0)  # one that goes on trying to restart its workers
         self._enter(State.LOADING)
         self.batcher.open()
         pool = self._pool = self._new_pool()
         try:
-            self.loaded = self._load(pool)
+            self.loaded = await self._load(pool)
         except ModelUnavailable as error:
-            self._stop_pool(0)
+            await self._stop_pool(0)
             self._enter(State.FAILED, str(error))
             self.batcher.close(self._refusal(), drain=False)
             raise self._refusal() from None
-        self._begin(self.loaded)
+        await self._begin(self.loaded)
 
-    def _swap(self) -> None:
+    async def _swap(self) -> None:
         old, grace_s = self._pool, self.loaded.options.timeout_s if self.loaded else 0
         pool = self._new_pool()
         try:
-            self.loaded = self._load(pool)
+            self.loaded = await self._load(pool)
         except ModelUnavailable as error:
-            self._forget(pool)
-            log.error("model %s: the new workers cannot be started, the old ones go on: %s", self.name, error)
-            raise ModelUnavailable(f"model {self.name!r} could not be reloaded: {error}; the old one goes on") from None
+            await self._forget(pool)
+            log.error("model %s: the new workers cannot be started, the old ones continue: %s", self.name, error)
+            raise ModelUnavailable(
+                f"model {self.name!r} could not be reloaded: {error}; the old one continues"
+            ) from None
         self._pool = pool
         if old:
-            old.stop(grace_s)
-            self._forget(old)
-        self._begin(self.loaded)
+            await self._forget(old, grace_s)
+        await self._begin(self.loaded)
 
-    def _load(self, pool: Pool) -> Loaded:
-        try:
-            loaded = pool.start()
-        except ModelUnavailable:
-            raise
-        except Exception as error:  # of the server itself; the state must not stay LOADING
-            log.exception("model %s: an error while its workers were started", self.name)
-            pool.stop(0)
-            raise ModelUnavailable(f"the server failed: {type(error).__name__}: {error}") from None
+    async def _load(self, pool: Pool) -> Loaded:
+        loaded = await pool.start()
         for stage in loaded.stages:
-            if not self._known(stage):
+            if not self._repository.knows(stage):
                 raise ModelUnavailable(f"it names the stage {stage!r}, and there is no such model")
         return loaded
 
-    def _begin(self, loaded: Loaded) -> None:
+    async def _begin(self, loaded: Loaded) -> None:
         self.batcher.queue_size = loaded.options.queue_size
         if loaded.stages:  # it has no workers; what was queued while that was unknown is to come again
-            self._stop_pool(0)
+            await self._stop_pool(0)
             self.batcher.close(NowAPipeline(f"model {self.name!r} has just been loaded; call again"), drain=False)
         self._enter(State.READY)
 
     def _new_pool(self) -> Pool:
+        if self._stopped:
+            raise Stopping("the server is stopping")
         pool = Pool(self._plugin, self.batcher, self.metrics, self._settings, self._workers_changed)
-        with self._pools_lock:
-            if self._stopped:
-                raise Stopping("the server is stopping")
-            self._pools.append(pool)
+        self._pools.append(pool)
         return pool
 
-    def _forget(self, pool: Pool) -> None:
-        with self._pools_lock:
-            self._pools.remove(pool)
+    async def _forget(self, pool: Pool, grace_s: float = 0, *, drain: bool = False) -> None:
+        await pool.stop(grace_s, drain=drain)
+        self._pools.remove(pool)
 
-    def _stop_pool(self, grace_s: float, *, drain: bool = False) -> None:
-        pool, self._pool = self._pool, None
-        if pool:
-            pool.stop(grace_s, drain=drain)
-            self._forget(pool)
+    async def _stop_pool(self, grace_s: float, *, drain: bool = False) -> None:
+        if self._pool:
+            await self._forget(self._pool, grace_s, drain=drain)
+            self._pool = None
 
     def _enter(self, state: State, reason: str = "") -> None:
         self.state, self.reason = state, reason
@@ -274,10 +239,10 @@ class ServedModel:
             log.error("model %s FAILED: %s", self.name, reason)
         else:
             log.info("model %s %s", self.name, state)
-        self._changed()
+        self._repository.changed()
 
     def _workers_changed(self, reason: str | None) -> None:
-        """Hears from the pool that no worker can be started any more (and why), or that one runs again."""
+        """No worker can be started any more (for this reason), or one runs again."""
         if reason and self.state is State.READY:
             self._enter(State.FAILED, reason)
             self.batcher.close(self._refusal(), drain=False)
@@ -295,60 +260,49 @@ class Repository:
     """The models in the models folder."""
 
     def __init__(self, settings: Settings, metrics: Metrics, changed: Callable[[], None] = lambda: None) -> None:
-        """Finds every model; SettingsError if the folder cannot be read or a model's setting is wrong."""
+        """Finds every model; SettingsError if the folder cannot be read or a model's setting is wrong.
+
+        ``changed`` is called after each change of a model's state.
+        """
         self._settings = settings
         self._metrics = metrics
-        self._changed = changed
+        self.changed = changed
         self._models: dict[str, ServedModel] = {}
-        self._lock = threading.Lock()  # of changes; readers take the dictionary as it is
-        with self._lock:
-            for name, path, reason in self._folders(discover(settings.models_dir)):
-                self._add(name, path, reason)
+        for name, path, reason in self._folders():
+            self.add(name, path, reason)
         if links := service_links():
-            log.info("variables that Kubernetes sets for Services are no settings: %s", ", ".join(links))
+            log.info("variables that Kubernetes sets for Services are not settings: %s", ", ".join(links))
         for variable in stray_overrides(list(self._models)):
             log.warning("%s belongs to no model that was found, or names no option", variable)
 
     def find(self) -> None:
-        """Adds the model folders that are new, and the aliases of them; the log tells if that cannot be."""
-        with self._lock:
+        """Adds the model folders that are new, and the aliases of them; the log says if that cannot be done."""
+        try:
+            found = list(self._folders())
+        except SettingsError as error:
+            log.error("new models cannot be looked for: %s", error)
+            return
+        for name, path, reason in found:
             try:
-                found = discover(self._settings.models_dir)
+                self.add(name, path, reason)
             except SettingsError as error:
-                log.error("no new models can be looked for: %s", error)
-                return
-            for name, path, reason in self._folders(found):
-                try:
-                    self._add(name, path, reason)
-                except SettingsError as error:
-                    self._add(name, path, str(error))
+                self.add(name, path, str(error))
 
-    def _folders(self, found: list[tuple[str, Path, str]]) -> Iterator[tuple[str, Path, str]]:
-        """The folders found, and the aliases of them."""
-        yield from found
-        for alias, folder in self._settings.aliases:
-            known = next((path for name, path, _ in found if name == folder), None)
-            yield alias, known or Path(folder), "" if known else f"there is no folder {folder!r}, its alias"
-
-    def add(self, name: str, path: Path) -> ServedModel:
+    def add(self, name: str, path: Path, reason: str = "") -> ServedModel:
         """The model of this name; if there is none, the folder ``path``, wherever it is, becomes it."""
-        with self._lock:
-            return self._add(name, path, "")
-
-    def remove(self, name: str) -> None:
-        """Forgets a model, with its metrics; it must have been stopped."""
-        with self._lock:
-            self._models = {known: model for known, model in self._models.items() if known != name}
-            self._metrics.forget(name)
-
-    def _add(self, name: str, path: Path, reason: str) -> ServedModel:
         if name not in self._models:
             plugin = Plugin(name, path, {} if reason else model_overrides(name))
-            model = ServedModel(plugin, self._settings, self._metrics, self._changed, self._known, reason)
+            model = ServedModel(plugin, self._settings, self._metrics, self, reason)
             self._models = dict(sorted((self._models | {name: model}).items()))
         return self._models[name]
 
-    def _known(self, name: str) -> bool:
+    def remove(self, name: str) -> None:
+        """Forgets a model, with its metrics; it must have been stopped."""
+        self._models = {known: model for known, model in self._models.items() if known != name}
+        self._metrics.forget(name)
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a model of this name."""
         return name in self._models
 
     def model(self, name: str) -> ServedModel:
@@ -362,6 +316,14 @@ class Repository:
     def models(self) -> list[ServedModel]:
         """All models by name."""
         return list(self._models.values())
+
+    def _folders(self) -> Iterator[tuple[str, Path, str]]:
+        """(name, path, reason) of the folders found, and of their aliases; see ``discover``."""
+        found = discover(self._settings.models_dir)
+        yield from found
+        for alias, folder in self._settings.aliases:
+            known = next((path for name, path, _ in found if name == folder), None)
+            yield alias, known or Path(folder), "" if known else f"there is no folder {folder!r}, its alias"
 
 
 def discover(folder: Path) -> list[tuple[str, Path, str]]:

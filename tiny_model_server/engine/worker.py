@@ -1,8 +1,7 @@
-"""The child process: import, construct, warm up, run. No gRPC in here; it dies and is replaced alone.
+"""The worker process: loads one model and runs its batches. It knows no gRPC, and may die without harm to others.
 
-Started as ``python tiny_model_server/worker_path FD``; FD is the control socket. On it the front sends the plug-in to
-import, hears what its class declares, sends the options and one socket and two segments for each slot, and hears
-"ready" or "failed". Each slot then takes batches from its own socket until that is closed.
+Started as ``python worker_path FD``, FD being the control connection. The front sends the plug-in to import and the
+options, the worker what its class declares, then "ready" or "failed". Then each slot gets a connection and an outbox.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import threading
 import time
 import weakref
 from collections.abc import Generator, Sequence
-from multiprocessing import reduction
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -36,9 +33,9 @@ from tiny_model_server.engine.runner import (
     import_plugin,
     is_shape,
 )
-from tiny_model_server.engine.worker_connection import Pipe
+from tiny_model_server.engine.worker_connection import WorkerConnection
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
-from tiny_model_server.shared_memory import Place, Segment
+from tiny_model_server.shared_memory import Segment
 
 log = SafeLog(logging.getLogger("tiny_model_server.worker"))
 
@@ -46,149 +43,131 @@ _CLOSE_S = 10.0  # that Model.close() has
 _EXIT_S = 2.0  # that functions of atexit have
 
 
-class _Caller(NamedTuple):
-    """The buffers of a caller on this host; ``owned`` says that the request buffer is the caller's own memory."""
+class _Buffers(NamedTuple):
+    """The shared buffers of a caller, mapped here."""
 
     request: Segment
     response: Segment
-    owned: bool
+    caller_owned: bool
 
     def close(self) -> None:
-        """Lets both go; what the model keeps of them stays."""
+        """Ends both mappings. An array that the model retains stays valid."""
         self.request.close()
         self.response.close()
 
 
 class Slot:
-    """One batch at a time: a socket for control, a segment for what comes in, one for what goes out."""
+    """Runs one batch at a time: takes it from its socket, runs it, sends the outcomes.
 
-    def __init__(self, fds: Sequence[int], runner: Runner) -> None:
-        self._pipe = Pipe(socket.socket(fileno=fds[0]))
-        self._inbox = Segment(fds[1])
-        self._outbox = Segment(fds[2])
-        self._callers: dict[int, _Caller] = {}  # those that share memory with us
+    Arrays come in shared buffers. They go into the item's response buffer or, if it has none, into the slot's outbox.
+    """
+
+    def __init__(self, end: int, outbox: int, runner: Runner) -> None:
+        self._connection = WorkerConnection(socket.socket(fileno=end))
+        self._outbox = Segment(outbox)
         self._runner = runner
+        self._buffers: dict[int, _Buffers] = {}
 
     def serve(self) -> None:
-        """Runs batches until the front closes the socket, or is gone."""
+        """Runs batches until the front closes the socket, or has ended."""
         try:
-            self._serve()
+            while message := self._connection.receive():
+                self._serve(*message)
+        except EOFError:
+            pass
+        except OSError as error:
+            if error.errno == errno.EMFILE:
+                log.error("the model has left no descriptor free; the worker ends")
         finally:
-            self._pipe.close()  # so that the front does not wait for this slot
+            self._connection.close()
 
-    def _serve(self) -> None:
-        while True:
-            try:
-                (args, items, streams, new_inbox, fresh, gone), fds = self._pipe.receive()
-                if new_inbox:
-                    self._inbox.close()
-                    self._inbox = Segment(fds.pop(0))
-                for (name, owned), request, response in zip(fresh, fds[::2], fds[1::2]):
-                    self._callers[name] = _Caller(Segment(request), Segment(response), owned)
-                for name in gone:
-                    self._callers.pop(name).close()
-                alive: list[tuple[int | None, weakref.ref[Any]]] = []
-                started = time.monotonic()
-                outcomes: list[Any] = []
-                if streams:
-                    self._stream(args, items, alive)
-                else:
-                    outcomes = self._outcomes(args, items, alive)
-                # A model that keeps its input (or a view of it) gets to own it: the front then fills another segment,
-                # but for memory that an application fills. What is kept is alive, whenever the rest is collected.
-                kept = {name for name, reference in alive if reference() is not None}
-                for name in [name for name in kept if name is not None and self._callers[name].owned]:
-                    self._callers[name].request.detach()
-                    kept.remove(name)
-                seconds = time.monotonic() - started
-                self._pipe.send((outcomes, seconds, kept, custom_metrics.drain()))
-            except EOFError:
-                return
-            except OSError as error:
-                if error.errno == errno.EMFILE:
-                    log.error("the model has left no descriptor free; the worker ends")
-                return
+    def _serve(self, message: Any, fds: list[int]) -> None:
+        args, items, streams, fresh, closed = message
+        for (name, owned), request, response in zip(fresh, fds[::2], fds[1::2]):
+            self._buffers[name] = _Buffers(Segment(request), Segment(response), owned)
+        for name in closed:
+            self._buffers.pop(name).close()
+        inputs: list[tuple[int, weakref.ref[Any]]] = []
+        started = time.monotonic()
+        outcomes = self._stream(args, items, inputs) if streams else self._outcomes(args, items, inputs)
+        retained = self._retained(inputs)
+        self._connection.send((outcomes, time.monotonic() - started, retained, custom_metrics.drain()))
 
-    def _outcomes(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
-        """What ``_run`` makes of the batch; if it fails, for want of memory say, an error for each item."""
+    def _retained(self, inputs: list[tuple[int, weakref.ref[Any]]]) -> set[int]:
+        """The buffers of which the model has kept an input, or a view of one: the front must not write to them again.
+
+        Of memory that is the caller's own, the model gets a copy. An input that is alive is kept, whenever the others
+        are collected.
+        """
+        retained = {name for name, reference in inputs if reference() is not None}
+        for name in [name for name in retained if self._buffers[name].caller_owned]:
+            self._buffers[name].request.detach()
+            retained.remove(name)
+        return retained
+
+    def _outcomes(self, args: str, items: Sequence[Any], inputs: list[Any]) -> list[Any]:
+        """(status or None, JSON or message, places) of each item."""
         try:
-            return self._run(args, items, alive)
+            return self._run(args, items, inputs)
         except Exception as error:
             _end_without_descriptors(error)
-            log.error("a batch could not be read, or its answer not be written", exc_info=error)
+            log.error("a batch could not be read, or its outcomes could not be written", exc_info=error)
             outcome = error if isinstance(error, ServerError) else ModelError(message_of(error, named=True))
             return [encode_outcome(outcome, True) for _ in items]
 
-    def _run(self, args: str, items: Sequence[Any], alive: list[Any]) -> list[Any]:
-        received = self._receive(items, alive)
+    def _run(self, args: str, items: Sequence[Any], inputs: list[Any]) -> list[Any]:
+        received = [self._receive(item, inputs) for item in items]
         readable = [one for one in received if isinstance(one, codec.Encoded)]
         answers = iter(self._runner.run(readable, codec.parse_args(args)))
         results = [one if isinstance(one, ServerError) else next(answers) for one in received]
         del received, readable
-        encoded = [encode_outcome(result, item[2]) for result, item in zip(results, items)]
-        try:
-            return self._write(encoded, [item[4] for item in items])
-        except OSError as error:
-            _end_without_descriptors(error)
-            log.error("no memory for the answers: %s", error)
-            return [(ModelError.status, f"there is no memory for the model's answer: {error}", [])] * len(items)
+        outcomes = [encode_outcome(result, json_only) for result, (_, _, json_only, _, _) in zip(results, items)]
+        others = [array for (_, _, arrays), item in zip(outcomes, items) if item[4] is None for array in arrays]
+        places = iter(self._outbox.write(others))
+        written: list[Any] = []
+        for (status, text, arrays), (*_, name) in zip(outcomes, items):
+            own = [next(places) for _ in arrays] if name is None else self._buffers[name].response.write(arrays)
+            written.append((status, text, own))
+        return written
 
-    def _write(
-        self, encoded: Sequence[tuple[str | None, str, list[codec.Array]]], callers: Sequence[int | None]
-    ) -> list[tuple[str | None, str, list[Place]]]:
-        """Puts the arrays of the answers where their callers look for them, or into the slot's own segment."""
-        outcomes: list[tuple[str | None, str, list[Place]]] = []
-        ours: list[tuple[list[Place], codec.Array]] = []
-        for (status, text, arrays), caller in zip(encoded, callers):
-            places = [] if caller is None or not arrays else self._callers[caller].response.write(arrays)
-            if caller is None:
-                ours += [(places, array) for array in arrays]
-            outcomes.append((status, text, places))
-        for (places, _), place in zip(ours, self._outbox.write([array for _, array in ours])):
-            places.append(place)
-        return outcomes
-
-    def _stream(self, args: str, items: Sequence[Any], alive: list[Any]) -> None:
-        """Sends each value as (status, text, places), and goes on when the front says so."""
-        values = self._values(args, items, alive)
+    def _stream(self, args: str, items: Sequence[Any], inputs: list[Any]) -> list[Any]:
+        """Sends each value as (status or None, JSON or message, places). Waits after each until the front agrees."""
+        values = self._values(args, items[0], inputs)
         for value in values:
-            self._pipe.send(self._written(value, items[0][2]))
-            if not self._pipe.receive()[0]:
+            status, text, arrays = encode_outcome(value, items[0][2])
+            try:
+                places = self._outbox.write(arrays)
+            except Exception as error:  # there is no memory for them
+                status, text, places = ModelError.status, message_of(error, named=True), []
+            self._connection.send((status, text, places))
+            message = self._connection.receive()
+            if not (message and message[0]):
                 break
         values.close()
+        return []
 
-    def _values(self, args: str, items: Sequence[Any], alive: list[Any]) -> Generator[Any, None, None]:
+    def _values(self, args: str, item: Any, inputs: list[Any]) -> Generator[Any, None, None]:
         try:
-            (packed,) = self._receive(items, alive)
-            if isinstance(packed, ServerError):
-                raise packed
-            values = self._runner.stream(packed, codec.parse_args(args))
-            del packed
+            received = self._receive(item, inputs)
+            if isinstance(received, ServerError):
+                raise received
+            values = self._runner.stream(received, codec.parse_args(args))
+            del received
         except Exception as error:
             yield error if isinstance(error, ServerError) else ModelError(message_of(error, named=True))
             return
         yield from values
 
-    def _written(self, value: Any, plain: bool) -> tuple[str | None, str, list[Place]]:
-        status, text, arrays = encode_outcome(value, plain)
+    def _receive(self, item: Any, inputs: list[Any]) -> codec.Encoded | ServerError:
+        """The input, or an error if its memory cannot be mapped."""
+        text, places, _, name, _ = item
         try:
-            return status, text, self._outbox.write(arrays)
-        except Exception as error:  # no memory for them
-            return ModelError.status, f"the answer cannot be handed over: {message_of(error, named=True)}", []
-
-    def _receive(self, items: Sequence[Any], alive: list[Any]) -> list[codec.Encoded | ServerError]:
-        """The inputs, and an error in the place of one whose memory cannot be mapped."""
-        packed: list[codec.Encoded | ServerError] = []
-        for text, places, _, source, *_ in items:
-            try:
-                arrays = (self._inbox if source is None else self._callers[source].request).read(places)
-            except (OSError, OverflowError) as error:
-                _end_without_descriptors(error)
-                packed.append(InvalidInput(f"the memory in which the request lies cannot be mapped: {error}"))
-                continue
-            alive += [(source, weakref.ref(_owner(array))) for array in arrays]
-            packed.append(codec.Encoded(text, arrays))
-        return packed
+            arrays = self._buffers[name].request.read(places) if places else []
+        except (OSError, OverflowError) as error:
+            _end_without_descriptors(error)
+            return InvalidInput(f"the shared memory of the request cannot be mapped: {error}")
+        inputs += [(name, weakref.ref(_owner(array))) for array in arrays]
+        return codec.Encoded(text, arrays)
 
 
 def _end_without_descriptors(error: BaseException) -> None:
@@ -203,15 +182,15 @@ def _owner(array: Any) -> Any:
     return array
 
 
-def _load(control: Connection, spec: dict[str, Any]) -> tuple[Runner, ModelInterface, int] | None:
+def _load(control: WorkerConnection, spec: dict[str, Any]) -> tuple[Runner, ModelInterface] | None:
     name, path, pid = spec["name"], Path(spec["path"]), os.getpid()
     try:
         plugin = import_plugin(name, path)
         end_if_forked(pid)
-        control.send(("declared", declared(plugin) | {"pid": os.getpid()}))
+        control.send(("declared", declared(plugin) | {"pid": pid}))
         try:
-            options, threads = control.recv()
-        except EOFError:  # the front has no use for this process
+            options, threads = _receive(control)[0]
+        except EOFError:  # the front does not need this process
             return None
         plugin.threads = threads
         model = plugin(**options.args)
@@ -227,31 +206,34 @@ def _load(control: Connection, spec: dict[str, Any]) -> tuple[Runner, ModelInter
         control.send(("failed", describe(error, path)))
         return None
     control.send(("ready", input_shape))
-    return Runner(name, model, options), model, options.concurrency
+    return Runner(name, model, options), model
 
 
-def _receive_slots(control: Connection, runner: Runner, count: int) -> list[Slot]:
-    return [Slot([reduction.recv_handle(control) for _ in range(3)], runner) for _ in range(count)]
+def _receive(connection: WorkerConnection) -> tuple[Any, list[int]]:
+    message = connection.receive()
+    assert message  # its socket blocks
+    return message
 
 
 def main() -> None:
-    """Serves one model until the front lets go."""
+    """Serves one model until the front closes the connections."""
     code = 1
     try:
-        code = _serve(Connection(int(sys.argv[1])))
+        code = _serve(WorkerConnection(socket.socket(fileno=int(sys.argv[1]))))
     except BaseException:
         log.exception("the worker fails")
     _end(code)
 
 
-def _serve(control: Connection) -> int:
-    spec = control.recv()
+def _serve(control: WorkerConnection) -> int:
+    spec, _ = _receive(control)
     logs.configure(spec["log_level"], spec["log_format"])
     loaded = _load(control, spec)
     if loaded is None:
         return 1
-    runner, model, count = loaded
-    slots = _receive_slots(control, runner, count)
+    runner, model = loaded
+    _, fds = _receive(control)
+    slots = [Slot(end, outbox, runner) for end, outbox in zip(fds[::2], fds[1::2])]
     threads = [threading.Thread(target=slot.serve) for slot in slots[1:]]
     for thread in threads:
         thread.start()

@@ -12,7 +12,8 @@ from typing import Any
 
 from tiny_model_server import __version__, schemas
 from tiny_model_server.engine import placement
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ModelNotFound, ServerError
 from tiny_model_server.server import callers

@@ -12,7 +12,8 @@ import numpy as np
 
 from tiny_model_server import codec, image_files, schemas
 from tiny_model_server.codec import Encoded
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import InvalidInput, ModelUnavailable, ServerError, message_of
 

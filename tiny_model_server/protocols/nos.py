@@ -13,7 +13,8 @@ import numpy as np
 
 from tiny_model_server import codec, schemas
 from tiny_model_server.codec import Array
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import State
 from tiny_model_server.errors import InvalidInput, ServerError
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from tiny_model_server import __version__, codec, schemas
 from tiny_model_server.codec import Array, Encoded
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.protocols import tensors

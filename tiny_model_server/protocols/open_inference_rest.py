@@ -10,7 +10,8 @@ from starlette.responses import Response
 
 from tiny_model_server import codec, schemas
 from tiny_model_server.codec import Array, Buffer
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import InvalidInput
 from tiny_model_server.protocols import open_inference, tensors
 from tiny_model_server.protocols.tensors import Tensor

@@ -14,7 +14,8 @@ from grpc_reflection.v1alpha import reflection
 
 from tiny_model_server import schemas, tracing
 from tiny_model_server.engine import placement
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import ServerError, message_of
 from tiny_model_server.protocols import model_mesh, modzy, native, nos, open_inference
 from tiny_model_server.server import health, tls

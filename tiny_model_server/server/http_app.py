@@ -27,7 +27,8 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from tiny_model_server import codec
-from tiny_model_server.engine.engine import Call, Engine
+from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import Cancelled, PermissionDenied, ServerError, Stopping
 from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.server import callers
@@ -151,7 +152,7 @@ class Web:
             data, args = read_input(content_type, body)
             begun = time.monotonic()
             if "view" not in request.query_params:
-                answer = self._engine.run(name, codec.encode(data), args, call, plain=True)
+                answer = self._engine.run(name, codec.encode(data), args, call, json_only=True)
                 return Response(answer.text + "\n", media_type="application/json")
             value = codec.decode(self._engine.run(name, codec.encode(data), args, call))
             return _json({"ms": 1000 * (time.monotonic() - begun), "answer": view(value)})

@@ -4,18 +4,22 @@ It must run on Pythons that are too old for a worker, so that it can say so.
 """
 
 import os
+import pickle
+import struct
 import sys
 
 OLDEST = (3, 9)
 """The oldest Python that a worker runs on."""
 
 
-def _refuse(control: int, reason: str) -> None:
-    from multiprocessing.connection import Connection
+_HEADER = struct.Struct("<IQBB")  # as in worker_connection.py, which this Python may be unable to import
+_MARK = 0x7E5A11ED
 
-    front = Connection(control)
-    front.recv_bytes()
-    front.send(("failed", reason))
+
+def _refuse(control: int, reason: str) -> None:
+    os.read(control, 1 << 16)
+    data = pickle.dumps(("failed", reason), 2)
+    os.write(control, _HEADER.pack(_MARK, len(data), 0, 0) + data)
     sys.exit(1)
 
 

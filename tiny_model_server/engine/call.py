@@ -1,0 +1,131 @@
+"""A call on its way through the engine: what a protocol knows of it, and its inputs with their outcomes."""
+
+import asyncio
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tiny_model_server.codec import ARRAY, Encoded, dtype_name, signature
+from tiny_model_server.engine.batcher import Item, Outcome, Stream
+from tiny_model_server.engine.repository import ServedModel
+from tiny_model_server.errors import InvalidInput, ServerError
+from tiny_model_server.shared_memory import SharedBuffers
+
+
+@dataclass
+class Call:
+    """What a protocol knows of the call that it answers, whatever the transport."""
+
+    deadline: float | None = None
+    """On the monotonic clock; None if the caller set none."""
+    peer: str = ""
+    """As gRPC writes it: "ipv4:127.0.0.1:1234", "unix:..."."""
+    metadata: Mapping[str, str | bytes] = field(default_factory=dict)
+    on_end: Callable[[Callable[[], None]], bool] = lambda callback: True
+    """Registers a function to be called when the call ends, by cancellation too; False if it has ended."""
+    repeatable: bool = True
+    """False forbids to run the inputs again if a worker dies of them or with them."""
+    model: str = ""
+    """The model that a router in front chose. It takes precedence over the one that the request names."""
+    buffers: SharedBuffers | None = None
+    """The memory that the caller shares with the workers, if it does."""
+    largest: int = 1 << 31
+    """Bytes of arrays that a request may have in the shared memory."""
+    placed: int = 0
+    """How many it has named so far."""
+    trailing_bytes: memoryview | None = None
+    """The bytes of the request's image or last array, if they follow the message instead of being in it."""
+    trailing: dict[str, str | bytes] = field(default_factory=dict)
+    """Metadata to send with the answer's status."""
+
+
+@dataclass(eq=False)
+class Run:
+    """One run of a model: one or more inputs, of which each gets an outcome."""
+
+    name: str
+    values: Sequence[Encoded]
+    args: str
+    call: Call
+    done: Callable[[list[Outcome]], None]
+    """Gets the outcomes, on the loop."""
+    json_only: bool = False
+    response: SharedBuffers | None = None
+    """Where the arrays of a single input's outcome go."""
+    stream: Stream | None = None
+    items: list[Item] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    """All of them in the end, none before."""
+    error: ServerError | None = None
+    """Why the run as a whole was refused."""
+    task: "asyncio.Task[None] | None" = None
+    """What the run waits for before its items are queued."""
+    finished: Callable[["Run", list[Outcome]], None] = lambda run, outcomes: run.done(outcomes)
+    """What the engine does at the end; it calls ``done``."""
+    admitted: bool = False
+    model: ServedModel | None = None
+    since: float = 0.0
+    report: bytes = b""
+    """The load report for the caller."""
+
+    def make_items(self, model: ServedModel) -> list[Item]:
+        """An item for each value. InvalidInput if one does not fit what the model declares."""
+        loaded, repeatable = model.loaded, self.call.repeatable
+        inputs = loaded.metadata.get("inputs") or [] if loaded else []
+        mixes = loaded is not None and loaded.options.mix_shapes
+        items = []
+        for value in self.values:
+            _check_declared(inputs, value)
+            # What is not repeatable is alone in its batch, because a batch that fails is run again item by item.
+            key: Hashable = (self.args, () if mixes else signature(value)) if repeatable else object()
+            item = Item(value, self.args, key, self.call.deadline, self._resolved, self.json_only)
+            item.repeatable, item.response, item.stream = repeatable, self.response, self.stream
+            items.append(item)
+        self.items = items
+        self._waiting = len(items)
+        return items
+
+    def finish(self, outcomes: list[Outcome]) -> None:
+        """Reports the outcomes, unless that was done before."""
+        if not self.outcomes:
+            self.outcomes = outcomes
+            self.finished(self, outcomes)
+
+    def refuse(self, error: ServerError) -> None:
+        """Ends the run as a whole: nothing of it is done."""
+        self.error = error
+        self.cancel(error)
+
+    def cancel(self, error: ServerError) -> None:
+        """Ends the run: each input that has no outcome gets the error."""
+        if self.task:
+            self.task.cancel()
+        for item in self.items:
+            item.resolve(error)
+        self.finish([error] * len(self.values))
+
+    def _resolved(self, item: Item) -> None:
+        self._waiting -= 1
+        if not self._waiting:
+            self.finish([item.outcome for item in self.items if item.outcome is not None])
+
+
+def status_of(outcome: Outcome) -> str:
+    """The gRPC status of an outcome, by name."""
+    return outcome.status if isinstance(outcome, ServerError) else "OK"
+
+
+def _check_declared(inputs: Sequence[Mapping[str, Any]], value: Encoded) -> None:
+    """InvalidInput if an array does not fit the only input that the model's metadata declares."""
+    if len(inputs) != 1 or len(value.arrays) != 1 or value.text != ARRAY:
+        return
+    array, dtype, shape = value.arrays[0], inputs[0].get("dtype"), inputs[0].get("shape")
+    fits = shape is None or (
+        len(shape) == len(array.shape)
+        and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
+    )
+    if not fits or dtype not in (None, dtype_name(array.dtype)):
+        raise InvalidInput(
+            f"the model takes {dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size), "
+            f"not {dtype_name(array.dtype)} of shape {list(array.shape)}"
+        )
