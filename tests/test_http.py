@@ -120,6 +120,14 @@ def test_a_request_after_a_request_is_answered(server: Server) -> None:
     assert statuses(talk(server, request + request.replace(b"hi", b"ho"))) == [200, 200]
 
 
+def test_a_connection_is_used_again_unless_a_body_was_not_read(server: Server) -> None:
+    wrong = POST.replace(b"text/plain", b"application/json") + b"Content-Length: 1\r\n\r\n{"
+    good = POST + b"Content-Length: 2\r\n\r\nhi"
+    assert statuses(talk(server, wrong + good)) == [400, 200]
+    unread = b"POST /nothing HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nhi"
+    assert statuses(talk(server, unread + good)) == [404]
+
+
 def test_methods_and_paths(server: Server) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=20)
     for method, path, status, allowed in [

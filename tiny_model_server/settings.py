@@ -102,8 +102,8 @@ def parse_devices(text: str) -> tuple[str, ...]:
 _socket_mode = _matching("0?[0-7]{3}", "a file's mode in octal, such as 0600 or 0660")
 _token = _matching("([!-~]([ -~]*[!-~])?)?", "printable ASCII without spaces around it, as it is sent in a header")
 _port = _number(int, 0, 65535)
-_count = _number(int, 1)
-_count_or_0 = _number(int, 0)
+_count = _number(int, 1, 1 << 31)
+_count_or_0 = _number(int, 0, 1 << 31)
 _seconds = _number(float, 0)
 
 
@@ -129,7 +129,7 @@ class Settings:
     log_level: str = _env("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
     log_format: str = _env("text", _one_of("text", "json"), "text, or json: one object a line")
     max_message_mb: int = _env(512, _number(int, 1, 2047), "largest request or answer, in MiB")
-    max_items: int = _env(100_000, _count, "most inputs in one request (texts, images, values, rows)")
+    max_items: int = _env(100_000, _number(int, 1), "most inputs in one request (texts, images, values, rows)")
     max_inflight_mb: int = _env(0, _count_or_0, "most MiB of all requests in the server; 0: a quarter of the memory")
     threads: int = _env(256, _number(int, 1, 4096), "most calls in the server at once; a quarter from one connection")
     stream_idle_s: float = _env(10.0, _number(float, 0.1), "seconds that a caller may send or read nothing in a call")
@@ -143,7 +143,7 @@ class Settings:
     reload: bool = _env(False, _flag, "1: each model is reloaded when its files change")
     drain_delay_s: float = _env(1.0, _seconds, "seconds that a stopping server accepts calls, while clients leave")
     grace_s: float = _env(30.0, _seconds, "seconds that accepted calls have to finish when the server stops")
-    max_image_pixels: int = _env(1 << 27, _number(int, 1, 1 << 40), "largest image file that is decoded, in pixels")
+    max_image_pixels: int = _env(1 << 27, _count, "largest image file that is decoded, in pixels")
     max_connection_age_s: float = _env(
         6.0, _number(float, 1), "seconds until a gRPC connection is renewed, so that clients find new replicas"
     )

@@ -5,7 +5,7 @@ health is answered by the event loop itself, also while all threads are busy.
 """
 
 import asyncio
-import logging
+import math
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -34,8 +34,6 @@ from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.server import callers
 from tiny_model_server.server.forms import read_input, view
 from tiny_model_server.settings import Settings
-
-log = logging.getLogger("tiny_model_server.web")
 
 _PAGE = Path(__file__).with_name("page.html")
 _STATUS = {
@@ -301,8 +299,8 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _server_error(request: Request, error: ServerError) -> Response:
-    later_ms = getattr(error, "retry_after_ms", None) or 0
-    headers = {"Retry-After": str(-(-later_ms // 1000))} if later_ms > 0 else None
+    wait_ms = getattr(error, "retry_after_ms", None) or 0
+    headers = {"Retry-After": str(math.ceil(wait_ms / 1000))} if wait_ms > 0 else None
     return _json({"error": str(error), "status": error.status}, _STATUS.get(error.status, 500), headers)
 
 
