@@ -176,14 +176,12 @@ def _data(array: Array, row: int | None) -> Any:
 
 
 def _rows(values: Mapping[str, Array], most: int) -> list[Encoded]:
-    counts = {name: array.shape[0] if array.ndim else 0 for name, array in values.items()}
+    counts = {name: array.shape[0] if array.ndim and array.size else 0 for name, array in values.items()}
     rows = next(iter(counts.values()))
     if set(counts.values()) != {rows} or not rows:
         raise InvalidInput(f"the first dimension counts the rows; it must be the same in every input, not {counts}")
     if rows > most:
         raise InvalidInput(f"there are {rows} rows; TMS_MAX_ITEMS allows {most}")
-    if any(array.size == 0 for array in values.values()):
-        raise InvalidInput("the rows of an input have no elements")
     if len(values) > 1 and rows * sum(len(name) + _ENTRY for name in values) > _LARGEST_ENTRIES:
         raise InvalidInput(f"{rows} rows of {len(values)} inputs are too many for one request; send fewer rows")
     return [_encoded(values, row) for row in range(rows)]
