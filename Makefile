@@ -31,7 +31,6 @@ serve: $(VENV)/run.done ## install and run the server until Ctrl-C
 	$(BIN)/python server.py
 
 test: $(VENV)/test.done ## install what the tests need and run them, AT_ONCE (2) files side by side
-	$(BIN)/python -m compileall -q tiny_model_server *.py
 	$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 run_tests: test ## the same

@@ -26,6 +26,8 @@ from tiny_model_server.settings import Settings
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "tests" / "models"
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # compiling its code anew takes a fifth of a server's start
+
 # The suite tries the same requests each time; `make fuzz` tries many others.
 settings.register_profile("suite", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("fuzz", max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))

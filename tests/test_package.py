@@ -1,4 +1,4 @@
-"""The package as pip installs it: the client alone with little, the server with its extra and its command."""
+"""The package as it is installed: the client alone with little, the server with its extra and its command."""
 
 import os
 import shutil
@@ -15,27 +15,23 @@ from tests.engine import copy_tree
 from tests.test_faults import ANSWERS, write_model
 
 pytestmark = pytest.mark.timeout(300)
+UV = [sys.executable, "-m", "uv"]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("package")
     tree = copy_tree(folder / "tree")
-    pip("wheel", "--no-deps", "--wheel-dir", str(folder), str(tree))
+    subprocess.run([*UV, "build", "--quiet", "--wheel", "--out-dir", folder, tree], check=True, timeout=280)
     (built,) = folder.glob("*.whl")
     assert built.name.startswith(f"tiny_model_server-{tiny_model_server.__version__}-")
     return built
 
 
-def pip(*arguments: str) -> None:
-    command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments]
-    subprocess.run(command, check=True, timeout=280)
-
-
 def environment(folder: Path, *requirements: str) -> Path:
     """The folder of programs of a new virtual environment with these requirements, installed in this order."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
-    install = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--python", folder / "bin" / "python"]
+    install = [*UV, "pip", "install", "--quiet", "--python", folder / "bin" / "python"]
     for requirement in requirements:
         subprocess.run([*install, *requirement.split()], check=True, timeout=280)
     return folder / "bin"
