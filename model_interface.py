@@ -1,4 +1,4 @@
-"""What a plug-in author reads: put ``class Model(ModelInterface)`` into ``models/<name>/__init__.py``."""
+"""The interface of models: put ``class Model(ModelInterface)`` into ``models/<name>/__init__.py``."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class ModelInterface(ABC):
     queue_size: ClassVar[int] = 1024
     """Most items waiting; one more is refused with RESOURCE_EXHAUSTED."""
     devices: ClassVar[str | Sequence[str]] = "auto"
-    """Where workers run, in turn: "cuda:0,cuda:1" or a list of such; "cpu"; "auto" spreads them over the GPUs that
-    there are. A worker sees its own GPU only, as the first one (CUDA_VISIBLE_DEVICES)."""
+    """Where the workers run, in turn: "cuda:0,cuda:1" or a list of these; "cpu"; or "auto", which spreads them over all
+    GPUs. A worker sees only its own GPU, as the first one (CUDA_VISIBLE_DEVICES)."""
     threads: int = 0
     """Set by the server before ``__init__``: the threads this worker may use, the cores divided by the workers.
-    OpenMP, BLAS, torch and OpenCV obey by themselves; give it to onnxruntime as ``intra_op_num_threads``."""
+    OpenMP, BLAS, torch and OpenCV use this number already. Pass it to onnxruntime as ``intra_op_num_threads``."""
     image_mode: ClassVar[str] = "rgb"
     """What an encoded image (JPEG, PNG, ...) is decoded to: "rgb" or "bgr" (HxWx3 uint8), "gray" (HxW uint8), or
     "unchanged" (as stored: any depth and channels, colours in BGR order)."""
@@ -54,7 +54,7 @@ class ModelInterface(ABC):
 
     @abstractmethod
     def run(self, data: Any, args: dict[str, Any]) -> Any:
-        """Answers one input.
+        """Returns the answer to one input.
 
         ``data`` is an image (ndarray, HxW or HxWxC), a text (str) or any tree of JSON values with arrays; ``args`` is
         the caller's dict, empty if there is none. The answer may be anything that JSON can hold, with numpy arrays and
@@ -63,7 +63,7 @@ class ModelInterface(ABC):
         """
 
     def run_batch(self, items: Sequence[Any], args: dict[str, Any]) -> Sequence[Any]:
-        """Answers several inputs at once: one result an item, in order; an exception in an item's place is its alone.
+        """Returns one result for each item, in order. An exception in an item's place fails that item alone.
 
         If this raises, the items are run one by one instead.
         """
@@ -79,17 +79,17 @@ class ModelInterface(ABC):
             self.run(self.example, {})
 
     def close(self) -> None:  # noqa: B027 - to do nothing is right for most
-        """Runs when the worker stops in good order, for 10 seconds at most.
+        """Runs when the worker is stopped, for 10 seconds at most.
 
         The worker ends then, with all threads and processes that the model has left running.
         """
 
 
 class Pipeline(ModelInterface):
-    """Other models run one after the other, each answer being the next one's input; different calls at once.
+    """Runs other models one after the other: each answer is the input of the next model.
 
-    Each stage is a model folder with workers and batches of its own. An error ends the call at its stage. All stages
-    get the call's ``args``.
+    Each stage is a model folder with workers and batches of its own. Stages work on different calls at the same time.
+    An error ends the call at its stage. All stages get the call's ``args``.
     """
 
     stages: ClassVar[Sequence[str]] = ()
