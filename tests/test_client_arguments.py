@@ -23,16 +23,16 @@ IMAGE = np.zeros((4, 6, 3), np.uint8)
 MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception] | tuple[type[Exception], ...], str]] = {
     "text None": (lambda c: c.run_text(None), TypeError, "a text is a str, not None"),
     "text 5": (lambda c: c.run_text(5), TypeError, "a text is a str, not 5"),
-    "text bytes": (lambda c: c.run_text(b"x"), TypeError, "not bytes b'x'"),
+    "text bytes": (lambda c: c.run_text(b"x"), TypeError, "not b'x'"),
     "text surrogate": (lambda c: c.run_text("a\ud83d"), ValueError, "half of a surrogate pair at 1"),
     "texts surrogate": (lambda c: c.run_text_batch(["\ud83d"]), ValueError, "half of a surrogate pair"),
     "texts str": (lambda c: c.run_text_batch("abc"), TypeError, "for one text there is run_text"),
     "texts None": (lambda c: c.run_text_batch(None), TypeError, "takes a list, not None"),
     "texts of 5": (lambda c: c.run_text_batch(["a", 5]), TypeError, "a text is a str, not 5"),
-    "texts set": (lambda c: c.run_text_batch({"a"}), TypeError, "takes a list, not a set"),
+    "texts set": (lambda c: c.run_text_batch({"a"}), TypeError, "takes a list, not {"),
     "image None": (lambda c: c.run_image(None), TypeError, "the path of an image file or the bytes of one, not None"),
     "image 5": (lambda c: c.run_image(5), TypeError, "HxW or HxWxC"),
-    "image dict": (lambda c: c.run_image({"a": 1}), TypeError, "not a dict"),
+    "image dict": (lambda c: c.run_image({"a": 1}), TypeError, "not {'a': 1}"),
     "image URL": (lambda c: c.run_image("https://example.com/a.jpg"), ValueError, r"urlopen\(url\)\.read\(\)"),
     "image data URL": (lambda c: c.run_image("data:image/png;base64,AAAA"), ValueError, "not the path of an image"),
     "image empty path": (lambda c: c.run_image(""), ValueError, "not the path of an image file"),
@@ -43,23 +43,23 @@ MISTAKES: dict[str, tuple[Callable[[Any], Any], type[Exception] | tuple[type[Exc
     "image to image": (lambda c: c.run_image_to_image(None), TypeError, "an image is"),
     "images array": (lambda c: c.run_image_batch(IMAGE), TypeError, r"not an array of shape \(4, 6, 3\)"),
     "images gray": (lambda c: c.run_image_batch(IMAGE[..., 0]), TypeError, "for one image there is run_image"),
-    "images str": (lambda c: c.run_image_batch("a.jpg"), TypeError, "takes a list, not str 'a.jpg'"),
+    "images str": (lambda c: c.run_image_batch("a.jpg"), TypeError, "takes a list, not 'a.jpg'"),
     "images path": (lambda c: c.run_image_batch(Path("a.jpg")), TypeError, "for one image there is run_image"),
     "images None": (lambda c: c.run_image_batch([IMAGE, None]), TypeError, "an image is"),
     "items str": (lambda c: c.run_batch("abc"), TypeError, "for one value there is run"),
-    "items dict": (lambda c: c.run_batch({"a": 1}), TypeError, "not a dict"),
+    "items dict": (lambda c: c.run_batch({"a": 1}), TypeError, "not {'a': 1}"),
     "items 5": (lambda c: c.run_batch(5), TypeError, "takes a list, not 5"),
     "items 0-d": (lambda c: c.run_batch(np.array(5)), TypeError, "takes a list"),
     "value": (lambda c: c.run({1, 2}), TypeError, "cannot serialize set"),
     "args list": (lambda c: c.run_text("x", ["a"]), TypeError, "args must be a dict, not list"),
     "args object": (lambda c: c.run(1, {"a": object()}), TypeError, r"cannot serialize object at \.a"),
     "args bytes": (lambda c: c.run_image(IMAGE, {"a": b"x"}), TypeError, "in args at"),
-    "timeout text": (lambda c: c.run_text("x", timeout="5"), TypeError, "timeout is seconds, a number, not str '5'"),
+    "timeout text": (lambda c: c.run_text("x", timeout="5"), TypeError, "timeout is seconds, a number, not '5'"),
     "timeout True": (lambda c: c.run(1, timeout=True), TypeError, "timeout is seconds"),
     "timeout 0": (lambda c: c.run_image(IMAGE, timeout=0), ValueError, "more than 0, not 0"),
     "timeout -1": (lambda c: c.run_text_batch(["x"], timeout=-1), ValueError, "more than 0, not -1"),
     "timeout NaN": (lambda c: c.run_batch([1], timeout=math.nan), ValueError, "more than 0, not nan"),
-    "timeout images": (lambda c: c.run_image_batch([IMAGE], timeout=()), TypeError, "not a tuple"),
+    "timeout images": (lambda c: c.run_image_batch([IMAGE], timeout=()), TypeError, r"not \(\)"),
     "timeout shape": (lambda c: c.get_input_shape(timeout=-1), ValueError, "more than 0"),
     "timeout models": (lambda c: c.list_models(timeout="x"), TypeError, "timeout is seconds"),
 }
@@ -95,7 +95,7 @@ SUBMITTED: list[tuple[Callable[[ModelClient], Any], type[Exception], str]] = [
     (lambda c: c.submit_image_batch(IMAGE), TypeError, "not an array of shape"),
     (lambda c: c.submit_batch("ab"), TypeError, "takes a list"),
     (lambda c: next(c.map("abc")), TypeError, "map takes a list or another iterable"),
-    (lambda c: next(c.map({"a": 1})), TypeError, "not a dict"),
+    (lambda c: next(c.map({"a": 1})), TypeError, "not {'a': 1}"),
     (lambda c: next(c.map(5)), TypeError, "iterable"),  # type: ignore[arg-type]
     (lambda c: next(c.map([1], timeout=math.nan)), ValueError, "more than 0"),
     (lambda c: next(c.map([1], method="run_batch")), ValueError, "method is one of run, run_text"),
@@ -103,9 +103,9 @@ SUBMITTED: list[tuple[Callable[[ModelClient], Any], type[Exception], str]] = [
     (lambda c: next(c.map([1], in_flight=0)), ValueError, "in_flight"),
     (lambda c: next(c.run_stream({1})), TypeError, "cannot serialize set"),
     (lambda c: next(c.run_stream(1, timeout=-1)), ValueError, "more than 0"),
-    (lambda c: next(c.map([1], in_flight="4")), TypeError, "in_flight is a whole number, not str '4'"),  # type: ignore[arg-type]
+    (lambda c: next(c.map([1], in_flight="4")), TypeError, "in_flight is a whole number, not '4'"),  # type: ignore[arg-type]
     (lambda c: next(c.map([1], in_flight=math.nan)), TypeError, "in_flight is a whole number"),  # type: ignore[arg-type]
-    (lambda c: c.load_model("2"), TypeError, "workers is a whole number, not str '2'"),  # type: ignore[arg-type]
+    (lambda c: c.load_model("2"), TypeError, "workers is a whole number, not '2'"),  # type: ignore[arg-type]
     (lambda c: c.load_model(True), TypeError, "workers is a whole number, not True"),
     (lambda c: c.health_check(timeout=-1), ValueError, "timeout is seconds, more than 0"),
     (lambda c: c.health_check(timeout="1"), TypeError, "timeout is seconds"),  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from reprlib import repr as short
 from typing import Any
 
 from tiny_model_server.client.credentials import Credentials
@@ -28,7 +29,7 @@ def parse(ip: Any, port: Any, listed: Any, default: str) -> list[str]:
         return [_only(ip, port)]
     given = default if listed is None else listed
     if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
-        raise TypeError(f"addresses is a list of texts such as 'localhost:50000', not {given!r:.40}")
+        raise TypeError(f"addresses is a list of texts such as 'localhost:50000', not {short(given)}")
     every = given.split(",") if isinstance(given, str) else list(given)
     if not every:
         raise ValueError("addresses is empty; give at least one host:port")
@@ -37,7 +38,7 @@ def parse(ip: Any, port: Any, listed: Any, default: str) -> list[str]:
 
 def _only(ip: Any, port: Any) -> str:
     if not isinstance(ip, (str, type(None))):
-        raise TypeError(f"ip is a text such as 'localhost', not {ip!r:.40}; a port is given as port=50000")
+        raise TypeError(f"ip is a text such as 'localhost', not {short(ip)}; a port is given as port=50000")
     host = (ip or "localhost").strip()
     bare = host.removeprefix("[").removesuffix("]")
     if "://" in host or (":" in host and not is_ip(bare)):  # a whole address
@@ -55,7 +56,7 @@ def _port(port: Any) -> int:
     except (AttributeError, ValueError):
         number = None
     if number is None or isinstance(port, bool):
-        raise TypeError(f"port is a whole number, not {port!r:.40}")
+        raise TypeError(f"port is a whole number, not {short(port)}")
     if not 0 < number < 65536:
         raise ValueError(f"port is from 1 to 65535, not {port}")
     return int(number)
@@ -63,7 +64,7 @@ def _port(port: Any) -> int:
 
 def _address(given: Any) -> str:
     if not isinstance(given, str):
-        raise TypeError(f"an address is a text such as 'localhost:50000', not {given!r:.40}")
+        raise TypeError(f"an address is a text such as 'localhost:50000', not {short(given)}")
     address = given.strip()
     if address.startswith(("unix:", "dns://")):
         return address

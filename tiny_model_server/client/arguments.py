@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Mapping
 from numbers import Real
+from reprlib import repr as short
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ _ONE = (str, bytes, bytearray, os.PathLike, Mapping)
 def text(value: Any) -> str:
     """A text that can be sent; TypeError or ValueError for anything else."""
     if not isinstance(value, str):
-        raise TypeError(f"a text is a str, not {_named(value)}")
+        raise TypeError(f"a text is a str, not {short(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -39,7 +40,7 @@ def image(value: Any) -> Any:
     """What may be an image: an array, a path or a file's bytes; TypeError or ValueError for what cannot be one."""
     if value is None or isinstance(value, (bool, int, float, complex, Mapping, set)):
         raise TypeError(
-            f"an image is an array HxW or HxWxC, the path of an image file or the bytes of one, not {_named(value)}"
+            f"an image is an array HxW or HxWxC, the path of an image file or the bytes of one, not {short(value)}"
         )
     if isinstance(value, str) and (not value or _URL.match(value)):
         raise ValueError(
@@ -57,7 +58,7 @@ def batch(items: Any, call: str, one: str) -> list[Any]:
     except TypeError:
         wrong = True
     if wrong:
-        raise TypeError(f"{call} takes a list, not {_named(items)}; for {one}")
+        raise TypeError(f"{call} takes a list, not {short(items)}; for {one}")
     return listed
 
 
@@ -74,7 +75,7 @@ def images(items: Any) -> list[Any]:
 def stream(items: Any) -> Any:
     """What ``map`` may take items from, one after the other; TypeError for one item."""
     if isinstance(items, _ONE):
-        raise TypeError(f"map takes a list or another iterable of items, not {_named(items)}")
+        raise TypeError(f"map takes a list or another iterable of items, not {short(items)}")
     return items
 
 
@@ -83,7 +84,7 @@ def seconds(timeout: Any, default: float | None = None, name: str = "timeout") -
     if timeout is None:
         return default
     if isinstance(timeout, (bool, np.bool_)) or not isinstance(timeout, Real):
-        raise TypeError(f"{name} is seconds, a number, not {_named(timeout)}")
+        raise TypeError(f"{name} is seconds, a number, not {short(timeout)}")
     if math.isnan(timeout) or timeout <= 0:
         raise ValueError(f"{name} is seconds, more than 0, not {timeout}")
     return min(float(timeout), _LONGEST_S)
@@ -92,7 +93,7 @@ def seconds(timeout: Any, default: float | None = None, name: str = "timeout") -
 def count(name: str, value: Any, least: int) -> int:
     """A whole number of at least ``least``; TypeError or ValueError names the argument."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} is a whole number, not {_named(value)}")
+        raise TypeError(f"{name} is a whole number, not {short(value)}")
     if not least <= value < 1 << 31:
         raise ValueError(f"{name} is at least {least}, not {value}")
     return int(value)
@@ -138,9 +139,3 @@ def _printable(name: str, value: Any) -> None:
         raise TypeError(f"{name} is a text, not a {type(value).__name__}")
     if value and not (value.isascii() and value.isprintable()):
         raise ValueError(f"{name} may have printable ASCII characters alone, as gRPC sends no others")
-
-
-def _named(value: Any) -> str:
-    if value is None or isinstance(value, (bool, int, float)):
-        return repr(value)
-    return f"{type(value).__name__} {value[:40]!r}" if isinstance(value, (str, bytes)) else f"a {type(value).__name__}"

@@ -27,17 +27,11 @@ class BlockingTransport(Transport):
         call = Call(self, request, timeout, retry)
         with fork_safety.in_flight:
             self.connect(call)
-            stub = self.begin(call)
-            try:
-                with self._translated(call):
-                    responses = call.cancel_by(stub(request, **call.options()))
-                    for response in responses:
-                        yield request.decode(*response)
-                    call.ended(responses.trailing_metadata())
-            finally:
-                if call.handle:
-                    call.handle.cancel()
-                self._end(call)
+            with self._stub(call) as stub:
+                responses = call.cancel_by(stub(request, **call.options()))
+                for response in responses:
+                    yield request.decode(*response)
+                call.ended(responses.trailing_metadata())
 
     def submit(self, request: Request, timeout: float | None, retry: bool) -> "Future[Any]":
         """The future of the answer."""
@@ -110,32 +104,30 @@ class BlockingTransport(Transport):
         return local if local.send() else None
 
     def _by_grpc(self, call: Call) -> Any:
-        stub = self.begin(call)
-        try:
-            with self._translated(call):
-                if call.outcome:
-                    done = call.cancel_by(stub.future(call.request, **call.options()))
-                    response = done.result()
-                else:  # quicker, but it can be ended only with its channel
-                    response, done = stub.with_call(call.request, **call.options())
-        finally:
-            self._end(call)
+        with self._stub(call) as stub:
+            if call.outcome:
+                done = call.cancel_by(stub.future(call.request, **call.options()))
+                response = done.result()
+            else:  # which is quicker, but ends only with its channel
+                response, done = stub.with_call(call.request, **call.options())
         call.ended(done.trailing_metadata())
         return call.request.decode(*response)
 
     @contextmanager
-    def _translated(self, call: Call) -> Iterator[None]:
-        """Raises this client's errors for those of gRPC."""
+    def _stub(self, call: Call) -> Iterator[Any]:
+        """What makes a call by gRPC, inside the block; raises this client's errors for those of gRPC."""
+        stub = self.begin(call)
         try:
-            yield
+            yield stub
         except (grpc.FutureCancelledError, ValueError):  # grpc raises ValueError where the channel is closed
             raise call.closed() from None
         except grpc.RpcError as error:
             raise self.explained(call, error) from None
-
-    def _end(self, call: Call) -> None:
-        for channel in self.end(call):
-            channel.close()
+        finally:
+            if call.handle:
+                call.handle.cancel()
+            for channel in self.end(call):
+                channel.close()
 
 
 def in_order(

@@ -24,6 +24,7 @@ _RETRY_BUFFER = 1 << 28
 _IDLE_S = 10.0
 """A channel without calls for so long closes its connections; the next call opens others."""
 _ROUND_ROBIN: dict[str, Any] = {"round_robin": {}}
+_EJECTION = {"threshold": 80, "enforcementPercentage": 100, "minimumHosts": 2, "requestVolume": 5}
 _BY_LOAD: dict[str, Any] = {
     # A replica that fails nearly all its calls is left alone for a while, at most half of them at a time.
     "outlier_detection_experimental": {
@@ -31,25 +32,15 @@ _BY_LOAD: dict[str, Any] = {
         "baseEjectionTime": "10s",
         "maxEjectionTime": "60s",
         "maxEjectionPercent": 50,
-        "failurePercentageEjection": {
-            "threshold": 80,
-            "enforcementPercentage": 100,
-            "minimumHosts": 2,
-            "requestVolume": 5,
-        },
+        "failurePercentageEjection": _EJECTION,
         # Servers renew connections every few seconds, after which a weight counts again only when the blackout is over.
         "childPolicy": [{"weighted_round_robin": {"blackoutPeriod": "0.05s", "weightUpdatePeriod": "0.2s"}}],
     }
 }
 RETRIED = ("UNAVAILABLE", "RESOURCE_EXHAUSTED")
 """Statuses after which a call is tried again."""
-_RETRIES = {
-    "maxAttempts": 5,
-    "initialBackoff": "0.02s",
-    "maxBackoff": "0.5s",
-    "backoffMultiplier": 2,
-    "retryableStatusCodes": RETRIED,
-}
+_BACKOFF = {"maxAttempts": 5, "initialBackoff": "0.02s", "maxBackoff": "0.5s", "backoffMultiplier": 2}
+_RETRIES = _BACKOFF | {"retryableStatusCodes": RETRIED}
 POLICIES = {"load": [_BY_LOAD, _ROUND_ROBIN], "round_robin": [_ROUND_ROBIN]}
 """How calls are balanced: by the load that replicas report, or in turns."""
 

@@ -1,7 +1,7 @@
 """Lets a process that uses the client fork: gRPC's fork handlers need a moment without calls.
 
 While a fork is under way no call starts, and the fork waits for those that are under way. If they take too long, the
-child's first call raises an error, because gRPC would hang.
+child's first call fails, where gRPC would hang.
 """
 
 import os
@@ -21,34 +21,24 @@ unusable = False
 """True in a child that was forked while calls were under way, or after asyncio was used."""
 
 
-def begin() -> None:
-    """Counts a call that starts. Waits during a fork."""
-    global _in_flight
-    with _lock:  # quicker than the condition
-        while _forking:
-            _changed.wait()
-        _in_flight += 1
-
-
-def end() -> None:
-    """Counts a call that has ended."""
-    global _in_flight
-    with _lock:
-        _in_flight -= 1
-        if _forking:
-            _changed.notify_all()
-
-
 class _InFlight:
     def __enter__(self) -> None:
-        begin()
+        global _in_flight
+        with _lock:  # which is quicker than by the condition
+            while _forking:
+                _changed.wait()
+            _in_flight += 1
 
     def __exit__(self, *error: object) -> None:
-        end()
+        global _in_flight
+        with _lock:
+            _in_flight -= 1
+            if _forking:
+                _changed.notify_all()
 
 
 in_flight = _InFlight()
-"""``begin`` and ``end`` for a with-statement."""
+"""``with in_flight:`` makes a fork wait for the call in the block. No block begins while a fork is under way."""
 
 
 def _before() -> None:
