@@ -26,6 +26,7 @@ class BlockingTransport(Transport):
         """The answers, one by one."""
         call = Call(self, request, timeout, retry)
         with fork_safety.in_flight:
+            self.channel()
             self.connect(call)
             with self._stub(call) as stub:
                 responses = call.cancel_by(stub(request, **call.options()))

@@ -81,9 +81,9 @@ class Transport:
             self._unused.append(old)
 
     def begin(self, call: "Call") -> Any:
-        """Counts a call by gRPC; returns what makes it."""
-        while not (channel := self.channel()).add_call():
-            pass  # another thread has closed it
+        """Counts a call by gRPC, after ``channel()``; returns what makes it."""
+        while not (channel := self._channel or self.channel()).add_call():
+            self.channel()  # it was closed meanwhile
         call.channel = channel
         with self._lock:
             self._calls.add(call)
