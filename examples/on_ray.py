@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,16 +43,34 @@ REFUSED = {"StopServer", "LoadModel", "UnloadModel", "ReloadModel"}
 TIMEOUT_S = 300.0
 
 
+class Running:
+    """An engine whose event loop runs in a thread of its own; its blocking methods may be called from other threads."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.engine, self._loop = Engine(settings), asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="engine", daemon=True).start()
+        self._wait(self.engine.use_loop())
+
+    def stop(self) -> None:
+        """Ends the workers and the loop."""
+        self._wait(self.engine.stop(5))
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _wait(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
 class Served:
     """One replica of one model: an engine with only that model, and its stages if it is a pipeline."""
 
     def __init__(self, name: str) -> None:
-        self.engine = Engine(replace(Settings.from_env(), one_core=False))
-        model = self.engine.load(name, workers=1)
+        self.running = Running(replace(Settings.from_env(), one_core=False))
+        engine = self.running.engine
+        model = engine.load(name, workers=1)
         for stage in model.stages:
-            self.engine.load(stage, workers=1)
-        self.engine.started = True
-        self.handlers = native.handlers(self.engine)
+            engine.load(stage, workers=1)
+        engine.started = True
+        self.handlers = native.handlers(engine)
         self.replica = serve.get_replica_context().replica_id.unique_id
 
     async def answer(self, method: str, request: bytes, metadata: dict[str, str]) -> tuple[str, str, bytes]:
@@ -75,7 +93,7 @@ class Served:
             yield error.status, str(error), b""
 
     def __del__(self) -> None:
-        self.engine.stop(5)
+        self.running.stop()
 
 
 class Bytes(bytes):
@@ -171,7 +189,8 @@ def add_servicer(servicer: Any, server: Any) -> None:
 
 def options_of(settings: Settings) -> dict[str, ModelOptions]:
     """Returns the options of every model that can be loaded here, and prints why others cannot."""
-    engine, found = Engine(settings), {}
+    running, found = Running(settings), {}
+    engine = running.engine
     for model in engine.models():
         try:
             loaded = engine.load(model.name).loaded
@@ -180,7 +199,7 @@ def options_of(settings: Settings) -> dict[str, ModelOptions]:
             engine.unload(model.name)
         except ServerError as error:
             print(f"model {model.name} is left out: {error}", file=sys.stderr)
-    engine.stop(5)
+    running.stop()
     return found
 
 
