@@ -58,7 +58,6 @@ class ServedModel:
         self.name = plugin.name
         self._plugin, self._settings, self._repository = plugin, settings, repository
         self._turn = asyncio.Lock()  # one load, reload or unload at a time
-        self._pool: Pool | None = None
         self._pools: list[Pool] = []  # during a reload there are two
         self._loading: asyncio.Task[None] | None = None
         self._unloadable = reason
@@ -85,14 +84,12 @@ class ServedModel:
         ``workers`` (0: as it is) other than those it has starts that many in their place.
         """
         async with self._turn:
-            other = bool(workers) and self.loaded is not None and self.loaded.options.workers != workers
+            same = workers in (0, self.loaded.options.workers if self.loaded else 0)
             if workers:
                 self._plugin = replace(self._plugin, overrides=self._plugin.overrides | {"workers": workers})
             self.wanted = True
-            if self.state is not State.READY:
+            if self.state is not State.READY or not same:
                 await self._start()
-            elif other:
-                await self._swap()
 
     async def begin_to_load(self) -> None:
         """Begins to load an unloaded model, once it has finished to unload; its calls queue meanwhile."""
@@ -100,8 +97,7 @@ class ServedModel:
         if self.state is not State.UNLOADED or self._stopped:
             return self._turn.release()
         self.wanted = True
-        self._enter(State.LOADING)
-        self.batcher.open()
+        self._open()
         self._loading = asyncio.create_task(self._load_quietly())  # nobody unloads the model before it ends
 
     async def _load_quietly(self) -> None:
@@ -119,17 +115,17 @@ class ServedModel:
         """
         async with self._turn:
             self.wanted = True
-            await (self._swap() if self.state is State.READY else self._start())
+            await self._start()
 
     async def unload(self) -> None:
         """Refuses new calls, finishes what is queued, and ends the workers, which frees all their memory."""
         async with self._turn:
             self.wanted = False
-            if self._pool is None and self.state is not State.READY:
+            if not self._pools and self.state is not State.READY:
                 return
             self._enter(State.UNLOADING)
             self.batcher.close(self._refusal(), drain=True)
-            await self._stop_pool(self.loaded.options.timeout_s if self.loaded else 0, drain=True)
+            await self._end(self._pools, self.loaded.options.timeout_s if self.loaded else 0, drain=True)
             self.loaded = None
             self._enter(State.UNLOADED)
             self.batcher.close(self._refusal(), drain=False)
@@ -138,7 +134,7 @@ class ServedModel:
         """Refuses new calls, lets what is queued and running finish for ``grace_s`` seconds, stops the workers."""
         self._stopped = True
         self.batcher.close(Stopping("the server is stopping"), drain=True)
-        await asyncio.gather(*(pool.stop(grace_s, drain=grace_s > 0) for pool in self._pools))
+        await self._end(self._pools, grace_s, drain=grace_s > 0)
         self.batcher.close(Stopping("the server stopped before the model could answer"), drain=False)
 
     @property
@@ -149,7 +145,7 @@ class ServedModel:
     @property
     def pids(self) -> list[int]:
         """The worker processes that serve now."""
-        return self._pool.pids if self._pool else []
+        return [pid for pool in self._pools for pid in pool.pids]
 
     @property
     def memory(self) -> int:
@@ -172,66 +168,51 @@ class ServedModel:
         }
 
     async def _start(self) -> None:
+        """Starts new workers. If the model is READY the old ones serve until then; else its calls queue."""
         if self._unloadable:
             raise self._refusal()
-        await self._stop_pool(0)  # one that goes on trying to restart its workers
-        self._enter(State.LOADING)
-        self.batcher.open()
-        pool = self._pool = self._new_pool()
+        old, was_ready = list(self._pools), self.state is State.READY
+        if not was_ready:
+            await self._end(old)  # such as go on trying to restart their workers
+            self._open()
         try:
-            self.loaded = await self._load(pool)
+            loaded = await self._start_pool()
         except ModelUnavailable as error:
-            await self._stop_pool(0)
-            self._enter(State.FAILED, str(error))
-            self.batcher.close(self._refusal(), drain=False)
-            raise self._refusal() from None
-        await self._begin(self.loaded)
-
-    async def _swap(self) -> None:
-        old, grace_s = self._pool, self.loaded.options.timeout_s if self.loaded else 0
-        pool = self._new_pool()
-        try:
-            self.loaded = await self._load(pool)
-        except ModelUnavailable as error:
-            await self._forget(pool)
+            await self._end([pool for pool in self._pools if pool not in old])
+            if not was_ready:
+                self._enter(State.FAILED, str(error))
+                self.batcher.close(self._refusal(), drain=False)
+                raise self._refusal() from None
             log.error("model %s: the new workers cannot be started, the old ones continue: %s", self.name, error)
-            raise ModelUnavailable(
-                f"model {self.name!r} could not be reloaded: {error}; the old one continues"
-            ) from None
-        self._pool = pool
-        if old:
-            await self._forget(old, grace_s)
-        await self._begin(self.loaded)
+            why = f"model {self.name!r} could not be reloaded: {error}; the old one continues"
+            raise ModelUnavailable(why) from None
+        grace_s = self.loaded.options.timeout_s if self.loaded else 0
+        self.loaded = loaded
+        await self._end(old, grace_s)
+        self.batcher.queue_size = loaded.options.queue_size
+        if loaded.stages:  # it has no workers; what was queued while that was unknown is to come again
+            await self._end(self._pools)
+            self.batcher.close(NowAPipeline(f"model {self.name!r} has just been loaded; call again"), drain=False)
+        self._enter(State.READY)
 
-    async def _load(self, pool: Pool) -> Loaded:
+    async def _start_pool(self) -> Loaded:
+        if self._stopped:
+            raise Stopping("the server is stopping")
+        pool = Pool(self._plugin, self.batcher, self.metrics, self._settings, self._workers_changed)
+        self._pools.append(pool)
         loaded = await pool.start()
         for stage in loaded.stages:
             if not self._repository.knows(stage):
                 raise ModelUnavailable(f"it names the stage {stage!r}, and there is no such model")
         return loaded
 
-    async def _begin(self, loaded: Loaded) -> None:
-        self.batcher.queue_size = loaded.options.queue_size
-        if loaded.stages:  # it has no workers; what was queued while that was unknown is to come again
-            await self._stop_pool(0)
-            self.batcher.close(NowAPipeline(f"model {self.name!r} has just been loaded; call again"), drain=False)
-        self._enter(State.READY)
+    async def _end(self, pools: list[Pool], grace_s: float = 0, *, drain: bool = False) -> None:
+        await asyncio.gather(*(pool.stop(grace_s, drain=drain) for pool in pools))
+        self._pools = [pool for pool in self._pools if pool not in pools]
 
-    def _new_pool(self) -> Pool:
-        if self._stopped:
-            raise Stopping("the server is stopping")
-        pool = Pool(self._plugin, self.batcher, self.metrics, self._settings, self._workers_changed)
-        self._pools.append(pool)
-        return pool
-
-    async def _forget(self, pool: Pool, grace_s: float = 0, *, drain: bool = False) -> None:
-        await pool.stop(grace_s, drain=drain)
-        self._pools.remove(pool)
-
-    async def _stop_pool(self, grace_s: float, *, drain: bool = False) -> None:
-        if self._pool:
-            await self._forget(self._pool, grace_s, drain=drain)
-            self._pool = None
+    def _open(self) -> None:
+        self._enter(State.LOADING)
+        self.batcher.open()
 
     def _enter(self, state: State, reason: str = "") -> None:
         self.state, self.reason = state, reason
