@@ -28,6 +28,7 @@ LAYERS = [
     ["engine.worker"],
     ["engine.worker_path"],
     ["engine.batcher"],
+    ["engine.worker_slot"],
     ["engine.worker_process"],
     ["engine.pool"],
     ["engine.repository"],

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from tiny_model_server.engine.batcher import Batcher, Item
 from tiny_model_server.engine.metrics import ModelMetrics
-from tiny_model_server.engine.worker_process import Loaded, Misplaced, Plugin, WorkerProcess, lacks
+from tiny_model_server.engine.worker_connection import lacks
+from tiny_model_server.engine.worker_process import Loaded, Misplaced, Plugin, WorkerProcess
 from tiny_model_server.errors import ModelError, ModelUnavailable
 from tiny_model_server.settings import ModelOptions, Settings
 

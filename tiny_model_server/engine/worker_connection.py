@@ -22,6 +22,7 @@ _MARK = 0x7E5A11ED  # a model that writes into the socket does not know it
 _READ = 1 << 16
 _LONG = 1 << 14  # bytes of a pickle that goes into a file
 _MOST_FDS = 250  # in one message; Linux takes 253
+_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.ETOOMANYREFS}
 _FLAGS = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # programs that a model starts inherit no descriptor
 _SPACE = socket.CMSG_SPACE(4 * _MOST_FDS)
 
@@ -105,3 +106,10 @@ class WorkerConnection:
         for fd in self._fds:
             os.close(fd)
         self._fds = []
+
+
+def lacks(error: BaseException, *also: int) -> bool:
+    """Whether the server itself lacks descriptors, memory or processes: nobody's fault, to be tried again."""
+    if isinstance(error, OSError):
+        return error.errno in _LACKS or error.errno in also
+    return isinstance(error, MemoryError)

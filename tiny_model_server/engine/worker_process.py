@@ -1,4 +1,4 @@
-"""The front's end of one worker process: starts it, lets it load its model, runs batches in its slots."""
+"""The front's end of one worker process: starts it, lets it load its model, and ends it."""
 
 import asyncio
 import errno
@@ -8,36 +8,26 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server.codec import Encoded, Placed, dtype_of
+from tiny_model_server.codec import Encoded
 from tiny_model_server.engine import children, placement
-from tiny_model_server.engine.batcher import Batcher, Item, Outcome
+from tiny_model_server.engine.batcher import Batcher, Item
 from tiny_model_server.engine.metrics import ModelMetrics
-from tiny_model_server.engine.worker_connection import WorkerConnection
+from tiny_model_server.engine.worker_connection import WorkerConnection, lacks
+from tiny_model_server.engine.worker_slot import WorkerSlot
 from tiny_model_server.errors import (
-    DeadlineExceeded,
-    ModelError,
     ModelUnavailable,
-    Overloaded,
-    ServerError,
-    from_status,
 )
 from tiny_model_server.settings import ModelOptions, Settings
-from tiny_model_server.shared_memory import Place, SharedBuffers, read_arrays, unnamed_file
 
 log = logging.getLogger("tiny_model_server.worker_process")
 
 _ROOT = Path(__file__).resolve().parents[2]
 _WORKER = str(Path(__file__).resolve().parent / "worker_path")
-_LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.ETOOMANYREFS}
-_RETRY_AFTER_MS = 100
 _LOOK_S = 0.05  # how often to look for the end of a process where the system does not report it
 _STUCK_S = 5.0  # for a process to end that has closed its connection
 
@@ -75,13 +65,6 @@ class Misplaced(Exception):
         self.options = options
 
 
-def lacks(error: BaseException, *also: int) -> bool:
-    """Whether the server itself lacks descriptors, memory or processes: nobody's fault, to be tried again."""
-    if isinstance(error, OSError):
-        return error.errno in _LACKS or error.errno in also
-    return isinstance(error, MemoryError)
-
-
 class WorkerProcess:
     """One worker process, from its start to its end."""
 
@@ -102,21 +85,21 @@ class WorkerProcess:
 
     async def load(self) -> Loaded:
         """Lets the process import, construct and warm up the model. ModelUnavailable gives the reason of a failure."""
-        plugin = self._plugin
+        plugin, settings = self._plugin, self._settings
         options = ModelOptions().with_overrides(plugin.overrides)
-        log_settings = {"log_level": self._settings.log_level, "log_format": self._settings.log_format}
+        spec = {"name": plugin.name, "path": str(plugin.path)}
         try:
-            self._control.send({"name": plugin.name, "path": str(plugin.path), **log_settings})
+            self._control.send(spec | {"log_level": settings.log_level, "log_format": settings.log_format})
             declared = await self._receive("declared", options.load_timeout_s)
             self.pid = declared["pid"]
             options = ModelOptions().declared(declared["options"]).with_overrides(plugin.overrides)
-            facts = declared["metadata"], declared["example"], declared["stages"]
-            if declared["stages"]:
-                return Loaded(options, None, *facts)
+            loaded = Loaded(options, None, declared["metadata"], declared["example"], declared["stages"])
+            if loaded.stages:
+                return loaded
             if _placement(self._index, options) != self._placement:
                 raise Misplaced(options)
             self._control.send((options, placement.threads_for(options.workers)))
-            return Loaded(options, await self._receive("ready", options.load_timeout_s), *facts)
+            return replace(loaded, input_shape=await self._receive("ready", options.load_timeout_s))
         except (ModelUnavailable, Misplaced):
             raise
         except ValueError as error:
@@ -128,14 +111,13 @@ class WorkerProcess:
 
     def serve(self, options: ModelOptions, batcher: Batcher, metrics: ModelMetrics) -> None:
         """Gives the worker its slots, which take batches from now on. OSError if descriptors are missing."""
-        theirs: list[int] = []
         try:
             for _ in range(options.concurrency):
-                self.slots.append(WorkerSlot(self, options, batcher, metrics, theirs))
-            self._control.send("slots", theirs)
+                self.slots.append(WorkerSlot(self._plugin.name, options, batcher, metrics, self.kill))
+            self._control.send("slots", [fd for slot in self.slots for fd in (slot.theirs.fileno(), slot.outbox)])
         finally:
-            for fd in theirs[::2]:
-                os.close(fd)
+            for slot in self.slots:
+                slot.theirs.close()
         self.serves = True
         for slot in self.slots:
             batcher.idle(slot)
@@ -199,205 +181,6 @@ class WorkerProcess:
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}{hint}"
         if not self.ended.done():
             self.ended.set_result(how)
-
-
-class WorkerSlot:
-    """One of the batches that a worker process can run at once."""
-
-    def __init__(
-        self,
-        process: WorkerProcess,
-        options: ModelOptions,
-        batcher: Batcher,
-        metrics: ModelMetrics,
-        theirs: list[int],
-    ) -> None:
-        """Adds the worker's descriptors to ``theirs``: a socket, which the caller closes, and the outbox."""
-        self._process, self._batcher, self._metrics = process, batcher, metrics
-        self.most = options.max_batch_size
-        self._timeout_s = options.timeout_s
-        self._loop = asyncio.get_running_loop()
-        self._known: set[int] = set()  # names of the shared buffers that the worker maps
-        self.batch: list[Item] = []
-        self._begun = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-        self._open = True
-        self.retiring = False
-        """True when the worker takes no more batches."""
-        self._outbox = unnamed_file()
-        try:
-            ours, other = socket.socketpair()
-        except OSError:
-            os.close(self._outbox)
-            raise
-        ours.setblocking(False)
-        theirs += other.detach(), self._outbox
-        self._connection = WorkerConnection(ours)
-        self._loop.add_reader(ours, self._on_readable)
-
-    def start(self, batch: list[Item]) -> None:
-        """Sends a batch, or one item that streams, to the worker."""
-        self._begun = now = time.monotonic()
-        self.batch = batch
-        for item in batch:
-            item.begun = now
-            for buffers in item.buffers:
-                buffers.holders += 1
-        self._metrics.started([now - item.enqueued for item in batch])
-        try:
-            self._send(batch)
-        except Exception as error:
-            self._not_sent(error)
-        else:
-            self._limit(self._timeout_s, self._on_timeout)
-
-    def close(self) -> None:
-        """Takes no more batches. The worker ends when all its slots are closed."""
-        if self._open:
-            self._open = False
-            self._batcher.remove(self)
-            self._loop.remove_reader(self._connection.socket)
-            self._connection.close()
-            self._cancel_limit()
-
-    def end(self) -> list[Item]:
-        """After the end of the process: reads what it sent before. Returns the items that have no outcome."""
-        if self._open:
-            self._on_readable()
-        self.close()
-        batch = self._take_batch()
-        os.close(self._outbox)
-        return [item for item in batch if item.outcome is None]
-
-    def _send(self, batch: list[Item]) -> None:
-        fresh: dict[int, SharedBuffers] = {}
-        items: list[Any] = []
-        for item in batch:
-            for buffers in item.buffers:
-                if buffers.name not in self._known:
-                    fresh[buffers.name] = buffers
-            request, places = item.value.shared or (None, [])
-            names = [buffers and buffers.name for buffers in (request, item.response)]
-            items.append((item.value.text, places, item.json_only, *names))
-        closed = self._known - SharedBuffers.open_names if fresh else set()
-        met = [(buffers.name, buffers.caller_owned) for buffers in fresh.values()]
-        fds = [fd for buffers in fresh.values() for fd in (buffers.request, buffers.response)]
-        self._connection.send((batch[0].args, items, batch[0].stream is not None, met, closed), fds)
-        self._known = (self._known - closed) | fresh.keys()
-
-    def _not_sent(self, error: Exception) -> None:
-        """Answers a batch that the worker did not get; if it has died, its supervisor does that."""
-        if not lacks(error):
-            if isinstance(error, OSError):
-                return self._broken()
-            log.error("a batch could not be sent to the worker", exc_info=error)
-        outcome: ServerError = ModelError(f"the batch could not be sent: {type(error).__name__}: {error}")
-        if lacks(error):
-            log.error("the server lacks something to send a batch: %s", error)
-            outcome = Overloaded(f"the server cannot send the input to its worker now: {error}", _RETRY_AFTER_MS)
-        for item in self._take_batch():
-            item.resolve(outcome)
-        self._loop.call_soon(self._idle)
-
-    def _on_readable(self) -> None:
-        try:
-            if message := self._connection.receive():
-                self._on_message(message[0])
-        except Exception as error:
-            if not isinstance(error, (EOFError, ConnectionError)):
-                self._unreadable(error)
-            self._broken()
-
-    def _on_message(self, message: Any) -> None:
-        if len(message) == 3:
-            return self._on_value(message)
-        outcomes, seconds, retained, counted = message
-        batch = self.batch
-        found: list[Outcome] = [self._outcome(*pair) for pair in zip(outcomes, batch, strict=not batch[0].stream)]
-        found = found or [Encoded("null", [])]
-        self._cancel_limit()
-        self._metrics.finished(self._begun, seconds, counted)
-        self._take_batch(retained)
-        following = self._batcher.next(self.most) if self._open and not self.retiring else []
-        if following:
-            self.start(following)
-        for item, outcome in zip(batch, found, strict=True):  # while the worker is busy again
-            item.resolve(outcome)
-        if not following:
-            self._idle()
-
-    def _idle(self) -> None:
-        if self._open and not self.batch and not self.retiring:
-            self._batcher.idle(self)
-
-    def _outcome(self, answer: tuple[str | None, str, list[Place]], item: Item) -> Outcome:
-        status, text, places = answer
-        if status:
-            return from_status(status, text)
-        if item.response and not item.stream:
-            placed = [Placed(dtype_of(name), shape) for _, name, shape in places]
-            return Encoded(text, placed, (item.response, places))
-        return Encoded(text, read_arrays(self._outbox, places))
-
-    def _on_value(self, message: tuple[str | None, str, list[Place]]) -> None:
-        """A value of a stream: the worker waits until it may go on, which it may when there is room for more."""
-        item = self.batch[0]
-        item.repeatable = False
-        stream, value = item.stream, self._outcome(message, item)
-        assert stream
-        if item.expired(time.monotonic()):
-            return self._resume()
-        idle_s = stream.idle_s
-        self._limit(idle_s, partial(self._not_read, item, idle_s))
-        stream.put(value, self._resume)
-        if isinstance(value, ServerError):
-            item.resolve(value)
-
-    def _not_read(self, item: Item, idle_s: float) -> None:
-        item.resolve(DeadlineExceeded(f"the caller read nothing of its stream for {idle_s:g} s (TMS_STREAM_IDLE_S)"))
-
-    def _resume(self) -> None:
-        if self._open and self.batch:
-            self._limit(self._timeout_s, self._on_timeout)
-            try:
-                self._connection.send(not self.batch[0].expired(time.monotonic()))
-            except OSError:
-                self._broken()
-
-    def _on_timeout(self) -> None:
-        name = self._process._plugin.name
-        for item in self.batch:
-            item.resolve(DeadlineExceeded(f"model {name!r} took longer than its timeout_s={self._timeout_s:g}"))
-        self._broken()
-
-    def _unreadable(self, error: Exception) -> None:
-        """Answers items whose outcomes are lost."""
-        log.error("the outcomes of a batch cannot be read", exc_info=error)
-        kind = ServerError if lacks(error) else ModelError
-        for item in self.batch:
-            item.resolve(kind(f"the model's answer cannot be read: {type(error).__name__}: {error}"))
-
-    def _broken(self) -> None:
-        """The worker can be of no more use. Its supervisor answers what it holds, when it has ended."""
-        self.close()
-        self._process.kill()
-
-    def _take_batch(self, retained: "set[int] | frozenset[int]" = frozenset()) -> list[Item]:
-        batch, self.batch = self.batch, []
-        for item in batch:
-            for buffers in item.buffers:
-                buffers.retained |= buffers.name in retained
-                buffers.release()
-        return batch
-
-    def _limit(self, seconds: float, on_time: Callable[[], None]) -> None:
-        self._cancel_limit()
-        self._timer = self._loop.call_later(seconds, on_time)
-
-    def _cancel_limit(self) -> None:
-        if self._timer:
-            self._timer.cancel()
-            self._timer = None
 
 
 async def _readable(end: socket.socket) -> None:

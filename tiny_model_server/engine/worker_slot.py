@@ -1,0 +1,213 @@
+"""The front's end of a worker's slot: sends one batch at a time to the worker, and receives its outcomes."""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tiny_model_server.codec import Encoded, Placed, dtype_of
+from tiny_model_server.engine.batcher import Batcher, Item, Outcome
+from tiny_model_server.engine.metrics import ModelMetrics
+from tiny_model_server.engine.worker_connection import WorkerConnection, lacks
+from tiny_model_server.errors import DeadlineExceeded, ModelError, Overloaded, ServerError, from_status
+from tiny_model_server.settings import ModelOptions
+from tiny_model_server.shared_memory import Place, SharedBuffers, read_arrays, unnamed_file
+
+log = logging.getLogger("tiny_model_server.worker_slot")
+
+_RETRY_AFTER_MS = 100
+
+
+class WorkerSlot:
+    """One of the batches that a worker process can run at once."""
+
+    def __init__(
+        self, name: str, options: ModelOptions, batcher: Batcher, metrics: ModelMetrics, kill: Callable[[], None]
+    ) -> None:
+        """Opens a connection, of which ``theirs`` is the worker's end, and an outbox. OSError if it cannot.
+
+        ``kill`` kills the worker process; its supervisor answers what it holds then.
+        """
+        self._name, self._options, self._batcher, self._metrics, self._kill = name, options, batcher, metrics, kill
+        self.most = options.max_batch_size
+        self._loop = asyncio.get_running_loop()
+        self._known: set[int] = set()  # names of the shared buffers that the worker maps
+        self.batch: list[Item] = []
+        self._begun = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._open = True
+        self.retiring = False
+        """True when the worker takes no more batches."""
+        self.outbox = unnamed_file()
+        try:
+            ours, self.theirs = socket.socketpair()
+        except OSError:
+            os.close(self.outbox)
+            raise
+        ours.setblocking(False)
+        self._connection = WorkerConnection(ours)
+        self._loop.add_reader(ours, self._on_readable)
+
+    def start(self, batch: list[Item]) -> None:
+        """Sends a batch, or one item that streams, to the worker."""
+        self._begun = now = time.monotonic()
+        self.batch = batch
+        for item in batch:
+            item.begun = now
+            for buffers in item.buffers:
+                buffers.holders += 1
+        self._metrics.started([now - item.enqueued for item in batch])
+        try:
+            self._send(batch)
+        except Exception as error:
+            self._not_sent(error)
+        else:
+            self._limit(self._options.timeout_s, self._on_timeout)
+
+    def close(self) -> None:
+        """Takes no more batches. The worker ends when all its slots are closed."""
+        if self._open:
+            self._open = False
+            self._batcher.remove(self)
+            self._loop.remove_reader(self._connection.socket)
+            self._connection.close()
+            self._cancel_limit()
+
+    def end(self) -> list[Item]:
+        """After the end of the process: reads what it sent before. Returns the items that have no outcome."""
+        if self._open:
+            self._on_readable()
+        self.close()
+        batch = self._take_batch()
+        os.close(self.outbox)
+        return [item for item in batch if item.outcome is None]
+
+    def _send(self, batch: list[Item]) -> None:
+        fresh: dict[int, SharedBuffers] = {}
+        items: list[Any] = []
+        for item in batch:
+            for buffers in item.buffers:
+                if buffers.name not in self._known:
+                    fresh[buffers.name] = buffers
+            request, places = item.value.shared or (None, [])
+            names = [buffers and buffers.name for buffers in (request, item.response)]
+            items.append((item.value.text, places, item.json_only, *names))
+        closed = self._known - SharedBuffers.open_names if fresh else set()
+        met = [(buffers.name, buffers.caller_owned) for buffers in fresh.values()]
+        fds = [fd for buffers in fresh.values() for fd in (buffers.request, buffers.response)]
+        self._connection.send((batch[0].args, items, batch[0].stream is not None, met, closed), fds)
+        self._known = (self._known - closed) | fresh.keys()
+
+    def _not_sent(self, error: Exception) -> None:
+        """Answers a batch that the worker did not get; if it has died, its supervisor does that."""
+        if isinstance(error, OSError) and not lacks(error):
+            return self._broken()
+        log.error("a batch could not be sent to the worker", exc_info=error)
+        outcome: ServerError = ModelError(f"the batch could not be sent: {type(error).__name__}: {error}")
+        if lacks(error):
+            outcome = Overloaded(f"the server cannot send the input to its worker now: {error}", _RETRY_AFTER_MS)
+        for item in self._take_batch():
+            item.resolve(outcome)
+        self._loop.call_soon(self._idle)
+
+    def _on_readable(self) -> None:
+        try:
+            if message := self._connection.receive():
+                self._on_message(message[0])
+        except (EOFError, ConnectionError):
+            self._broken()
+        except Exception as error:
+            log.error("the outcomes of a batch cannot be read", exc_info=error)
+            kind = ServerError if lacks(error) else ModelError
+            for item in self.batch:
+                item.resolve(kind(f"the model's answer cannot be read: {type(error).__name__}: {error}"))
+            self._broken()
+
+    def _on_message(self, message: Any) -> None:
+        if len(message) == 3:
+            return self._on_value(message)
+        outcomes, seconds, retained, counted = message
+        batch = self.batch
+        found: list[Outcome] = [self._outcome(*pair) for pair in zip(outcomes, batch, strict=not batch[0].stream)]
+        found = found or [Encoded("null", [])]
+        self._cancel_limit()
+        self._metrics.finished(self._begun, seconds, counted)
+        self._take_batch(retained)
+        following = self._batcher.next(self.most) if self._open and not self.retiring else []
+        if following:
+            self.start(following)
+        for item, outcome in zip(batch, found, strict=True):  # while the worker is busy again
+            item.resolve(outcome)
+        if not following:
+            self._idle()
+
+    def _idle(self) -> None:
+        if self._open and not self.batch and not self.retiring:
+            self._batcher.idle(self)
+
+    def _outcome(self, answer: tuple[str | None, str, list[Place]], item: Item) -> Outcome:
+        status, text, places = answer
+        if status:
+            return from_status(status, text)
+        if item.response and not item.stream:
+            placed = [Placed(dtype_of(name), shape) for _, name, shape in places]
+            return Encoded(text, placed, (item.response, places))
+        return Encoded(text, read_arrays(self.outbox, places))
+
+    def _on_value(self, message: tuple[str | None, str, list[Place]]) -> None:
+        """A value of a stream: the worker waits until it may go on, which it may when there is room for more."""
+        item = self.batch[0]
+        item.repeatable = False
+        stream, value = item.stream, self._outcome(message, item)
+        assert stream
+        if item.expired(time.monotonic()):
+            return self._resume()
+        idle_s = stream.idle_s
+        self._limit(idle_s, partial(self._not_read, item, idle_s))
+        stream.put(value, self._resume)
+        if isinstance(value, ServerError):
+            item.resolve(value)
+
+    def _not_read(self, item: Item, idle_s: float) -> None:
+        item.resolve(DeadlineExceeded(f"the caller read nothing of its stream for {idle_s:g} s (TMS_STREAM_IDLE_S)"))
+
+    def _resume(self) -> None:
+        if self._open and self.batch:
+            self._limit(self._options.timeout_s, self._on_timeout)
+            try:
+                self._connection.send(not self.batch[0].expired(time.monotonic()))
+            except OSError:
+                self._broken()
+
+    def _on_timeout(self) -> None:
+        for item in self.batch:
+            item.resolve(
+                DeadlineExceeded(f"model {self._name!r} took longer than its timeout_s={self._options.timeout_s:g}")
+            )
+        self._broken()
+
+    def _broken(self) -> None:
+        """The worker can be of no more use. Its supervisor answers what it holds, when it has ended."""
+        self.close()
+        self._kill()
+
+    def _take_batch(self, retained: "set[int] | frozenset[int]" = frozenset()) -> list[Item]:
+        batch, self.batch = self.batch, []
+        for item in batch:
+            for buffers in item.buffers:
+                buffers.retained |= buffers.name in retained
+                buffers.release()
+        return batch
+
+    def _limit(self, seconds: float, on_time: Callable[[], None]) -> None:
+        self._cancel_limit()
+        self._timer = self._loop.call_later(seconds, on_time)
+
+    def _cancel_limit(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
