@@ -51,4 +51,4 @@ def _finite(value: Any) -> float:
 def _checked(name: str) -> str:
     if not (found := _NAME.fullmatch(name)):
         raise ValueError(f"a metric's name is small letters, digits and _, not {name!r}")
-    return found[0]  # a str, where the name may be of a class of the model's that derives from it
+    return found[0]  # a plain str: the name may be of a subclass that the model defines

@@ -19,20 +19,20 @@ from tiny_model_server.errors import InvalidInput, Overloaded
 _FOLDER = Path(__file__).parent / "protocols"
 
 LARGE = 1 << 15
-"""Bytes of an array or image that are worth being kept out of messages."""
+"""Above so many bytes, an array or image is kept out of the message."""
 MOST_ITEMS = 100_000
 """Elements of a repeated field in one request, if TMS_MAX_ITEMS does not say otherwise."""
 _FIELDS_PER_ITEM = 12  # an array of two dimensions in an item has ten
 _SPARE_FIELDS = 1000
 _LARGEST_NUMBERS = 1 << 25  # bytes of memory for the packed numbers of one request
-_MOST_SEARCHED = 100  # fields; no caller shall have us look at millions for trailing bytes
+_MOST_SEARCHED = 100  # fields, in the search for trailing bytes; a request may have millions
 _VARINT, _BYTES = 0, 2  # wire types
 _FIXED_SIZES = {1: 8, 5: 4}  # bytes, by wire type
 _NUMBER_SIZES = {
     getattr(descriptor.FieldDescriptor, f"CPPTYPE_{name}"): size
     for name, size in {"INT32": 4, "UINT32": 4, "ENUM": 4, "BOOL": 4, "INT64": 16, "UINT64": 16}.items()
 }
-"""Bytes of memory that a packed number may take, which may be one byte on the wire."""
+"""Bytes of memory for a packed number, which may have one byte on the wire."""
 _TRAILING_FIELDS = {
     "server.ImageArgs": (1, 4),
     "server.RunArgs": (1, 2, 3),
@@ -42,7 +42,7 @@ _TRAILING_FIELDS = {
 """The numbers of the fields that lead to the bytes of the last array or image."""
 
 pool = descriptor_pool.DescriptorPool()
-"""Every schema of ours; give it to reflection."""
+"""All schemas, for gRPC's reflection."""
 
 
 class Method(NamedTuple):
@@ -62,7 +62,7 @@ class Method(NamedTuple):
 
 
 class WithTrailingBytes(NamedTuple):
-    """A message without its last array or image, whose bytes protobuf would copy once more and its parser twice.
+    """A message without the bytes of its last array or image, which protobuf would copy once more and its parser twice.
 
     They come at the end, in a second occurrence of the field that leads to them; parsers merge the two. ``owner`` is
     the serialized rest of the array's own message, or empty for an image, whose other fields stay in the message.
@@ -73,7 +73,7 @@ class WithTrailingBytes(NamedTuple):
     data: memoryview
 
     def SerializeToString(self) -> bytes:
-        """All bytes, as of any message."""
+        """Serializes the message with its trailing bytes."""
         *path, last = _TRAILING_FIELDS[self.message.DESCRIPTOR.full_name]
         head = self.owner + _prefix(last, len(self.data))
         for field in reversed(path):
@@ -82,19 +82,19 @@ class WithTrailingBytes(NamedTuple):
 
 
 def parse_trailing(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
-    """A message, and the bytes of its last array or image if they are many, at its end, and so left out of it."""
+    """(message, trailing bytes): the bytes of its last array or image are left out of it, if they are many and last."""
     data, trailing = _split_trailing(data, _TRAILING_FIELDS.get(kind.DESCRIPTOR.full_name, ()))
     return kind.FromString(data), trailing
 
 
 def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_ITEMS) -> Any:
-    """The request in these bytes; InvalidInput if they are not one. Sets ``call.trailing_bytes``.
+    """Parses a request, and sets ``call.trailing_bytes``. InvalidInput if the bytes are not such a request.
 
-    Protobuf makes 80 bytes of two, and 16 of one: what would become too much is refused before it is parsed.
+    Protobuf may need 40 times a request's bytes in memory. What would need too much is refused before it is parsed.
     """
     kind = method.request.DESCRIPTOR
     try:
-        if len(data) > 2 * most_items:  # else there cannot be more
+        if len(data) > 2 * most_items:  # fewer bytes cannot hold too much
             _Counter(most_items).count(kind, data, 0, len(data))
         if call is None or call.buffers:  # a place in shared memory goes before the bytes
             return method.request.FromString(data)
@@ -147,7 +147,7 @@ class _Counter:
 
 
 def _split_trailing(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview | None]:
-    """The message without the bytes of the field at the end of ``path``, if they are the last and many; and those."""
+    """(message, trailing bytes): the field at the end of ``path`` is split off, if it is last and large."""
     heads: list[bytes] = []
     begin = 0
     try:
@@ -157,7 +157,7 @@ def _split_trailing(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryvi
                 return data, None
             heads.append(data[begin:start])
             begin = at
-    except (LookupError, ValueError):  # malformed, as protobuf will say
+    except (LookupError, ValueError):  # malformed: protobuf will report it
         return data, None
     if not heads or len(data) - begin <= LARGE:
         return data, None
@@ -170,7 +170,7 @@ def _split_trailing(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryvi
 def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
     """The fields of a message: their tags, where these are, and where the contents begin and end.
 
-    LookupError for what is not a message, or has groups, which none of ours has.
+    LookupError for malformed bytes, and for groups, which no schema here has.
     """
     while at < end:
         start, size = at, 0
@@ -206,12 +206,12 @@ def varint(number: int) -> bytes:
 
 
 def _prefix(field: int, size: int) -> bytes:
-    """What stands before the content of a length-delimited field."""
+    """The tag and the length before the content of a length-delimited field."""
     return bytes((field << 3 | _BYTES,)) + varint(size)
 
 
 def serialized(answer: Any, largest: int | None = None) -> bytes:
-    """The bytes of a message; more than ``largest`` are an error not to be retried."""
+    """Serializes a message. Overloaded, not to be retried, if it has more than ``largest`` bytes."""
     data: bytes = answer.SerializeToString()
     if largest and len(data) > largest:
         why = f"the answer has {len(data)} bytes, more than TMS_MAX_MESSAGE_MB allows"

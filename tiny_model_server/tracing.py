@@ -44,7 +44,7 @@ def interceptors(kind: str) -> list[Any]:
 
 
 def client_span(path: str) -> tuple[Any, tuple[tuple[str, str], ...]]:
-    """A span of a call that begins now, and the metadata that names it to the server; None, () without a collector."""
+    """Begins a call's span. Returns it and the metadata that names it to the server; (None, ()) without a collector."""
     if not (found := provider()):
         return None, ()
     from opentelemetry import propagate, trace

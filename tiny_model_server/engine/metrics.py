@@ -20,7 +20,7 @@ _WINDOW_S = 3
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _NOT_THE_SERVERS_FAULT = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "PERMISSION_DENIED"}  # of gRPC's names
 _REPORT_AGE_S = 0.1
-_UNKNOWN_UTILIZATION = 0.001  # where nothing but errors was answered: their share is what weighs then
+_UNKNOWN_UTILIZATION = 0.001  # if only errors were answered; then their share decides
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FAMILIES: dict[str, tuple[Any, str]] = {  # each is a number, a function or a histogram of ModelMetrics
     "dropped": (CounterMetricFamily, "Inputs that nobody waited for any more, not run"),
@@ -38,7 +38,7 @@ _FAMILIES: dict[str, tuple[Any, str]] = {  # each is a number, a function or a h
 
 
 class Metrics:
-    """The replica's registry: what every ``ModelMetrics`` has counted, and what models count themselves."""
+    """The replica's registry: the numbers of every ``ModelMetrics``, and what models count themselves."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -77,7 +77,7 @@ class Metrics:
         return found if isinstance(found, kind) else None
 
     def forget(self, model: str) -> None:
-        """Drops what was counted of a model that is no more."""
+        """Drops the metrics of a model that was removed."""
         self.loads.pop(model, None)
         for metric in filter(None, self._own.values()):
             metric.remove_by_labels({"model": model})
@@ -107,10 +107,10 @@ class _Histogram:
 
 
 class ModelMetrics:
-    """What one model is doing, told by its queue, its workers and the engine; its public numbers are the metrics."""
+    """The metrics of one model. Its queue, its workers and the engine report to it."""
 
     def __init__(self, metrics: Metrics, name: str) -> None:
-        """Shows the model at zero from now on."""
+        """Begins with all numbers at zero."""
         self._metrics = metrics
         self._name = name
         self.requests = {"OK": 0}
@@ -130,16 +130,16 @@ class ModelMetrics:
         metrics.loads[name] = self
 
     def serves(self, most: int, slots: int) -> None:
-        """Tells how many items a batch may have, and how many batches run at once."""
+        """Sets how many items a batch may have, and how many batches run at once."""
         self._slots, self.places = slots, most * slots
 
     def arrived(self, count: int) -> float:
-        """Notes that inputs came in; returns the time, for ``answered``."""
+        """Counts inputs that arrive. Returns the time, for ``answered``."""
         self.in_flight += count
         return time.monotonic()
 
     def answered(self, since: float, statuses: Sequence[str]) -> None:
-        """Notes the statuses of inputs that came at ``since``."""
+        """Counts the statuses of inputs that arrived at ``since``."""
         now, errors = time.monotonic(), 0
         for status in statuses:
             errors += status not in _NOT_THE_SERVERS_FAULT
@@ -151,13 +151,13 @@ class ModelMetrics:
             self._errors.add(int(now), errors)
 
     def started(self, queued_s: Sequence[float]) -> None:
-        """Notes the start of a batch whose items waited this long."""
+        """Counts a batch that starts, and how long its items waited."""
         for seconds in queued_s:
             self.queue_seconds.observe(seconds)
         self.batch_size.observe(len(queued_s))
 
     def finished(self, since: float, compute_s: float, tally: CustomMetrics) -> None:
-        """Notes the end of a batch that began at ``since`` and took the worker ``compute_s``."""
+        """Counts a batch that began at ``since`` and took the worker ``compute_s``."""
         now = time.monotonic()
         took = now - since
         self.compute_seconds.observe(compute_s)
