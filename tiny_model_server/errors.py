@@ -82,7 +82,7 @@ class PermissionDenied(ServerError):
 
 
 class Unauthenticated(ServerError):
-    """The caller did not say who it is: no token, or a wrong one."""
+    """The caller sent no token, or a wrong one."""
 
     status = "UNAUTHENTICATED"
 

@@ -1,7 +1,7 @@
-"""Which gRPC calls get a thread, and for how long.
+"""Decides which gRPC calls get a thread, and for how long.
 
-grpcio would give a call a thread as soon as its headers arrive. Here, a call is authenticated and counted against its
-connection first, and gets a thread once its first message is here. It is ended if its caller sends nothing or reads
+By itself, grpcio gives a call a thread when its headers arrive. Here, a call is first authenticated and counted against
+its connection. It gets a thread when its first message arrives. It is ended if its caller sends nothing or reads
 nothing for too long.
 """
 
@@ -51,10 +51,10 @@ class _Wait(NamedTuple):
 
 
 class Waits:
-    """The calls that wait for their callers. A call that waits for too long is ended."""
+    """The calls that wait for their callers. A call whose wait is too long is ended."""
 
     def __init__(self, **most: int) -> None:
-        """``most`` is the weight that all waits of a kind may have; beyond it, the oldest are ended early."""
+        """``most`` is the weight that all waits of a kind may have together. Beyond it, the oldest are ended early."""
         self._most = most
         self._waits: dict[GrpcCall, _Wait] = {}  # the oldest first; changed by single operations only
         self._some = threading.Event()  # set when a wait begins; an idle server sleeps
@@ -102,24 +102,27 @@ class Waits:
                 # The status waits behind what the caller does not read. After as long again, the call is cancelled.
                 if call.end(DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _LAST_BACKOFF_MS)):
                     self.begin(call, "ending", wait.seconds, wait.why)
+                else:
+                    call.context.cancel()
         for why, count in ended.items():
             log.warning("%d calls are ended: %s", count, why)
 
 
 class _Behavior(partial):  # type: ignore[type-arg]
-    experimental_non_blocking = True  # grpcio leaves the sending of a stream's answers to it
+    """A method as grpcio calls it."""
+
+    experimental_non_blocking = True  # of a stream: grpcio gives it a function that sends answers
     request_streaming = False
 
 
 class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
     """The first interceptor of grpcio's server, and its thread pool.
 
-    A call passes ``intercept_service``, ``submit`` and, in a thread, ``_unary`` or ``_stream``. Health has a pool of
-    its own.
+    A call passes ``intercept_service``, ``submit`` and, in a thread, ``_unary`` or ``_stream``.
     """
 
     def __init__(self, engine: Engine, exempt: str, threads: int) -> None:
-        """``exempt`` is the service that is not guarded; ``threads`` are for calls at work."""
+        """``exempt`` is a service with a pool of its own. ``threads`` is the number for calls at work."""
         waiting = max(8, threads // 2)
         super().__init__(threads + waiting, thread_name_prefix="grpc")
         self._engine = engine
@@ -131,7 +134,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         self._waits = Waits(arriving=MOST_ARRIVING, threads=waiting, unread=engine.inflight.limit // 2)
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Guards a method. Its behaviour is called by ``_unary`` or ``_stream``."""
+        """Lets ``_unary`` or ``_stream`` call the method's behaviour."""
         handler = continuation(details)
         if handler is None or details.method.startswith(self._exempt):
             return handler
@@ -145,7 +148,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
     def submit(  # type: ignore[override]
         self, run: Any, respond: Any, event: Any, state: Any, behavior: Any, receive: Any, *codecs: Any
     ) -> None:
-        """Admits a call: grpcio hands it in when its headers have arrived, with how to answer it in a thread."""
+        """Admits a call. grpcio calls this when the headers have arrived, with what to run in a thread."""
         call, metadata = GrpcCall(event, state), dict(event.invocation_metadata)
 
         def start(message: bytes | None) -> None:
@@ -188,7 +191,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
                 del self._calls[call.peer]
 
     def _hold(self, call: GrpcCall, message: bytes | None) -> None:
-        """Counts a message among the bytes under way, in place of the call's last one."""
+        """Counts a message of the call among the bytes in the server, in place of the one before."""
         self._engine.inflight.give(len(call.message or b""))
         call.message = None
         self._engine.inflight.take(len(message or b""))

@@ -1,7 +1,7 @@
-"""One call of grpcio's server, with ways to read, send and end it that hold no thread.
+"""One call of grpcio's server, with ways to receive, send and end it that hold no thread.
 
-grpcio's Python API reads and sends only by blocking a thread, so a caller who stays silent would hold one. This file
-alone uses what lies below that API: ``grpc._server`` and cygrpc, whose parts used here are alike from 1.60 to 1.85.
+grpcio's Python API receives and sends only by blocking a thread, so a silent caller would hold one. Only this file uses
+what lies below that API, ``grpc._server`` and cygrpc. It works with grpcio 1.60 and with 1.85.
 """
 
 import logging
@@ -57,14 +57,12 @@ class GrpcCall:
                 _server._status(self._event, self._state, message)
 
     def end(self, error: ServerError) -> bool:
-        """Sends the status of an error. If the call has its status already, cancels it and returns False."""
+        """Sends the status of an error. Returns False if the call has its status already."""
         with self._state.condition:
-            if not self.context.is_active():
-                self.context.cancel()
-                return False
-            set_status(self.context, error)
-            self.finish()
-            return True
+            if active := bool(self.context.is_active()):
+                set_status(self.context, error)
+                self.finish()
+            return active
 
     def _begin(self, operation: Any, name: str, complete: Callable[[Any], Any], then: Callable[[], None]) -> None:
         """Begins what grpcio knows by this name. Its thread calls ``complete``, which is grpcio's, and ``then``."""
@@ -75,7 +73,7 @@ class GrpcCall:
                 then()
             except ServerError as error:
                 self.end(error)
-            except Exception as error:  # it must not end grpcio's thread, which serves all calls
+            except Exception as error:  # grpcio's thread serves all calls, and must go on
                 log.exception("a call failed")
                 self.end(ServerError(f"a fault in the server: {message_of(error, named=True)}"))
             return done

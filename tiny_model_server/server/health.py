@@ -1,4 +1,4 @@
-"""grpc.health.v1 without threads: each step is a short one of grpcio's own thread, so no model or caller delays it.
+"""grpc.health.v1 without threads: every step is short and runs in grpcio's own, so no model and no caller delays it.
 
 grpcio-health-checking is not used: its blocking form holds a server thread for each watching client, and its
 non-blocking form was seen to deadlock when a client leaves while a status changes (it sends while holding its lock).
