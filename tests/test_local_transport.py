@@ -1,4 +1,4 @@
-"""The short cut on one host: that it is taken, that nobody can abuse it, and that nothing of it stays behind."""
+"""The local transport on one host: that it is taken, that nobody can abuse it, and that nothing of it stays behind."""
 
 import contextlib
 import logging
@@ -33,8 +33,8 @@ IMAGE = np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8)
 METHODS = schemas.methods("server", "server.Server")
 
 
-def lanes(client: ModelClient) -> int:
-    """Connections of the short cut that wait for the client's next calls."""
+def idle_connections(client: ModelClient) -> int:
+    """Connections of the local transport that wait for the client's next calls."""
     connections = client._transport.local
     return len(connections.idle.get(None, ())) if connections else 0
 
@@ -64,9 +64,9 @@ def send(one: local.LocalConnection, method: str, **fields: Any) -> tuple[int, A
 def test_it_is_taken(server: Server) -> None:
     with server.client("echo") as client:
         assert client.run_text("x") == "x"
-        assert lanes(client) == 1
+        assert idle_connections(client) == 1
         assert np.array_equal(client.run_image(IMAGE), IMAGE)
-        assert lanes(client) == 1
+        assert idle_connections(client) == 1
         assert client.stats()["replicas"][f"127.0.0.1:{server.port}"]["calls"] == 2
 
 
@@ -77,7 +77,7 @@ def test_several_callers_have_a_connection_each(server: Server) -> None:
         futures = [client.submit_image(image) for image in images]
         for image, future in zip(images, futures, strict=True):
             assert np.array_equal(future.result(), image)
-        assert 1 < lanes(client) <= 64
+        assert 1 < idle_connections(client) <= 64
         for image, answer in zip(images, client.map(images), strict=True):
             assert np.array_equal(answer, image)
 
@@ -95,7 +95,7 @@ def test_where_it_is_not_taken(
         addresses.append(start_server().address)
     with ModelClient("echo", addresses=addresses) as client:
         assert np.array_equal(client.run_image(IMAGE), IMAGE)
-        assert lanes(client) == 0
+        assert idle_connections(client) == 0
 
 
 def test_two_servers_do_not_mix(start_server: Callable[..., Server], server: Server) -> None:
@@ -276,7 +276,7 @@ def test_a_worker_that_dies_after_its_answer(start_server: Callable[..., Server]
         for number in range(3):
             assert client.run_text(f"text {number}", {"number": number}) == [f"text {number}", {"number": number}]
         assert log.read_text() == "x" * 4
-        assert lanes(client) == 1
+        assert idle_connections(client) == 1
 
 
 WRITES_ANYWHERE = """
@@ -309,7 +309,7 @@ def test_a_model_that_writes_into_stray_descriptors(
                 client.run("x", {"junk": True}, timeout=30)
             assert client.run(IMAGE.shape, timeout=30) == list(IMAGE.shape)
             assert time.monotonic() - begun < 15
-        assert lanes(client) == int(way == "same host")
+        assert idle_connections(client) == int(way == "same host")
 
 
 HANGS = {
@@ -361,14 +361,14 @@ def test_a_model_that_hangs_among_callers_of_others(
 def test_both_ways_to_one_worker(
     start_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker goes from hand to hand: callers by gRPC, by the short cut, streams and batches; each has its answers."""
+    """A worker goes from hand to hand: callers by gRPC, by the local transport, streams and batches; each has its answers."""
     body = (
         "    max_batch_size = 4\n    def run(self, data, args):\n        return data\n"
         "    def run_batch(self, items, args):\n        return items"
     )
     server = start_server(write_model(tmp_path, "echoes", body))
-    by_lane = server.client("echoes")
-    by_lane.run(0)
+    local_calls = server.client("echoes")
+    local_calls.run(0)
     monkeypatch.setenv("TMS_LOCAL_TRANSPORT", "0")
     by_grpc = server.client("echoes")
     wrong: list[Any] = []
@@ -387,24 +387,24 @@ def test_both_ways_to_one_worker(
                 wrong.append((number, answer))
 
     threads = [
-        threading.Thread(target=calls, args=(client, 1000 * (one + 3 * (client is by_lane))))
+        threading.Thread(target=calls, args=(client, 1000 * (one + 3 * (client is local_calls))))
         for one in range(3)
-        for client in (by_lane, by_grpc)
+        for client in (local_calls, by_grpc)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
-    assert lanes(by_lane) == 3
-    assert lanes(by_grpc) == 0
-    by_lane.close()
+    assert idle_connections(local_calls) == 3
+    assert idle_connections(by_grpc) == 0
+    local_calls.close()
     by_grpc.close()
     assert not wrong
 
 
 def test_descriptors_that_run_out(start_server: Callable[..., Server]) -> None:
-    """While there are none, callers go by gRPC; afterwards the short cut is there again."""
+    """While there are none, callers go by gRPC; afterwards the local transport is there again."""
     server = start_server()
     front = psutil.Process(server.process.pid)
     before = front.num_fds()
@@ -424,7 +424,7 @@ def test_descriptors_that_run_out(start_server: Callable[..., Server]) -> None:
                 return True
             return False
 
-        wait_for(again, "the short cut")
+        wait_for(again, "the local transport")
 
 
 def test_a_greeting_that_is_nested_deeply(start_server: Callable[..., Server]) -> None:
@@ -518,7 +518,7 @@ def test_another_users_server_gets_nothing(start_server: Callable[..., Server]) 
         server.wait_for_log("no local transport for clients on this host")
         with server.client("echo", token="secret") as client:
             assert client.run_text("x") == "x"
-            assert lanes(client) == 0
+            assert idle_connections(client) == 0
         thief.kill()
         assert "secret" not in thief.stdout.read()
 
@@ -561,7 +561,7 @@ def test_what_a_model_keeps_belongs_to_the_model(start_server: Callable[..., Ser
     with server.client("keeper") as client:
         for number in range(5):
             assert client.run_image(np.full((300, 300, 3), number, np.uint8)) == list(range(number + 1))
-        assert lanes(client) == 1
+        assert idle_connections(client) == 1
         frame = model_client.shared_array((300, 300, 3))
         for number in range(5, 10):
             frame[:] = number
@@ -583,7 +583,7 @@ def test_deadlines_and_late_answers(start_server: Callable[..., Server], tmp_pat
                 client.run_text("late", {"s": 0.6}, timeout=0.2)
             assert time.monotonic() - started < 0.5
             assert client.run_text("next") == "next"  # the late answer is nobody's
-        assert lanes(client) == 1
+        assert idle_connections(client) == 1
 
 
 def test_late_answers_under_load(start_server: Callable[..., Server], tmp_path: Path) -> None:
@@ -624,7 +624,7 @@ def test_a_server_that_comes_back(start_server: Callable[..., Server]) -> None:
         starter.start()
         assert np.array_equal(client.run_image(IMAGE), IMAGE)
         starter.join()
-        wait_for(lambda: client.run_text("y") == "y" and lanes(client) == 1, "the short cut again")
+        wait_for(lambda: client.run_text("y") == "y" and idle_connections(client) == 1, "the local transport again")
 
 
 def test_what_is_not_to_be_repeated(start_server: Callable[..., Server], tmp_path: Path) -> None:
@@ -668,7 +668,7 @@ def test_a_token_is_asked_for_here_too(start_server: Callable[..., Server]) -> N
         made.close()
     with server.client("echo", token="secret") as client:
         assert client.run_text("x") == "x"
-        assert lanes(client) == 1
+        assert idle_connections(client) == 1
 
 
 def test_more_callers_than_the_server_takes(start_server: Callable[..., Server], caplog: Any) -> None:
@@ -678,7 +678,7 @@ def test_more_callers_than_the_server_takes(start_server: Callable[..., Server],
         local.LocalConnection(server.port, {})
     with server.client("echo") as client:
         assert client.run_text("x") == "x"
-        assert lanes(client) == 0
+        assert idle_connections(client) == 0
     for one in made:
         one.close()
 
@@ -728,7 +728,7 @@ def test_map_sends_ahead(start_server: Callable[..., Server], tmp_path: Path) ->
     with server.client("sleepy") as client:
         client.run(0)
         assert list(client.map(range(12), in_flight=8)) == list(range(12))
-        assert lanes(client) == 8
+        assert idle_connections(client) == 8
         errors = list(client.map(range(3), timeout=0.001, return_exceptions=True))
         assert [type(error) for error in errors] == [model_client.DeadlineExceeded] * 3
         leaving = client.map(range(100), in_flight=4)
@@ -810,10 +810,10 @@ def test_arrays_that_are_handed_over_without_a_copy(start_server: Callable[..., 
             assert (frame[1] == number).all()
             assert client.run(frame[1]) == [number + 1, (number + 1) * 480 * 640]
             assert client.run_image_batch(list(frame))[1][0] == number + 2
-        assert lanes(client) == 0  # the array has a connection of its own
+        assert idle_connections(client) == 0  # the array has a connection of its own
         odd = frame[0, 1:, 1:]
         assert client.run_image(odd)[0] == odd[0, 0] + 1  # it is not in one piece: copied
-        assert lanes(client) == 1
+        assert idle_connections(client) == 1
     assert frame.any()  # it is the application's, also when the connection has ended
 
 

@@ -1,4 +1,4 @@
-"""The short cut from an event loop, which waits for nothing but answers there."""
+"""The local transport from an event loop, which waits for nothing but answers there."""
 
 import asyncio
 import time
@@ -35,13 +35,13 @@ def sleeper(start_server: Callable[..., Server], tmp_path: Path) -> Server:
     return start_server(write_model(tmp_path / "models", "sleeper", MODEL))
 
 
-def lanes(client: AsyncModelClient) -> int:
-    """Connections of the short cut that wait for the client's next calls."""
+def idle_connections(client: AsyncModelClient) -> int:
+    """Connections of the local transport that wait for the client's next calls."""
     connections = client._transport.local
     return len(connections.idle.get(None, ())) if connections else 0
 
 
-def by_lane(client: AsyncModelClient) -> int:
+def local_calls(client: AsyncModelClient) -> int:
     """Connections that a call uses now."""
     return len(client._transport.local.busy) if client._transport.local else 0
 
@@ -58,17 +58,17 @@ async def connected(server: Server, model: str, count: int = 1, **options: Any) 
     """A client that has so many connections; its first calls go by gRPC, while those are made."""
     async with AsyncModelClient(model, addresses=[server.address], **options) as client:
         async with asyncio.timeout(10):
-            while lanes(client) < count:
+            while idle_connections(client) < count:
                 await asyncio.gather(*(client.run_text("x") for _ in range(4 * count)))
                 await asyncio.sleep(0.01)
         yield client
 
 
 async def taken(client: AsyncModelClient, call: Coroutine[Any, Any, Any]) -> Any:
-    """The call's answer, which comes by the short cut."""
+    """The call's answer, which comes by the local transport."""
     calling = asyncio.ensure_future(call)
     await asyncio.sleep(0)
-    assert by_lane(client) == 1
+    assert local_calls(client) == 1
     return await calling
 
 
@@ -108,7 +108,7 @@ def test_many_at_once_get_their_own_answers(server: Server) -> None:
                 nonlocal most
                 calling = asyncio.ensure_future(client.run_image(image))
                 await asyncio.sleep(0)
-                most = max(most, by_lane(client))
+                most = max(most, local_calls(client))
                 assert np.array_equal(await calling, image)
 
             for _ in range(3):
@@ -125,7 +125,7 @@ def test_the_event_loop_goes_on(sleeper: Server) -> None:
         async with connected(sleeper, "sleeper") as client:
             calling = asyncio.ensure_future(client.run_text("x", {"s": 0.5}))
             await asyncio.sleep(0)
-            assert by_lane(client) == 1
+            assert local_calls(client) == 1
             ticks = 0
             while not calling.done():
                 await asyncio.sleep(0.01)
@@ -191,7 +191,7 @@ def test_a_call_that_is_cancelled_is_not_run(sleeper: Server, tmp_path: Path) ->
             await until(log.exists)
             second = asyncio.ensure_future(client.run_text("2", args))
             await asyncio.sleep(0)
-            assert by_lane(client) == 2
+            assert local_calls(client) == 2
             second.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await second
@@ -207,7 +207,7 @@ def test_closing_ends_what_is_under_way(sleeper: Server) -> None:
         async with connected(sleeper, "sleeper") as client:
             calling = asyncio.ensure_future(client.run_text("x", {"s": 2}))
             await asyncio.sleep(0)
-            assert by_lane(client) == 1
+            assert local_calls(client) == 1
             started = time.monotonic()
         with pytest.raises(model_client.Cancelled):
             await calling
@@ -228,7 +228,7 @@ def test_a_server_that_comes_back(start_server: Callable[..., Server]) -> None:
             assert np.array_equal(await client.run_image(IMAGE), IMAGE)
             await starting
             async with asyncio.timeout(10):
-                while not lanes(client):
+                while not idle_connections(client):
                     assert await client.run_text("y") == "y"
                     await asyncio.sleep(0.05)
 
@@ -241,14 +241,14 @@ def test_each_event_loop_has_connections_of_its_own(server: Server) -> None:
     async def main() -> None:
         await client.run_text("x")  # at the second loop, the connections of the first are let go
         async with asyncio.timeout(10):
-            while not lanes(client):
+            while not idle_connections(client):
                 assert await client.run_text("x") == "x"
                 await asyncio.sleep(0.01)
         assert np.array_equal(await client.run_image(IMAGE), IMAGE)
 
     for _ in range(3):
         asyncio.run(main())
-        assert lanes(client) >= 1
+        assert idle_connections(client) >= 1
 
 
 def test_a_server_without_it_costs_nothing(
@@ -267,6 +267,6 @@ def test_a_server_without_it_costs_nothing(
             for _ in range(20):
                 assert await client.run_text("x") == "x"
             assert not attempts
-            assert lanes(client) == 0
+            assert idle_connections(client) == 0
 
     asyncio.run(main())
