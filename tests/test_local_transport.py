@@ -361,7 +361,7 @@ def test_a_model_that_hangs_among_callers_of_others(
 def test_both_ways_to_one_worker(
     start_server: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A worker goes from hand to hand: callers by gRPC, by the local transport, streams and batches; each has its answers."""
+    """A worker serves callers by gRPC and by the local transport, streams and batches. Each has its own answers."""
     body = (
         "    max_batch_size = 4\n    def run(self, data, args):\n        return data\n"
         "    def run_batch(self, items, args):\n        return items"

@@ -85,8 +85,9 @@ class BlockingTransport(Transport):
 
     def close(self) -> None:
         """Ends the calls under way, which fail with ``Cancelled``. A later call connects again."""
-        for channel in self.leave():
-            channel.close()
+        with fork_safety.in_flight:  # a fork would leave locks held in the child
+            for channel in self.leave():
+                channel.close()
 
     def _run(self, call: Call) -> Any:
         with fork_safety.in_flight:

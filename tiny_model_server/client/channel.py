@@ -68,7 +68,7 @@ class SharedChannel:
     """
 
     def __init__(self, place: Place) -> None:
-        self._place = place
+        self.place = place
         self._clients = self._calls = 0
         self._used = time.monotonic()
         self._retired = self._closed = False
@@ -94,13 +94,15 @@ class SharedChannel:
             if retire or not self._clients:
                 self._retire()
             closing = self._retired and not self._calls and not self._closed
-            self._closed |= closing
+            if closing:
+                self._closed = True
+                _open.discard(self)
             return closing
 
     def _retire(self) -> None:
         self._retired = True
-        if _shared.get(self._place) is self:
-            del _shared[self._place]
+        if _shared.get(self.place) is self:
+            del _shared[self.place]
 
     def close(self) -> list[Any]:
         """Closes the channel; calls in it are cancelled. Returns what ``grpc.aio`` has to await."""
@@ -127,13 +129,15 @@ class SharedChannel:
     def _channel(self, retry: bool) -> Any:
         with _lock:
             if retry not in self._channels:
-                self._channels[retry] = open_channel(self._place, retry)
+                self._channels[retry] = open_channel(self.place, retry)
             return self._channels[retry]
 
 
 _lock = threading.Lock()
 _shared: dict[Place, SharedChannel] = {}
-"""Channels of another process or event loop stay here, because they must not be closed in this one."""
+"""The channels that new clients join."""
+_open: set[SharedChannel] = set()
+"""All channels. Those of another process or event loop stay here, because they must not be closed in this one."""
 
 
 def shared(place: Place) -> SharedChannel:
@@ -144,16 +148,16 @@ def shared(place: Place) -> SharedChannel:
             found._retire()
         if place not in _shared:
             _shared[place] = SharedChannel(place)
-        found = _shared[place]
-        found._clients += 1
-        return found
+            _open.add(_shared[place])
+        _shared[place]._clients += 1
+        return _shared[place]
 
 
 @atexit.register
 def _close_all() -> None:
     # At the interpreter's end gRPC's threads are gone, and a channel that is still open would wait for them for ever.
-    for place, channel in list(_shared.items()):
-        if place.library is grpc and place.generation == fork_safety.generation:
+    for channel in list(_open):
+        if channel.place.library is grpc and channel.place.generation == fork_safety.generation:
             channel.close()
 
 

@@ -2,7 +2,7 @@
 
 import socket
 import ssl
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,24 @@ class Credentials:
     key: str = ""
     server_name: str = ""
     """The name that servers' certificates must carry, if it is not the one in the address."""
+    contents: tuple[bytes | None, ...] = field(default=(), repr=False)
+    """Of the three files. Clients share a channel only if they have read the same."""
 
-    def check(self) -> None:
-        """ValueError or OSError if the files cannot be read or do not belong together."""
+    def read(self) -> "Credentials":
+        """The same with what is in the files now; ValueError or OSError if they cannot be read or do not fit."""
         if bool(self.cert) != bool(self.key):
             raise ValueError("a client's certificate needs both its files: cert and key")
-        if self.tls:
-            self._context()
+        if not self.tls:
+            return self
+        self._context()
+        files = (self.ca, self.cert, self.key)
+        return replace(self, contents=tuple(Path(file).read_bytes() if file else None for file in files))
 
     def credentials(self) -> grpc.ChannelCredentials | None:
-        """What grpcio's channel needs; None for no TLS. The files are read anew each time."""
+        """What grpcio's channel needs; None for no TLS."""
         if not self.tls:
             return None
-        ca, cert, key = (Path(file).read_bytes() if file else None for file in (self.ca, self.cert, self.key))
+        ca, cert, key = self.contents
         return grpc.ssl_channel_credentials(ca, key, cert)
 
     def options(self, target: str) -> list[tuple[str, Any]]:

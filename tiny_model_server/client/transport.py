@@ -27,8 +27,8 @@ class Transport:
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         """Connects to nothing yet. ValueError or OSError if certificates cannot be used."""
         self.model, self.options = model, options
-        self.credentials = Credentials(*(options[name] for name in ("tls", "ca", "cert", "key", "server_name")))
-        self.credentials.check()
+        files = Credentials(*(options[name] for name in ("tls", "ca", "cert", "key", "server_name")))
+        self.credentials = files.read()
         token = options["admin_token"] or options["token"]
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self.stats = Stats()
