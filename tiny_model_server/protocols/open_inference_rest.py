@@ -62,7 +62,8 @@ class Rest:
         if method == "RepositoryIndex":
             request.ready = _object(body or b"{}").get("ready") is True
         found = getattr(self._servicer, method)(request, call)
-        return _json(found.get(_PARTS.get(method), found), 503 if found.get("ready") is False else 200)
+        status = 503 if found.get("ready") is False else 200
+        return _json(found[_PARTS[method]] if method in _PARTS else found, status)
 
     def _infer(self, name: str, headers: Mapping[str, str], body: Buffer, call: Call) -> Response:
         length = headers.get(LENGTH.lower(), str(len(body)))
@@ -75,8 +76,8 @@ class Rest:
             _get(output, "name", str): _get(output, "parameters", dict).get("binary_data", False)
             for output in _objects(header, "outputs")
         }
-        outputs = self._servicer.infer(name, _inputs(header, binary), args, list(wanted), call)
         shown = {"model_name": name, "model_version": "1", "id": _get(header, "id", str)}
+        outputs = self._servicer.infer(name, _inputs(header, binary), args, list(wanted), call)
         return _answer(shown, outputs, {output: wanted.get(output, all_binary) is True for output in outputs})
 
 
