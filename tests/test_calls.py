@@ -12,9 +12,9 @@ import pytest
 from google.protobuf.message import DecodeError
 
 import model_client
-from model_client import ModelClient
 from tests.conftest import Server, only, wait_for
 from tiny_model_server import codec, schemas
+from tiny_model_server.client import calls
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +345,7 @@ def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
     whole.data.json = packed.text
     for array in packed.arrays:
         whole.data.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=array.tobytes())
-    sent = ModelClient("m")._value_request("Run", value, {"a": 1}).message.inline()
+    sent = calls.value("Run", "m", value, {"a": 1}).inline()
     assert kind.FromString(sent) == whole
     at_end = bool(packed.arrays) and packed.arrays[-1] is not SMALL and packed.arrays[-1].nbytes > schemas.LARGE
     whole.ClearField("model")
@@ -436,7 +436,7 @@ def test_large_answers_are_the_applications_own(server: Server) -> None:
 def test_pixels_apart_are_the_same_message(shape: tuple[int, ...], dtype: str) -> None:
     array = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
     kind = schemas.message("server", "server.ImageArgs")
-    sent = ModelClient("m")._image_request("RunImage", array[::-1], {"a": 1}, lambda response: response).message
+    sent = calls.image("RunImage", "m", array[::-1], {"a": 1})
     height, width, channels = (*shape, 1)[:3]
     image = {"height": height, "width": width, "channels": channels, "dtype": dtype, "data": array[::-1].tobytes()}
     assert kind.FromString(sent.inline()) == kind(image=image, model="m", args='{"a": 1}', accept_arrays=True)

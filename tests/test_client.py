@@ -198,8 +198,8 @@ OLDEST_PROTOBUF = "4.25.8" if sys.version_info < (3, 14) else "5.28.3"
 @pytest.mark.parametrize("protobuf", [OLDEST_PROTOBUF, "5.29.5", "6.33.5", "7.36.2"])
 def test_protobuf_versions(server: Server, protobuf: str, tmp_path: Path) -> None:
     """The client beside other versions of protobuf; only they and the client's files are on the path."""
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
-    subprocess.run([*pip, f"protobuf=={protobuf}"], check=True, timeout=100)
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path)]
+    subprocess.run([*uv, f"protobuf=={protobuf}"], check=True, timeout=100)
     code = (
         "import sys, numpy, google.protobuf, model_client\n"
         f"assert google.protobuf.__version__ == '{protobuf}', google.protobuf.__version__\n"

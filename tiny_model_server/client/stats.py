@@ -28,7 +28,7 @@ class Stats:
 
     def add(self, method: str, seconds: float, trailing: Any, status: str) -> str:
         """Counts a call that has ended with this trailing metadata; returns the replica that answered."""
-        found = dict(trailing or ())
+        found = {key: value for key, value in trailing or ()}  # noqa: C416 - dict() of old grpcio's metadata fails
         name, retries = str(found.get("tms-replica", NOBODY)), int(found.get("tms-retries", 0))
         with self._lock:
             replica = self._replicas[name]
