@@ -49,7 +49,7 @@ _ARRAY_REFERENCE = re.compile(r'"\$array":\s*(\d{1,9})\b')
 _IMAGE_FILE = re.compile(
     rb"""\x89PNG\r\n\x1a\n
     | \xff\xd8\xff  # JPEG
-    | GIF8[79]a .* \0
+    | GIF8[79]a .{0,1024} \0
     | RIFF .{4} WEBPVP8
     | (II\*\0 .{3} [\0-\x1f] | MM\0\* [\0-\x1f] .{3})  # TIFF: a 32-bit offset, little-endian or big-endian
     | BM .{12} [\x0c(48@l|] \0\0\0  # the sizes that the second header of a bitmap can have""",
