@@ -1,26 +1,27 @@
-"""The short cut between a client and a server on one host: a unix socket for messages, shared memory for arrays.
+"""The local transport of a client on the server's host: a unix socket for messages, shared memory for arrays.
 
-A server on the wildcard or a loopback address also listens on an abstract unix socket that is named by its gRPC port:
-such names belong to the network namespace, as ports do, so who reaches the port as localhost reaches the same server
-here, in one pod too, and nothing is left behind by a process that is killed.
+A server on the wildcard or a loopback address also listens on an abstract unix socket, which is named by its gRPC port.
+Such names belong to the network namespace, as ports do. So a client that reaches the port as localhost reaches the same
+server by the socket, also within one pod. A process that is killed leaves nothing behind.
 
 The rules:
 
-1. Both ends ask the kernel who the other is, and take part only if it is the same user.
-2. One connection is one caller with one call at a time; more at once are more connections. The first message is the
-   client's metadata, JSON; the server answers with its name and two descriptors: memory into which the client writes
-   what it sends, and in which it finds what it gets. They can grow, never shrink, so that nobody who maps them can be
-   made to fail. A client may bring its own memory for what it sends, sealed in this way: that of one ``shared_array``.
-3. A request is a header (bytes of the message, seconds that remain, whether it may be repeated, bytes of the method's
-   path), the path and the message of ``server.proto``, whose ``place`` fields say where arrays lie. A server believes
-   no place: it must lie in this caller's memory and fit shape and dtype. Only workers map that memory.
-4. An answer is a header (bytes, gRPC's number of the status and FINAL, whether new memory comes along) and the message,
-   or the error's text. Only the server sends on a connection; workers never hold it. New memory for what the client
-   sends comes when a model keeps what lies in the old, in a message of its own that the client asks for; of a client's
-   own the model gets a copy.
-5. What a call leaves in the shared memory is valid until the caller's next request; a client copies what it hands on.
-6. A caller that gives up closes the connection, which cancels the call. When a connection ends, so do its memory and
-   its place in the server, however it ended.
+1. Both ends ask the kernel for the user at the other end. They go on only if it is the same user.
+2. A connection carries one call at a time. For more calls at once, a client opens more connections. The client first
+   sends its metadata, as JSON. The server answers with its name and two descriptors: the request buffer, which the
+   client writes, and the response buffer, which it reads. Buffers can grow, but never shrink, so that no process that
+   maps one can be made to fail. A client may bring its own request buffer, sealed in this way: the memory of one
+   ``shared_array``.
+3. A request is a header (bytes of the message, seconds until the deadline, whether it may be repeated, bytes of the
+   method's path), the path, and a message of ``server.proto``. Its ``place`` fields say where arrays lie. The server
+   checks each place: it must lie in the request buffer, and fit the array's shape and dtype. Only workers map buffers.
+4. A response is a header (bytes, gRPC's number of the status and FINAL, whether a new request buffer follows) and the
+   message, or the error's text. Only the server sends on a connection; workers never hold it. If a model retains an
+   input, the client must ask for a new request buffer, and gets it in a message of its own. If the buffer is the
+   client's own, the model gets a copy instead.
+5. What a call leaves in the response buffer is valid until the client's next request. A client copies what it returns.
+6. A client that gives up closes the connection, which cancels the call. When a connection ends, however it ended, the
+   server frees its memory.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ import struct
 REQUEST = struct.Struct("<IfBB")
 ANSWER = struct.Struct("<IBB")
 FINAL = 0x80
-"""Beside a status' number: the call is not to be tried again."""
+"""Added to a status' number: the call must not be retried."""
 READY = b"r"
 HELLO = struct.Struct("<I")
 BUFFER = 1 << 16
 AT_ONCE = 1 << 15
-"""Bytes that a socket surely takes, whoever reads."""
+"""Bytes that a socket takes at once, even if the other end does not read."""
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
@@ -54,19 +55,19 @@ def same_user(connection: socket.socket) -> bool:
 
 
 def receive(connection: socket.socket, size: int) -> bytes:
-    """Exactly so many bytes; ConnectionError if the other end goes before."""
+    """Receives exactly so many bytes. ConnectionError if the other end disconnects first."""
     data = connection.recv(min(size, BUFFER))
     if len(data) == size:
         return data
     buffer = bytearray(data)
     while len(buffer) < size:
         if not (more := connection.recv(min(size - len(buffer), 1 << 20))):
-            raise ConnectionError("the other end has gone")
+            raise ConnectionError("the other end has disconnected")
         buffer += more
     return bytes(buffer)
 
 
 def available() -> bool:
-    """True where the system has what the short cut needs."""
+    """True if the system has what the local transport needs."""
     system = (os, "memfd_create"), (os, "eventfd"), (socket, "SO_PEERCRED"), (socket, "recv_fds"), (select, "epoll")
     return all(hasattr(module, name) for module, name in system)
