@@ -91,6 +91,18 @@ def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
     }
 
 
+def construct(plugin: type[ModelInterface], options: ModelOptions, threads: int) -> tuple[ModelInterface, Any]:
+    """The model, ready to run, and its input shape: a list, or None for any."""
+    plugin.threads = threads
+    model = plugin(**options.args)
+    model.warmup()
+    shape = model.get_input_shape()
+    input_shape = None if shape is None else [int(size) for size in shape]
+    if not is_shape(input_shape):
+        raise ValueError(f"get_input_shape() must return whole numbers from -1, not {input_shape}")
+    return model, input_shape
+
+
 def _checked_metadata(metadata: Any) -> dict[str, Any]:
     """The metadata, if protocols can read the tensors that it describes. TypeError says what is wrong."""
     if not isinstance(metadata, dict):
@@ -138,10 +150,10 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     except BaseException as error:
         return error
     finally:
-        end_if_forked(pid)
+        _end_if_forked(pid)
 
 
-def end_if_forked(worker: int) -> None:
+def _end_if_forked(worker: int) -> None:
     """Ends this process unless it is ``worker``: a process that the model has forked must not answer in its place."""
     if os.getpid() != worker:
         log.error("a process that the model has forked came back from its code, and ends: let it end by os._exit()")
@@ -156,12 +168,13 @@ class Runner:
         self._model = model
         self._options = options
 
-    def run(self, items: Sequence[codec.Encoded], args: dict[str, Any]) -> list[Any]:
-        """One outcome an item, in order: the model's value, or a ServerError."""
-        outcomes = [attempt(codec.decode, item, self._decode_image) for item in items]
+    def run(self, items: Sequence[codec.Encoded | ServerError], args_json: str) -> list[Any]:
+        """One outcome an item, in order: the model's value, or a ServerError. InvalidInput if the args are wrong."""
+        args = codec.parse_args(args_json)
+        outcomes = [attempt(self._decode, item) for item in items]
         groups: dict[Any, list[int]] = {}
         for index, value in enumerate(outcomes):
-            if not _failed(value):
+            if not failed(value):
                 groups.setdefault(self._group(value), []).append(index)
         for indices in groups.values():
             results = self._run_group([outcomes[index] for index in indices], args)
@@ -169,16 +182,16 @@ class Runner:
                 outcomes[index] = result
         return [self._outcome(outcome) for outcome in outcomes]
 
-    def stream(self, item: codec.Encoded, args: dict[str, Any]) -> Generator[Any, None, None]:
+    def stream(self, item: codec.Encoded | ServerError, args_json: str) -> Generator[Any, None, None]:
         """What the model yields for one item, or its only answer. A ServerError comes last if it fails."""
-        result = attempt(lambda: self._model.run(codec.decode(item, self._decode_image), args))
+        result = attempt(lambda: self._model.run(self._decode(item), codec.parse_args(args_json)))
         if type(result) is not GeneratorType:
             yield self._outcome(result)
             return
         try:
             while (value := attempt(next, result, _END)) is not _END:
                 yield self._outcome(value)
-                if _failed(value):
+                if failed(value):
                     return
         finally:
             self._outcome(attempt(result.close))
@@ -193,7 +206,7 @@ class Runner:
         if len(values) == 1:
             return [attempt(self._run_one, values[0], args)]
         results = attempt(self._run_batch, values, args)
-        if not _failed(results):
+        if not failed(results):
             return list(results)
         reason = message_of(results, named=True)
         if type(results) is ModelError:  # of _run_batch
@@ -230,17 +243,22 @@ class Runner:
         result.close()
         if len(listed) > _MOST_VALUES:
             raise ModelError(f"model {self._name!r} yields more than {_MOST_VALUES} values; call it by RunStream")
-        return next(filter(_failed, listed), listed)
+        return next(filter(failed, listed), listed)
 
     def _outcome(self, result: Any) -> Any:
         """A result, or the ServerError for an exception. The model may have returned it instead of raising it."""
         kind = type(result)
-        if not _failed(result) or kind is ModelError:
+        if not failed(result) or kind is ModelError:
             return result
         if issubclass(kind, InvalidInput):  # the model's own class of it may have any behaviour
             return InvalidInput(message_of(result))
         log.error("model %s raised", self._name, exc_info=result)
         return ModelError(f"model {self._name!r} raised {message_of(result, named=True)}")
+
+    def _decode(self, item: codec.Encoded | ServerError) -> Any:
+        if isinstance(item, ServerError):  # it could not be read
+            raise item
+        return codec.decode(item, self._decode_image)
 
     def _decode_image(self, data: bytes) -> Any:
         try:
@@ -257,7 +275,8 @@ class Runner:
         return image
 
 
-def _failed(result: Any) -> bool:
+def failed(result: Any) -> bool:
+    """True for an exception, as ``attempt`` returns it."""
     return issubclass(type(result), BaseException)
 
 

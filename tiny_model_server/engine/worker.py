@@ -8,36 +8,33 @@ from __future__ import annotations
 
 import atexit
 import errno
-import logging
 import os
 import socket
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from model_interface import ModelInterface
 from tiny_model_server import codec, custom_metrics, logs
 from tiny_model_server.engine.runner import (
     Runner,
-    SafeLog,
+    attempt,
+    construct,
     declared,
     describe,
     encode_outcome,
-    end_if_forked,
+    failed,
     import_plugin,
-    is_shape,
+    log,
 )
 from tiny_model_server.engine.worker_connection import WorkerConnection
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.shared_memory import Segment
-
-log = SafeLog(logging.getLogger("tiny_model_server.worker"))
 
 _CLOSE_S = 10.0  # that Model.close() has
 _EXIT_S = 2.0  # that functions of atexit have
@@ -116,11 +113,7 @@ class Slot:
             return [encode_outcome(outcome, True) for _ in items]
 
     def _run(self, args: str, items: Sequence[Any], inputs: list[Any]) -> list[Any]:
-        received = [self._receive(item, inputs) for item in items]
-        readable = [one for one in received if isinstance(one, codec.Encoded)]
-        answers = iter(self._runner.run(readable, codec.parse_args(args)))
-        results = [one if isinstance(one, ServerError) else next(answers) for one in received]
-        del received, readable
+        results = self._runner.run([self._receive(item, inputs) for item in items], args)
         outcomes = [encode_outcome(result, json_only) for result, (_, _, json_only, _, _) in zip(results, items)]
         others = [array for (_, _, arrays), item in zip(outcomes, items) if item[4] is None for array in arrays]
         places = iter(self._outbox.write(others))
@@ -132,7 +125,7 @@ class Slot:
 
     def _stream(self, args: str, items: Sequence[Any], inputs: list[Any]) -> list[Any]:
         """Sends each value as (status or None, JSON or message, places). Waits after each until the front agrees."""
-        values = self._values(args, items[0], inputs)
+        values = self._runner.stream(self._receive(items[0], inputs), args)
         for value in values:
             status, text, arrays = encode_outcome(value, items[0][2])
             try:
@@ -145,18 +138,6 @@ class Slot:
                 break
         values.close()
         return []
-
-    def _values(self, args: str, item: Any, inputs: list[Any]) -> Generator[Any, None, None]:
-        try:
-            received = self._receive(item, inputs)
-            if isinstance(received, ServerError):
-                raise received
-            values = self._runner.stream(received, codec.parse_args(args))
-            del received
-        except Exception as error:
-            yield error if isinstance(error, ServerError) else ModelError(message_of(error, named=True))
-            return
-        yield from values
 
     def _receive(self, item: Any, inputs: list[Any]) -> codec.Encoded | ServerError:
         """The input, or an error if its memory cannot be mapped."""
@@ -182,67 +163,55 @@ def _owner(array: Any) -> Any:
     return array
 
 
-def _load(control: WorkerConnection, spec: dict[str, Any]) -> tuple[Runner, ModelInterface] | None:
-    name, path, pid = spec["name"], Path(spec["path"]), os.getpid()
+def main() -> None:
+    """Serves one model until the front closes the connections."""
+    code = 1
     try:
-        plugin = import_plugin(name, path)
-        end_if_forked(pid)
-        control.send(("declared", declared(plugin) | {"pid": pid}))
-        try:
-            options, threads = _receive(control)[0]
-        except EOFError:  # the front does not need this process
-            return None
-        plugin.threads = threads
-        model = plugin(**options.args)
-        model.warmup()
-        shape = model.get_input_shape()
-        input_shape = None if shape is None else [int(size) for size in shape]
-        if not is_shape(input_shape):
-            raise ValueError(f"get_input_shape() must return whole numbers from -1, not {input_shape}")
-        end_if_forked(pid)
-    except BaseException as error:  # a plug-in may raise anything, SystemExit too
-        end_if_forked(pid)
-        log.error("model %s could not be loaded", name, exc_info=error)
-        control.send(("failed", describe(error, path)))
-        return None
+        _serve(WorkerConnection(socket.socket(fileno=int(sys.argv[1]))))
+        code = 0
+    except EOFError:  # the front does not need this process
+        pass
+    except BaseException:
+        log.exception("the worker fails")
+    _end(code)
+
+
+def _serve(control: WorkerConnection) -> None:
+    spec, _ = _receive(control)
+    logs.configure(spec["log_level"], spec["log_format"])
+    name, path = spec["name"], Path(spec["path"])
+
+    def load(function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a step of loading returns. If it fails, the front gets the reason, and the process ends."""
+        result = attempt(function, *arguments)
+        if failed(result):
+            log.error("model %s could not be loaded", name, exc_info=result)
+            control.send(("failed", describe(result, path)))
+            _end(1)
+        return result
+
+    plugin = load(import_plugin, name, path)
+    control.send(("declared", load(declared, plugin) | {"pid": os.getpid()}))
+    (options, threads), _ = _receive(control)
+    model, input_shape = load(construct, plugin, options, threads)
     control.send(("ready", input_shape))
-    return Runner(name, model, options), model
+    _, fds = _receive(control)
+    runner = Runner(name, model, options)
+    slots = [Slot(end, outbox, runner) for end, outbox in zip(fds[::2], fds[1::2])]
+    others = [threading.Thread(target=slot.serve) for slot in slots[1:]]
+    for thread in others:
+        thread.start()
+    slots[0].serve()  # in the main thread, which some libraries need
+    for thread in others:
+        thread.join()
+    _end_in(_CLOSE_S, f"close() of model {name!r}")
+    model.close()
 
 
 def _receive(connection: WorkerConnection) -> tuple[Any, list[int]]:
     message = connection.receive()
     assert message  # its socket blocks
     return message
-
-
-def main() -> None:
-    """Serves one model until the front closes the connections."""
-    code = 1
-    try:
-        code = _serve(WorkerConnection(socket.socket(fileno=int(sys.argv[1]))))
-    except BaseException:
-        log.exception("the worker fails")
-    _end(code)
-
-
-def _serve(control: WorkerConnection) -> int:
-    spec, _ = _receive(control)
-    logs.configure(spec["log_level"], spec["log_format"])
-    loaded = _load(control, spec)
-    if loaded is None:
-        return 1
-    runner, model = loaded
-    _, fds = _receive(control)
-    slots = [Slot(end, outbox, runner) for end, outbox in zip(fds[::2], fds[1::2])]
-    threads = [threading.Thread(target=slot.serve) for slot in slots[1:]]
-    for thread in threads:
-        thread.start()
-    slots[0].serve()
-    for thread in threads:
-        thread.join()
-    _end_in(_CLOSE_S, f"close() of model {spec['name']!r}")
-    model.close()
-    return 0
 
 
 def _end_in(seconds: float, what: str) -> None:
