@@ -98,7 +98,7 @@ def test_a_folder_that_goes_while_serving_harms_nobody(start_server: Callable[..
     folder.rename(tmp_path / "away")
     assert one.run(1) == "one"
     assert one.load_model()[0]["state"] == "READY"
-    with pytest.raises(model_client.ModelUnavailable, match="the old one goes on"):
+    with pytest.raises(model_client.ModelUnavailable, match="the old one continues"):
         one.reload_model()
     assert one.run(1) == "one"
     server.wait_for_log("no new models can be looked for: ")
