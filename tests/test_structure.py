@@ -14,7 +14,7 @@ LAYERS = [
     ["budget", "codec", "logs", "custom_metrics", "settings", "tracing", "ending", "local_transport"],
     ["shared_memory", "image_files"],
     ["schemas"],
-    ["client.credentials", "client.stats", "client.fork_safety", "client.errors"],
+    ["client.credentials", "client.stats", "client.fork_safety", "client.errors", "client.daemons"],
     ["client.addresses", "client.local"],
     ["client.channel"],
     ["client.arguments"],

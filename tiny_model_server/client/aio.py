@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ import grpc.aio
 from tiny_model_server.client import errors, fork_safety
 from tiny_model_server.client.calls import Request
 from tiny_model_server.client.channel import SharedChannel
+from tiny_model_server.client.daemons import daemons
 from tiny_model_server.client.local_call import NOT_ANSWERED, LocalCall
 from tiny_model_server.client.transport import Call, Transport
 
@@ -61,14 +63,18 @@ class AsyncTransport(Transport):
         if not (taken := connections.take(call.request.arrays, connect=False)):
             connections.prepare(call.request.arrays)
             return None
-        local = LocalCall(call, connections, taken, lambda call: None)
+        local = LocalCall(call, connections, taken)
         return local if local.send() else None
 
     async def _connect(self, call: Call) -> None:
         if not self.connected:
             fork_safety.polled = True
-            await asyncio.to_thread(self.connect, call)
+            await self._in_daemon(self.connect, call)
         self.channel()
+
+    async def _in_daemon(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What blocks, done by a thread. Those of the event loop are the application's."""
+        return await asyncio.wrap_future(daemons(fork_safety.generation).submit(partial(work, *args)))
 
     @asynccontextmanager
     async def _by_grpc(self, call: Call) -> AsyncIterator[Any]:
@@ -79,7 +85,9 @@ class AsyncTransport(Transport):
         except grpc.aio.UsageError:  # the channel is closed
             raise call.closed() from None
         except grpc.RpcError as failed:
-            raise await asyncio.to_thread(self.explained, call, failed) from None
+            unanswered = failed.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            error = await self._in_daemon(self.explained, call, failed) if unanswered else self.explained(call, failed)
+            raise error from None
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
@@ -114,7 +122,7 @@ async def in_order(
             raise
 
     try:
-        async for item in _each_of(items):
+        async for item in items if isinstance(items, AsyncIterable) else _each(items):
             while pending and (len(pending) >= in_flight or pending[0].done()):
                 yield await first()
             pending.append(asyncio.ensure_future(start(item)))
@@ -125,10 +133,6 @@ async def in_order(
             task.cancel()
 
 
-async def _each_of(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
+async def _each(items: Iterable[Any]) -> AsyncIterator[Any]:
+    for item in items:
+        yield item

@@ -4,13 +4,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any
 
 import grpc
 
 from tiny_model_server.client import addresses, errors, fork_safety
 from tiny_model_server.client.calls import Request
-from tiny_model_server.client.local import daemons
+from tiny_model_server.client.daemons import daemons
 from tiny_model_server.client.local_call import LocalCall
 from tiny_model_server.client.transport import Call, Transport
 
@@ -38,19 +39,7 @@ class BlockingTransport(Transport):
         """The future of the answer."""
         outcome = Future[Any]()
         call = Call(self, request, timeout, retry, outcome)
-
-        def work() -> None:
-            answer: Any = None
-            error: BaseException | None = None
-            try:
-                answer = None if outcome.cancelled() else self._run(call)
-            except Exception as failed:
-                error = failed
-            if outcome.set_running_or_notify_cancel():
-                outcome.set_exception(error) if error else outcome.set_result(answer)
-
-        daemons(fork_safety.generation).begin(work)
-        return outcome
+        return daemons(fork_safety.generation).submit(partial(self._run, call), outcome)
 
     def ahead(self, request: Request, timeout: float | None, retry: bool) -> "Future[Any] | LocalCall":
         """Like ``submit``. By the local transport, no thread waits until the application asks for the answer."""

@@ -4,21 +4,20 @@ import json
 import logging
 import math
 import os
-import queue
 import select
 import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tiny_model_server import local_transport
 from tiny_model_server.client import fork_safety
+from tiny_model_server.client.daemons import daemons
 from tiny_model_server.codec import Array
 from tiny_model_server.local_transport import ANSWER, AT_ONCE, BUFFER, HELLO, READY, REQUEST
 from tiny_model_server.shared_memory import ALIGN, Segment
@@ -27,7 +26,6 @@ log = logging.getLogger("tiny_model_server.client")
 
 MOST_CALLS = 64
 """Calls at once of one client by the local transport; gRPC carries those beyond."""
-_MOST_THREADS = 256  # that wait for calls; more calls wait for a thread
 _PAUSE_S = 1.0  # between attempts to reach a server that has no local transport
 _HANDSHAKE_S = 2.0
 
@@ -201,7 +199,7 @@ class LocalConnections:
                 self.give_back(connection, usable=True)
 
         if time.monotonic() >= self.not_before:
-            daemons(self._generation).begin(connect)
+            daemons(self._generation).submit(connect)
 
     def give_back(self, connection: LocalConnection, *, usable: bool) -> None:
         """Takes a connection back after its call. Closes it if it failed, or if the call was abandoned."""
@@ -233,33 +231,6 @@ def _close(idle: dict["OwnMemory | None", list[LocalConnection]], generation: in
         if generation == fork_safety.generation:
             connection.disconnect()
         connection.close()
-
-
-class Daemons:
-    """Threads that do jobs. The exit of the process does not wait for them."""
-
-    def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._idle = threading.Semaphore(0)
-        self._count = 0
-
-    def begin(self, job: Callable[[], None]) -> None:
-        """Does a job when a thread is free."""
-        self._jobs.put(job)
-        if not self._idle.acquire(blocking=False) and self._count < _MOST_THREADS:
-            self._count += 1
-            threading.Thread(target=self._work, name="calls", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            self._jobs.get()()
-            self._idle.release()
-
-
-@cache
-def daemons(generation: int) -> Daemons:
-    """The threads of this process, which a forked child does not inherit."""
-    return Daemons()
 
 
 def shared_array(shape: int | Sequence[int], dtype: Any = np.uint8) -> Array:

@@ -21,7 +21,11 @@ class LocalCall:
     """
 
     def __init__(
-        self, call: Call, connections: LocalConnections, connection: LocalConnection, by_grpc: Callable[[Call], Any]
+        self,
+        call: Call,
+        connections: LocalConnections,
+        connection: LocalConnection,
+        by_grpc: Callable[[Call], Any] = lambda call: NOT_ANSWERED,
     ) -> None:
         self._call, self._connections, self._connection = call, connections, connection
         self._by_grpc = by_grpc
