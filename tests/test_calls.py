@@ -18,9 +18,9 @@ from tiny_model_server.client import calls
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Image files of several kinds and sizes, smooth enough for JPEG."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     rows, columns = np.indices((427, 640))
     colour = np.dstack([rows * 255 // 426, columns * 255 // 639, (rows + columns) * 255 // 1065]).astype(np.uint8)
     cv2.imwrite(str(folder / "large.jpg"), colour)
@@ -60,21 +60,21 @@ def test_a_large_image(server: Server) -> None:
 
 
 @pytest.mark.parametrize("given", ["path", "str", "bytes"])
-def test_image_files_are_decoded_by_the_server(server: Server, pictures: Path, given: str) -> None:
-    path = pictures / "large.jpg"
+def test_image_files_are_decoded_by_the_server(server: Server, images: Path, given: str) -> None:
+    path = images / "large.jpg"
     image = {"path": path, "str": str(path), "bytes": path.read_bytes()}[given]
     expected = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
     assert np.array_equal(server.client("echo").run_image(image), expected)
 
 
-def test_image_mode_decides_what_a_file_is_decoded_to(server: Server, pictures: Path) -> None:
-    path = pictures / "gray.png"
+def test_image_mode_decides_what_a_file_is_decoded_to(server: Server, images: Path) -> None:
+    path = images / "gray.png"
     answer = server.client("masks").run_image_to_image(path, {"mask": 1})
     assert np.array_equal(answer, cv2.imread(str(path), cv2.IMREAD_GRAYSCALE) > 127)
 
 
-def test_files_of_different_sizes_in_one_batch(server: Server, pictures: Path) -> None:
-    paths = [pictures / name for name in ("large.jpg", "gray.png", "small.png")]
+def test_files_of_different_sizes_in_one_batch(server: Server, images: Path) -> None:
+    paths = [images / name for name in ("large.jpg", "gray.png", "small.png")]
     shapes = [answer["shape"] for answer in server.client("describe").run_image_batch(paths)]
     assert shapes == [[427, 640, 3], [427, 640, 3], [300, 451, 3]]
 
@@ -250,7 +250,7 @@ BAD_IMAGES = [
 
 
 @pytest.mark.parametrize(("image", "message"), BAD_IMAGES)
-def test_bad_images_are_told(server: Server, image: object, message: str) -> None:
+def test_bad_images_are_refused(server: Server, image: object, message: str) -> None:
     with pytest.raises(model_client.InvalidInput, match=message) as caught:
         server.client("echo").run_image(image)  # type: ignore[arg-type]
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -341,21 +341,21 @@ def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
     """For every parser; and those of other clients' messages are found where they end so, too."""
     kind = schemas.message("server", "server.RunArgs")
     whole = kind(model="m", args='{"a": 1}')
-    packed = codec.encode(value)
-    whole.data.json = packed.text
-    for array in packed.arrays:
+    encoded = codec.encode(value)
+    whole.data.json = encoded.text
+    for array in encoded.arrays:
         whole.data.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=array.tobytes())
     sent = calls.value("Run", "m", value, {"a": 1}).inline()
     assert kind.FromString(sent) == whole
-    at_end = bool(packed.arrays) and packed.arrays[-1] is not SMALL and packed.arrays[-1].nbytes > schemas.LARGE
+    at_end = bool(encoded.arrays) and encoded.arrays[-1] is not SMALL and encoded.arrays[-1].nbytes > schemas.LARGE
     whole.ClearField("model")
     whole.ClearField("args")
     for data in (sent, whole.SerializeToString()):
-        found, tail = schemas.parse_trailing(kind, data)
-        assert (tail is not None) == at_end
-        if tail is not None:
+        found, trailing = schemas.parse_trailing(kind, data)
+        assert (trailing is not None) == at_end
+        if trailing is not None:
             assert not found.data.arrays[-1].data
-            found.data.arrays[-1].data = bytes(tail)
+            found.data.arrays[-1].data = bytes(trailing)
         assert found == kind.FromString(data)
 
 
@@ -363,9 +363,9 @@ def test_bytes_at_the_end_are_the_same_message(value: object) -> None:
 def test_answers_with_bytes_at_the_end_are_for_every_parser(server: Server, value: object) -> None:
     """As a generated stub reads them, which knows no ends."""
     methods = schemas.methods("server", "server.Server")
-    packed, image = codec.encode(value), (LARGE[0] * 200).astype(np.uint8)
-    request = methods["Run"].request(model="echo", data={"json": packed.text})
-    for array in packed.arrays:
+    encoded, image = codec.encode(value), (LARGE[0] * 200).astype(np.uint8)
+    request = methods["Run"].request(model="echo", data={"json": encoded.text})
+    for array in encoded.arrays:
         request.data.arrays.add(dtype=codec.dtype_name(array.dtype), shape=array.shape, data=array.tobytes())
     height, width = image.shape
     described = {"height": height, "width": width, "channels": 1, "dtype": "uint8", "data": image.tobytes()}
@@ -377,7 +377,7 @@ def test_answers_with_bytes_at_the_end_are_for_every_parser(server: Server, valu
             return stub(request, timeout=10)
 
         answer = call("Run", request)
-        assert (answer.data, list(answer.arrays)) == (packed.text, list(request.data.arrays))
+        assert (answer.data, list(answer.arrays)) == (encoded.text, list(request.data.arrays))
         answer = call("RunImageToImage", methods["RunImageToImage"].request(model="echo", image=described))
         assert answer.image == methods["RunImageToImage"].response(image=described).image
 
@@ -400,9 +400,9 @@ def test_the_end_of_what_is_no_message(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(DecodeError):
                 schemas.parse_trailing(kind, bad)
             continue
-        found, tail = schemas.parse_trailing(kind, bad)
-        if tail is not None:
-            found.data.arrays[-1].data = bytes(tail)
+        found, trailing = schemas.parse_trailing(kind, bad)
+        if trailing is not None:
+            found.data.arrays[-1].data = bytes(trailing)
         assert found == expected
     with pytest.raises(IndexError):
         schemas._varint(b"\xff" * 20 + b"\x01", 0)  # no number of protobuf's is so long
@@ -433,7 +433,7 @@ def test_large_answers_are_the_applications_own(server: Server) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5, 5), (8, 16), (100, 200, 3), (600, 1000, 4)])
 @pytest.mark.parametrize("dtype", ["uint8", "float64"])
-def test_pixels_apart_are_the_same_message(shape: tuple[int, ...], dtype: str) -> None:
+def test_pixels_after_the_message_are_the_same_message(shape: tuple[int, ...], dtype: str) -> None:
     array = np.arange(np.prod(shape)).astype(dtype).reshape(shape)
     kind = schemas.message("server", "server.ImageArgs")
     sent = calls.image("RunImage", "m", array[::-1], {"a": 1})

@@ -145,8 +145,8 @@ def test_lies_beside_bytes_in_the_message(raw: local.LocalConnection) -> None:
     """A place counts, and is looked at, also where the message has the bytes as well, at its end."""
     kind = METHODS["RunImage"].request
     lie = {"offset": 1 << 40, "length": 60_000}
-    told = {"height": 200, "width": 300, "channels": 1, "dtype": "uint8", "place": lie}
-    parts = [kind(model="describe"), kind(image=told), kind(image={"data": bytes(60_000)})]
+    described = {"height": 200, "width": 300, "channels": 1, "dtype": "uint8", "place": lie}
+    parts = [kind(model="describe"), kind(image=described), kind(image={"data": bytes(60_000)})]
     raw.send(METHODS["RunImage"].path.encode(), b"".join(part.SerializeToString() for part in parts), 10, True)
     answer = raw.receive(10)
     assert answer.code == CODES["INVALID_ARGUMENT"]
@@ -557,8 +557,8 @@ def test_what_a_model_keeps_belongs_to_the_model(start_server: Callable[..., Ser
         "        assert all((frame == frame[0, 0, 0]).all() for frame in self.kept)\n"
         "        return [int(frame[0, 0, 0]) for frame in self.kept]"
     )
-    server = start_server(write_model(tmp_path, "keeper", body))
-    with server.client("keeper") as client:
+    server = start_server(write_model(tmp_path, "retains", body))
+    with server.client("retains") as client:
         for number in range(5):
             assert client.run_image(np.full((300, 300, 3), number, np.uint8)) == list(range(number + 1))
         assert idle_connections(client) == 1
@@ -854,7 +854,7 @@ def test_a_shared_array_goes_with_its_last_user(start_server: Callable[..., Serv
             assert worker.memory_info().rss - size < 8 << 20  # an array is 24 MiB
 
 
-def test_lies_about_lent_memory(server: Server, tmp_path: Path) -> None:
+def test_lies_about_caller_owned_memory(server: Server, tmp_path: Path) -> None:
     """Memory that its owner could take away, or that is none, is refused at the greeting."""
     unsealed = os.memfd_create("unsealed", os.MFD_ALLOW_SEALING)
     file = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)

@@ -25,7 +25,7 @@ MODEL = """    max_batch_size = 1
             open(log, "a").write(data)
         time.sleep(args.get("s", 0))
         if args.get("raise"):
-            raise ValueError("as it was told")
+            raise ValueError("as intended")
         return data * args.get("times", 1)"""
 
 
@@ -150,7 +150,7 @@ def test_long_answers_and_memory_that_a_model_keeps(
             for times in (100, 70_000, 3_000_000, 1):
                 assert await taken(client, client.run_text("y", {"times": times})) == "y" * times
             assert len(threads) == 2
-        async with connected(keeper, "keeps") as client:
+        async with connected(retaining, "keeps") as client:
             threads.clear()
             before: Any = "x"
             for number in range(5):
@@ -159,7 +159,7 @@ def test_long_answers_and_memory_that_a_model_keeps(
                 before = image[:1]
             assert len(threads) == 5
 
-    keeper = start_server(only("keeps"))
+    retaining = start_server(only("keeps"))
     asyncio.run(main())
 
 
@@ -171,7 +171,7 @@ def test_deadlines_and_failures(sleeper: Server) -> None:
                 await taken(client, client.run_text("late", {"s": 0.8}, timeout=0.2))
             assert time.monotonic() - started < 0.5
         async with connected(sleeper, "sleeper") as client:
-            with pytest.raises(model_client.ModelFailed, match="as it was told") as failed:
+            with pytest.raises(model_client.ModelFailed, match="as intended") as failed:
                 await taken(client, client.run_text("x", {"raise": True}))
             assert failed.value.replica.endswith(f":{sleeper.port}")
             with pytest.raises(model_client.InvalidInput, match="(no|not an) image file"):

@@ -101,7 +101,7 @@ def test_a_folder_that_goes_while_serving_harms_nobody(start_server: Callable[..
     with pytest.raises(model_client.ModelUnavailable, match="the old one continues"):
         one.reload_model()
     assert one.run(1) == "one"
-    server.wait_for_log("no new models can be looked for: ")
+    server.wait_for_log("new models cannot be looked for: ")
     (tmp_path / "away").rename(folder)
     assert one.reload_model()[0]["state"] == "READY"
     assert one.run(1) == "one"

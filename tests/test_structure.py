@@ -164,18 +164,18 @@ def test_the_inside_stays_small() -> None:
         numbered = enumerate(text.splitlines(), 1)
         lines = sum(number not in docstrings and line.strip()[:1] not in ("", "#") for number, line in numbered)
         if path.parent.name == "protocols":
-            assert lines < 250, f"{path.name}: a door converts, delegates and converts back"
+            assert lines < 250, f"{path.name}: a protocol converts, delegates and converts back"
         else:
             core += lines
     assert core <= 7800
 
 
-def test_no_door_imports_another() -> None:
-    doors = {path.stem for path in (ROOT / "tiny_model_server" / "protocols").glob("[a-z]*.py")} - {"tensors"}
-    doors -= {"open_inference_rest"}  # the HTTP form of open_inference
-    for name in doors:
+def test_no_protocol_imports_another() -> None:
+    protocols = {path.stem for path in (ROOT / "tiny_model_server" / "protocols").glob("[a-z]*.py")} - {"tensors"}
+    protocols -= {"open_inference_rest"}  # the HTTP form of open_inference
+    for name in protocols:
         found = imports(ROOT / "tiny_model_server" / "protocols" / f"{name}.py")
-        assert not {*(f"tiny_model_server.protocols.{other}" for other in doors)} & found
+        assert not {*(f"tiny_model_server.protocols.{other}" for other in protocols)} & found
 
 
 def test_nothing_depends_on_reference_counts_or_the_collector() -> None:

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("serve", help="load every model and serve (what happens without a command)")
     check = commands.add_parser("check", help="load, warm up and run one model, without serving")
     check.add_argument("name")
-    commands.add_parser("list", help="tell which models are found")
+    commands.add_parser("list", help="print the models that are found")
     commands.add_parser("health", help="exit with 0 if the server on this host has all its models ready")
     parser.add_argument("--version", action="version", version=__version__)
     options = parser.parse_args(arguments)

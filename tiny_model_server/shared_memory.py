@@ -211,7 +211,7 @@ class SharedBuffers:
 
     def _dispose(self) -> None:
         self.open_names.discard(self.name)
-        if not self.retained:  # workers may map it until they are told that it is closed
+        if not self.retained:  # workers may map it until they receive that it is closed
             discard(self.response)
             if not self.caller_owned:
                 discard(self.request)

@@ -156,7 +156,7 @@ class ModelMetrics:
             self.queue_seconds.observe(seconds)
         self.batch_size.observe(len(queued_s))
 
-    def finished(self, since: float, compute_s: float, tally: CustomMetrics) -> None:
+    def finished(self, since: float, compute_s: float, counted: CustomMetrics) -> None:
         """Counts a batch that began at ``since`` and took the worker ``compute_s``."""
         now = time.monotonic()
         took = now - since
@@ -164,10 +164,10 @@ class ModelMetrics:
         self.batch_s = took if not self.batch_s else 0.9 * self.batch_s + 0.1 * took
         for second in range(max(int(since), int(now) - _WINDOW_S), int(now) + 1):
             self._busy.add(second, min(now, second + 1) - max(since, second))
-        for name, amount in tally[0].items():
+        for name, amount in counted[0].items():
             if metric := self._metrics.own(name, Counter):
                 metric.labels(self._name).inc(amount)
-        for name, values in tally[1].items():
+        for name, values in counted[1].items():
             if metric := self._metrics.own(name, Histogram):
                 for value in values:
                     metric.labels(self._name).observe(value)

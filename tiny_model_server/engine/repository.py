@@ -287,7 +287,7 @@ class Repository:
         return name in self._models
 
     def model(self, name: str) -> ServedModel:
-        """The model of this name; ModelNotFound tells which there are."""
+        """The model of this name; ModelNotFound names those that there are."""
         try:
             return self._models[name]
         except KeyError:
@@ -311,7 +311,7 @@ def discover(folder: Path) -> list[tuple[str, Path, str]]:
     """(name, path, reason) of each model folder by name; a reason says why it can't be loaded, "" that it may be.
 
     Folders without ``__init__.py``, hidden ones and those that begin with "_" are no models. Nor is what cannot be
-    read, as the ``lost+found`` of a volume; the log tells of it. SettingsError if ``folder`` itself cannot be read.
+    read, as the ``lost+found`` of a volume; the log names it. SettingsError if ``folder`` itself cannot be read.
     """
     try:
         paths = sorted(folder.resolve().iterdir())

@@ -1,7 +1,8 @@
 """The worker process: loads one model and runs its batches. It knows no gRPC, and may die without harm to others.
 
 Started as ``python worker_path FD``, FD being the control connection. The front sends the plug-in to import and the
-options, the worker what its class declares, then "ready" or "failed". Then each slot gets a connection and an outbox.
+options, the worker what its class declares, then "ready" or "failed". Then each slot gets a connection and a
+response buffer.
 """
 
 from __future__ import annotations
@@ -56,12 +57,12 @@ class _Buffers(NamedTuple):
 class Slot:
     """Runs one batch at a time: takes it from its socket, runs it, sends the outcomes.
 
-    Arrays come in shared buffers. They go into the item's response buffer or, if it has none, into the slot's outbox.
+    Arrays come in shared buffers. They go into the item's response buffer or, if it has none, into the slot's own.
     """
 
-    def __init__(self, end: int, outbox: int, runner: Runner) -> None:
+    def __init__(self, end: int, response: int, runner: Runner) -> None:
         self._connection = WorkerConnection(socket.socket(fileno=end))
-        self._outbox = Segment(outbox)
+        self._response = Segment(response)
         self._runner = runner
         self._buffers: dict[int, _Buffers] = {}
 
@@ -116,7 +117,7 @@ class Slot:
         results = self._runner.run([self._receive(item, inputs) for item in items], args)
         outcomes = [encode_outcome(result, json_only) for result, (_, _, json_only, _, _) in zip(results, items)]
         others = [array for (_, _, arrays), item in zip(outcomes, items) if item[4] is None for array in arrays]
-        places = iter(self._outbox.write(others))
+        places = iter(self._response.write(others))
         written: list[Any] = []
         for (status, text, arrays), (*_, name) in zip(outcomes, items):
             own = [next(places) for _ in arrays] if name is None else self._buffers[name].response.write(arrays)
@@ -129,7 +130,7 @@ class Slot:
         for value in values:
             status, text, arrays = encode_outcome(value, items[0][2])
             try:
-                places = self._outbox.write(arrays)
+                places = self._response.write(arrays)
             except Exception as error:  # there is no memory for them
                 status, text, places = ModelError.status, message_of(error, named=True), []
             self._connection.send((status, text, places))
@@ -197,7 +198,7 @@ def _serve(control: WorkerConnection) -> None:
     control.send(("ready", input_shape))
     _, fds = _receive(control)
     runner = Runner(name, model, options)
-    slots = [Slot(end, outbox, runner) for end, outbox in zip(fds[::2], fds[1::2])]
+    slots = [Slot(end, response, runner) for end, response in zip(fds[::2], fds[1::2])]
     others = [threading.Thread(target=slot.serve) for slot in slots[1:]]
     for thread in others:
         thread.start()

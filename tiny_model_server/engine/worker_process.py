@@ -114,7 +114,7 @@ class WorkerProcess:
         try:
             for _ in range(options.concurrency):
                 self.slots.append(WorkerSlot(self._plugin.name, options, batcher, metrics, self.kill))
-            self._control.send("slots", [fd for slot in self.slots for fd in (slot.theirs.fileno(), slot.outbox)])
+            self._control.send("slots", [fd for slot in self.slots for fd in (slot.theirs.fileno(), slot.response)])
         finally:
             for slot in self.slots:
                 slot.theirs.close()

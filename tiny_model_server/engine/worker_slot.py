@@ -28,7 +28,7 @@ class WorkerSlot:
     def __init__(
         self, name: str, options: ModelOptions, batcher: Batcher, metrics: ModelMetrics, kill: Callable[[], None]
     ) -> None:
-        """Opens a connection, of which ``theirs`` is the worker's end, and an outbox. OSError if it cannot.
+        """Opens a connection, of which ``theirs`` is the worker's end, and a response buffer. OSError if it cannot.
 
         ``kill`` kills the worker process; its supervisor answers what it holds then.
         """
@@ -42,11 +42,11 @@ class WorkerSlot:
         self._open = True
         self.retiring = False
         """True when the worker takes no more batches."""
-        self.outbox = unnamed_file()
+        self.response = unnamed_file()
         try:
             ours, self.theirs = socket.socketpair()
         except OSError:
-            os.close(self.outbox)
+            os.close(self.response)
             raise
         ours.setblocking(False)
         self._connection = WorkerConnection(ours)
@@ -83,7 +83,7 @@ class WorkerSlot:
             self._on_readable()
         self.close()
         batch = self._take_batch()
-        os.close(self.outbox)
+        os.close(self.response)
         return [item for item in batch if item.outcome is None]
 
     def _send(self, batch: list[Item]) -> None:
@@ -156,7 +156,7 @@ class WorkerSlot:
         if item.response and not item.stream:
             placed = [Placed(dtype_of(name), shape) for _, name, shape in places]
             return Encoded(text, placed, (item.response, places))
-        return Encoded(text, read_arrays(self.outbox, places))
+        return Encoded(text, read_arrays(self.response, places))
 
     def _on_value(self, message: tuple[str | None, str, list[Place]]) -> None:
         """A value of a stream: the worker waits until it may go on, which it may when there is room for more."""

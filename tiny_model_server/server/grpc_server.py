@@ -147,7 +147,7 @@ class GrpcServer:
 
     @contextmanager
     def _answering(self, method: schemas.Method, context: Any) -> Iterator[Call]:
-        """Answers an error raised inside with its gRPC status, and tells which replica answered."""
+        """Answers an error raised inside with its gRPC status, and names the replica that answered."""
         call = _call(context)
         call.trailing["tms-replica"] = self.replica
         attempts = call.metadata.get("grpc-previous-rpc-attempts", "")
