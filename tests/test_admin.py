@@ -22,11 +22,10 @@ from tests.test_cli import run as run_server
 from tests.test_faults import write_model
 from tests.test_security import Certificates, tls
 from tests.test_web import post
-from tiny_model_server import logs, schemas
+from tiny_model_server import access, logs, schemas
 from tiny_model_server.engine.call import Call
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import PermissionDenied
-from tiny_model_server.server import callers
 from tiny_model_server.settings import Settings
 
 StartServer = Callable[..., Server]
@@ -90,12 +89,12 @@ def test_others_need_the_token(peer: str) -> None:
     """The last of the peers is of this host, but no process has this connection."""
     engine = Engine(Settings(models_dir=MODELS))
     with pytest.raises(PermissionDenied, match="TMS_ADMIN_TOKEN"):
-        engine.authorize(Call(peer=peer))
+        engine.access.authorize(Call(peer=peer))
     engine = Engine(Settings(models_dir=MODELS, admin_token="secret"))
     for metadata in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Bearer "}):
         with pytest.raises(PermissionDenied, match="TMS_ADMIN_TOKEN"):
-            engine.authorize(Call(peer=peer, metadata=metadata))
-    engine.authorize(Call(peer=peer, metadata={"authorization": "Bearer secret"}))
+            engine.access.authorize(Call(peer=peer, metadata=metadata))
+    engine.access.authorize(Call(peer=peer, metadata={"authorization": "Bearer secret"}))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
@@ -109,10 +108,10 @@ def test_the_user_of_a_connection(host: str) -> None:
                 accepted, address = listener.accept()
                 with accepted:
                     peer = f"ipv6:%5B{address[0]}%5D:{address[1]}" if ":" in host else f"ipv4:{address[0]}:{address[1]}"
-                    assert callers.by_this_user(peer, [port])
-                    assert callers.by_this_user(peer)
-                    assert not callers.by_this_user(peer, [port + 1])
-        assert not callers.by_this_user(peer)  # it has ended
+                    assert access.by_this_user(peer, [port])
+                    assert access.by_this_user(peer)
+                    assert not access.by_this_user(peer, [port + 1])
+        assert not access.by_this_user(peer)  # it has ended
 
 
 @needs_root

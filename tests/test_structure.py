@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 LAYERS = [
     ["errors"],
     ["budget", "codec", "logs", "custom_metrics", "settings", "tracing", "ending", "local_transport"],
-    ["shared_memory", "image_files"],
+    ["shared_memory", "image_files", "access"],
     ["schemas"],
     ["client.credentials", "client.stats", "client.fork_safety", "client.errors", "client.daemons"],
     ["client.addresses", "client.local"],
@@ -34,7 +34,6 @@ LAYERS = [
     ["engine.pool"],
     ["engine.repository"],
     ["engine.call", "engine.buffers"],
-    ["server.callers"],
     ["engine.engine"],
     ["protocols"],
     ["server.tls"],

@@ -84,7 +84,7 @@ async def _serve(engine: Engine, settings: Settings) -> int:
     http = None
     if settings.http_port is not None:
         http = HttpServer(Web(engine, settings), settings, engine.inflight.limit // 2)
-    engine.ports = frozenset([grpc_server.port, *([http.port] if http else [])])
+    engine.access.ports = frozenset([grpc_server.port, *([http.port] if http else [])])
     local = _open_local(engine, settings, grpc_server)
 
     def obey() -> None:
@@ -109,7 +109,7 @@ async def _serve(engine: Engine, settings: Settings) -> int:
     log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port,
              f", HTTP on {host}:{http.port}" if http else "", os.getpid())  # fmt: skip
     log.info("protocols: %s", ", ".join(settings.protocols))
-    log.info("who may stop the server and change its models: %s", engine.who_may())
+    log.info("who may stop the server and change its models: %s", engine.access.who_may())
     loading = asyncio.create_task(_load(engine, settings, stopped))
     await engine.stop_requested.wait()
     stopped.set()

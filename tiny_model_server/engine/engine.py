@@ -5,7 +5,6 @@ called from any thread, and wait for the loop if they have to.
 """
 
 import asyncio
-import hmac
 import itertools
 import logging
 import queue
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tiny_model_server import tracing
+from tiny_model_server.access import Access
 from tiny_model_server.budget import Budget
 from tiny_model_server.codec import Encoded, args_json
 from tiny_model_server.engine import placement
@@ -30,12 +30,9 @@ from tiny_model_server.errors import (
     ModelUnavailable,
     NowAPipeline,
     Overloaded,
-    PermissionDenied,
     ServerError,
     Stopping,
-    Unauthenticated,
 )
-from tiny_model_server.server import callers
 from tiny_model_server.settings import Settings, check_option
 
 log = logging.getLogger("tiny_model_server.engine")
@@ -58,8 +55,7 @@ class Engine:
         """How many are at work."""
         self.inflight = Budget((settings.max_inflight_mb << 20) or placement.memory() // 4)
         """Counts the bytes of requests under way; every transport takes from it before it reads or parses one."""
-        self.ports: frozenset[int] = frozenset()
-        """The TCP ports at which it is called; empty if they are not known."""
+        self.access = Access(settings)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._buffers = BufferPool(self._on_loop)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -406,39 +402,10 @@ class Engine:
             raise InvalidInput(f"args of {len(text)} bytes go along with each of {len(values)} items; send less")
         return text
 
-    def authenticate(self, metadata: Mapping[str, str | bytes]) -> None:
-        """Unauthenticated unless the server asks for no token, or the caller has it or the admin token."""
-        settings = self.settings
-        if settings.token and not (_offers(metadata, settings.token) or _offers(metadata, settings.admin_token)):
-            raise Unauthenticated("send the server's token (TMS_TOKEN) as metadata 'authorization: Bearer TOKEN'")
-
-    def authorize(self, call: Call) -> None:
-        """PermissionDenied unless the caller may stop the server and change its models (TMS_ADMIN)."""
-        rule = self.settings.admin_rule
-        if rule == "token" and _offers(call.metadata, self.settings.admin_token):
-            return
-        here = rule in ("local", "host") and callers.on_this_host(call.peer, call.metadata)
-        if here and (rule == "host" or callers.by_this_user(call.peer, self.ports)):
-            return
-        raise PermissionDenied(f"this call may not stop the server or change its models; {self.who_may()} may")
-
     def authorize_load(self, model: ServedModel, call: Call) -> None:
         """PermissionDenied if a call would bring back a model that was unloaded, and may not."""
         if self.started and not self.settings.lazy and model.state is State.UNLOADED:
-            self.authorize(call)
-
-    def who_may(self) -> str:
-        """Who may stop the server and change its models, in words."""
-        if self.settings.admin_rule == "off":
-            missing = self.settings.admin == "token"
-            return f"nobody (TMS_ADMIN={self.settings.admin}{', and no TMS_ADMIN_TOKEN is set' if missing else ''})"
-        return {
-            "token": "only callers with the admin token (TMS_ADMIN_TOKEN) as metadata 'authorization: Bearer TOKEN'",
-            "local": "only the server's own user and root, on its host and not through a proxy (TMS_ADMIN=local; "
-            "set TMS_ADMIN_TOKEN to let others)",
-            "host": "only callers on the server's own host, and not through a proxy (TMS_ADMIN=host; "
-            "set TMS_ADMIN_TOKEN to let others)",
-        }[self.settings.admin_rule]
+            self.access.authorize(call)
 
     def _begin_from_thread(self, run: Run) -> None:
         def cancel() -> None:
@@ -470,8 +437,3 @@ class Engine:
 
 def _remaining(deadline: float | None) -> float | None:
     return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def _offers(metadata: Mapping[str, str | bytes], token: str) -> bool:
-    offered = str(metadata.get("authorization", "")).encode()
-    return bool(token) and hmac.compare_digest(offered, f"Bearer {token}".encode())

@@ -10,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server import __version__, schemas
+from tiny_model_server import __version__, access, schemas
 from tiny_model_server.engine import placement
 from tiny_model_server.engine.call import Call
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ModelNotFound, ServerError
-from tiny_model_server.server import callers
 from tiny_model_server.settings import ModelOptions, SettingsError
 
 SCHEMA = "model_mesh"
@@ -121,8 +120,8 @@ class _ModelMesh:
         """PermissionDenied if the caller may not load from this path, or may not be the sidecar."""
         folder = self._engine.settings.mesh_models_dir
         within = folder and (path is None or path.is_relative_to(folder.resolve()))
-        if not (within and callers.on_this_host(call.peer, call.metadata)):
-            self._engine.authorize(call)
+        if not (within and access.on_this_host(call.peer, call.metadata)):
+            self._engine.access.authorize(call)
 
     def _lock(self, name: str) -> threading.Lock:
         return self._locks[hash(name) % _LOCKS]

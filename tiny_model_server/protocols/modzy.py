@@ -56,7 +56,7 @@ class _Modzy:
 
     def Shutdown(self, request: Any, call: Call) -> dict[str, Any]:
         try:
-            self._engine.authorize(call)
+            self._engine.access.authorize(call)
         except ServerError as error:
             return _answer(403, message_of(error))
         self._engine.request_stop()

@@ -117,19 +117,19 @@ class _Others:
         return self._describe(self._engine.model(request.model))
 
     def LoadModel(self, request: Any, call: Call) -> Any:
-        self._engine.authorize(call)
+        self._engine.access.authorize(call)
         return self._describe(self._engine.load(request.model, request.workers))
 
     def UnloadModel(self, request: Any, call: Call) -> Any:
-        self._engine.authorize(call)
+        self._engine.access.authorize(call)
         return self._describe(self._engine.unload(request.model))
 
     def ReloadModel(self, request: Any, call: Call) -> Any:
-        self._engine.authorize(call)
+        self._engine.access.authorize(call)
         return self._describe(self._engine.reload(request.model))
 
     def StopServer(self, request: Any, call: Call) -> Any:
-        self._engine.authorize(call)
+        self._engine.access.authorize(call)
         self._engine.request_stop()
         return _json({"stopping": True})
 

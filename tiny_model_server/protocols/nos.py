@@ -42,12 +42,12 @@ class _Nos:
         return {"models": [model.name for model in self._engine.models()]}
 
     def InitModel(self, request: Any, call: Call) -> dict[str, Any]:
-        self._engine.authorize(call)
+        self._engine.access.authorize(call)
         self._engine.load(request.model_name, request.num_replicas)
         return {"result": "ok"}
 
     def DeleteModel(self, request: Any, call: Call) -> dict[str, Any]:
-        self._engine.authorize(call)
+        self._engine.access.authorize(call)
         self._engine.unload(request.model_name)
         return {"result": "ok"}
 

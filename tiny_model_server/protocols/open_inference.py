@@ -85,12 +85,12 @@ class OpenInference:
         }
 
     def RepositoryModelLoad(self, request: Any, call: Call) -> dict[str, Any]:
-        self._engine.authorize(call)
+        self._engine.access.authorize(call)
         model = self._engine.load(request.model_name or request.repository_name)
         return {"model_name": model.name, "is_loaded": True}
 
     def RepositoryModelUnload(self, request: Any, call: Call) -> dict[str, Any]:
-        self._engine.authorize(call)
+        self._engine.access.authorize(call)
         model = self._engine.unload(request.model_name or request.repository_name)
         return {"model_name": model.name, "is_unloaded": True}
 

@@ -162,7 +162,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
             super(Admission, self).submit(run, respond, event, state, behavior, lambda: call, *codecs)
 
         try:
-            self._engine.authenticate(metadata)
+            self._engine.access.authenticate(metadata)
             self._enter(call.peer, metadata.get("grpc-previous-rpc-attempts"))
         except ServerError as error:
             call.end(error)

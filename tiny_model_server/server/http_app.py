@@ -26,12 +26,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from tiny_model_server import codec
+from tiny_model_server import access, codec
 from tiny_model_server.engine.call import Call
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import Cancelled, PermissionDenied, ServerError, Stopping
 from tiny_model_server.protocols.open_inference_rest import Rest
-from tiny_model_server.server import callers
 from tiny_model_server.server.forms import read_input, view
 from tiny_model_server.settings import Settings
 
@@ -137,7 +136,7 @@ class Web:
         return _json({"models": models})
 
     async def _change(self, action: str, request: Request) -> Response:
-        self._engine.authorize(self._admit(request))
+        self._engine.access.authorize(self._admit(request))
         change, name = getattr(self._engine, action), request.path_params["name"]
         return await self._in_thread(request, lambda body, call: _json(change(name).describe()))
 
@@ -165,7 +164,7 @@ class Web:
         if method not in ("ServerLive", "ServerReady"):
             call = self._admit(request)
             if method in ("RepositoryModelLoad", "RepositoryModelUnload"):
-                self._engine.authorize(call)
+                self._engine.access.authorize(call)
         if method == "ModelInfer":
             self._check_input(request, fields["model_name"])
         answer = partial(self._rest.answer, method, fields, request.headers)
@@ -177,7 +176,7 @@ class Web:
         """The call of a request; PermissionDenied or Unauthenticated if it may not be answered."""
         self._refuse_other_sites(request)
         call = _call(request, Future())
-        self._engine.authenticate(call.metadata)
+        self._engine.access.authenticate(call.metadata)
         return call
 
     def _check_input(self, request: Request, name: str) -> None:
@@ -197,7 +196,7 @@ class Web:
             request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
             or (origin is not None and urlsplit(origin).netloc != host)
         )
-        local = request.client is not None and callers.is_loopback(request.client.host)
+        local = request.client is not None and access.is_loopback(request.client.host)
         if foreign or (local and host and not self._is_own_name(host)):
             raise PermissionDenied(
                 "a page of another site may not do this; on this host, use localhost or 127.0.0.1, or add the name "
@@ -209,7 +208,7 @@ class Web:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
-        return callers.is_address(name) or bool({name, "*"} & self._own_names)
+        return access.is_address(name) or bool({name, "*"} & self._own_names)
 
     async def _in_thread(self, request: Request, work: Callable[[bytearray, Call], Response]) -> Response:
         """What ``work(body, call)`` returns, which runs in a thread. If the caller disconnects, its call ends."""

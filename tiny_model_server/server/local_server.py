@@ -202,7 +202,7 @@ class _Connection:
         Nothing is counted or kept of a caller without the server's token.
         """
         try:
-            self._engine.authenticate(self._metadata or {})
+            self._engine.access.authenticate(self._metadata or {})
             self._engine.inflight.take(size)
             self._counted = size
         except ServerError as error:
@@ -238,7 +238,7 @@ class _Connection:
             raise Stopping("the server is stopping")
         if refusal:
             raise refusal
-        self._engine.authenticate(call.metadata)
+        self._engine.access.authenticate(call.metadata)
         if path not in self._server.methods:
             raise Unimplemented("there is no such method")
         method, handler, convert = self._server.methods[path]

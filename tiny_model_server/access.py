@@ -1,12 +1,17 @@
-"""Where a call comes from: through a proxy or not, from this host or not, and from which of its users."""
+"""Who may call the server, and who may change it: tokens, proxies, and the users of its own host."""
 
+import hmac
 import os
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote
+
+from tiny_model_server.errors import PermissionDenied, Unauthenticated
+from tiny_model_server.settings import Settings
 
 _PROXY_HEADERS = frozenset(
     "cf-connecting-ip fastly-client-ip forwarded true-client-ip via x-client-ip x-cluster-client-ip "
@@ -16,6 +21,58 @@ _PROXY_PREFIXES = ("x-forwarded", "x-envoy-")
 _ESTABLISHED = "01"
 _MAPPED = bytes(10) + b"\xff\xff"  # before an address of IPv4 that is written as one of IPv6
 _Address = IPv4Address | IPv6Address
+_WHO_MAY = {
+    "token": "only callers with the admin token (TMS_ADMIN_TOKEN) as metadata 'authorization: Bearer TOKEN'",
+    "local": "only the server's own user and root, on its host and not through a proxy (TMS_ADMIN=local; "
+    "set TMS_ADMIN_TOKEN to let others)",
+    "host": "only callers on the server's own host, and not through a proxy (TMS_ADMIN=host; "
+    "set TMS_ADMIN_TOKEN to let others)",
+}
+
+
+class Caller(Protocol):
+    """What must be known of a call."""
+
+    peer: str
+    """As gRPC writes it: "ipv4:127.0.0.1:1234", "unix:..."."""
+    metadata: Mapping[str, str | bytes]
+
+
+class Access:
+    """The rules of TMS_TOKEN, TMS_ADMIN and TMS_ADMIN_TOKEN."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.ports: frozenset[int] = frozenset()
+        """The TCP ports at which the server is called; empty if they are not known."""
+
+    def authenticate(self, metadata: Mapping[str, str | bytes]) -> None:
+        """Unauthenticated unless the server asks for no token, or the caller has it or the admin token."""
+        tokens = self._settings.token, self._settings.admin_token
+        if tokens[0] and not any(_offers(metadata, token) for token in tokens):
+            raise Unauthenticated("send the server's token (TMS_TOKEN) as metadata 'authorization: Bearer TOKEN'")
+
+    def authorize(self, call: Caller) -> None:
+        """PermissionDenied unless the caller may stop the server and change its models (TMS_ADMIN)."""
+        rule = self._settings.admin_rule
+        if rule == "token" and _offers(call.metadata, self._settings.admin_token):
+            return
+        here = rule in ("local", "host") and on_this_host(call.peer, call.metadata)
+        if here and (rule == "host" or by_this_user(call.peer, self.ports)):
+            return
+        raise PermissionDenied(f"this call may not stop the server or change its models; {self.who_may()} may")
+
+    def who_may(self) -> str:
+        """Who may stop the server and change its models, in words."""
+        if self._settings.admin_rule == "off":
+            missing = ", and no TMS_ADMIN_TOKEN is set" if self._settings.admin == "token" else ""
+            return f"nobody (TMS_ADMIN={self._settings.admin}{missing})"
+        return _WHO_MAY[self._settings.admin_rule]
+
+
+def _offers(metadata: Mapping[str, str | bytes], token: str) -> bool:
+    offered = str(metadata.get("authorization", "")).encode()
+    return bool(token) and hmac.compare_digest(offered, f"Bearer {token}".encode())
 
 
 def forwarded(metadata: Mapping[str, str | bytes]) -> bool:
