@@ -66,9 +66,9 @@ class Served:
     def __init__(self, name: str) -> None:
         self.running = Running(replace(Settings.from_env(), one_core=False))
         engine = self.running.engine
-        model = engine.load(name, workers=1)
+        model = engine.wait(engine.load(name, workers=1))
         for stage in model.stages:
-            engine.load(stage, workers=1)
+            engine.wait(engine.load(stage, workers=1))
         engine.started = True
         self.handlers = native.handlers(engine)
         self.replica = serve.get_replica_context().replica_id.unique_id
@@ -193,10 +193,10 @@ def options_of(settings: Settings) -> dict[str, ModelOptions]:
     engine = running.engine
     for model in engine.models():
         try:
-            loaded = engine.load(model.name).loaded
+            loaded = engine.wait(engine.load(model.name)).loaded
             assert loaded
             found[model.name] = loaded.options
-            engine.unload(model.name)
+            engine.wait(engine.unload(model.name))
         except ServerError as error:
             print(f"model {model.name} is left out: {error}", file=sys.stderr)
     running.stop()

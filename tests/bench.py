@@ -302,7 +302,7 @@ def hop() -> None:
     """The time through queue, worker process and back, for a model that takes no time."""
     logging.disable()
     engine = Engine(Settings(models_dir=models()))
-    engine.load("length")
+    engine.wait(engine.load("length"))
     value = codec.encode("x")
     _, p50, p99 = measure(lambda: engine.run("length", value, {}, Call()), 1)
     engine.stop(1)

@@ -514,7 +514,7 @@ def test_the_supervisor_of_a_worker_survives_any_error(
         return spawn(*arguments, **options)
 
     with running_engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one")))) as engine:
-        model = engine.load("one")
+        model = engine.wait(engine.load("one"))
         monkeypatch.setattr(children, "spawn", fail)
         os.kill(model.pids[0], signal.SIGKILL)
         wait_for(lambda: len(failures) == 3 and model.pids, "another worker")
@@ -533,7 +533,7 @@ def test_a_first_load_waits_for_what_the_server_lacks(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(children, "spawn", fail)
     with running_engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one")))) as engine:
-        assert engine.load("one").state == "READY"
+        assert engine.wait(engine.load("one")).state == "READY"
 
 
 # ---- the bounds of options
@@ -570,7 +570,7 @@ def test_an_engine_refuses_what_an_option_may_not_be(tmp_path: Path) -> None:
         running_engine(Settings(models_dir=write_model(tmp_path, "one", ANSWERS.format("one")))) as engine,
         pytest.raises(InvalidInput, match="from 1 to 256"),
     ):
-        engine.load("one", 1000)
+        engine.wait(engine.load("one", 1000))
 
 
 # ---- interpreters of models' own

@@ -10,6 +10,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,7 +228,7 @@ class Engine:
             except ServerError:
                 pass  # its state and the log give the reason; the others serve
 
-    async def load_model(self, name: str, workers: int = 0) -> ServedModel:
+    async def load(self, name: str, workers: int = 0) -> ServedModel:
         """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
         if workers:
             try:
@@ -240,7 +241,7 @@ class Engine:
         await model.load(workers)
         return model
 
-    async def reload_model(self, name: str) -> ServedModel:
+    async def reload(self, name: str) -> ServedModel:
         """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
         self._repository.find()
         model = self.model(name)
@@ -248,20 +249,23 @@ class Engine:
         await model.reload()
         return model
 
-    async def unload_model(self, name: str) -> ServedModel:
+    async def unload(self, name: str) -> ServedModel:
         """Ends a model's workers; see ``ServedModel.unload``."""
         model = self.model(name)
         await model.unload()
         return model
 
-    async def forget_model(self, name: str, grace_s: float) -> None:
+    async def forget(self, name: str, grace_s: float) -> None:
         """Finishes what an adopted model has queued within ``grace_s`` seconds, and knows it no more."""
         await self.model(name).stop(grace_s)
         self._repository.remove(name)
         self._changed()
 
-    async def _adopt(self, name: str, path: Path) -> ServedModel:
-        return self._repository.add(name, path)
+    async def adopt(self, name: str, path: Path) -> ServedModel:
+        """Knows the folder ``path``, wherever it is, as a model of this name; it is to be loaded then."""
+        if not (path / "__init__.py").is_file():
+            raise InvalidInput(f"{str(path)!r} is not a model folder: there is no __init__.py in it")
+        return self._repository.add(name, path.resolve())
 
     def _changed(self) -> None:
         for listener in self._listeners:
@@ -316,7 +320,7 @@ class Engine:
             run = Run(call.model or name, values, text, call, lambda outcomes: stream.end(), stream=stream)
             self._begin_from_thread(run)
             try:
-                while found := self._wait(stream.get(), call.deadline):
+                while found := self.wait(stream.get(), call.deadline):
                     for outcome in found:
                         if isinstance(outcome, ServerError):
                             raise outcome
@@ -328,28 +332,6 @@ class Engine:
                 call.trailing["endpoint-load-metrics-bin"] = run.report
         finally:
             self._buffers.give_back(buffers)
-
-    def load(self, name: str, workers: int = 0) -> ServedModel:
-        """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
-        return self._wait(self.load_model(name, workers))
-
-    def reload(self, name: str) -> ServedModel:
-        """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
-        return self._wait(self.reload_model(name))
-
-    def unload(self, name: str) -> ServedModel:
-        """Ends a model's workers; see ``ServedModel.unload``."""
-        return self._wait(self.unload_model(name))
-
-    def forget(self, name: str, grace_s: float) -> None:
-        """Finishes what an adopted model has queued within ``grace_s`` seconds, and knows it no more."""
-        self._wait(self.forget_model(name, grace_s))
-
-    def adopt(self, name: str, path: Path) -> ServedModel:
-        """Knows the folder ``path``, wherever it is, as a model of this name; it is to be loaded then."""
-        if not (path / "__init__.py").is_file():
-            raise InvalidInput(f"{str(path)!r} is not a model folder: there is no __init__.py in it")
-        return self._wait(self._adopt(name, path.resolve()))
 
     def request_stop(self) -> None:
         """Asks the owner of the loop to stop the server; returns at once."""
@@ -416,11 +398,14 @@ class Engine:
         if not run.call.on_end(cancel):
             cancel()
 
-    def _wait(self, work: Coroutine[Any, Any, _T], deadline: float | None = None) -> _T:
-        """Lets the loop do something, and waits for its result."""
-        if self._loop is None:
-            raise Stopping("the server is starting")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+    def submit(self, work: Coroutine[Any, Any, _T]) -> "Future[_T]":
+        """Lets the loop do something; its result is the future's."""
+        assert self._loop
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def wait(self, work: Coroutine[Any, Any, _T], deadline: float | None = None) -> _T:
+        """Lets the loop do something, as in ``engine.wait(engine.load("name"))``, and waits for its result."""
+        future = self.submit(work)
         try:
             return future.result(_remaining(deadline))
         except TimeoutError:

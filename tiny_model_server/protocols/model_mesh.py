@@ -6,7 +6,7 @@ Loads and unloads of one id come one after the other. A load whose caller has di
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ class _ModelMesh:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._locks = [threading.Lock() for _ in range(_LOCKS)]
-        self._loads = ThreadPoolExecutor(_LOADS_AT_ONCE, thread_name_prefix="mesh-load")
         self._adopted: set[str] = set()
         self._measured: dict[str, int] = {}  # bytes, by path
         self._default = engine.settings.mesh_default_mb * _MIB
@@ -67,9 +66,9 @@ class _ModelMesh:
 
     def _load(self, name: str, path: Path, call: Call) -> ServedModel:
         """Loads in a thread of its own, so that this one sees the caller disconnect and ends the load."""
-        self._engine.adopt(name, path)
+        self._engine.wait(self._engine.adopt(name, path))
         self._adopted.add(name)
-        loading = self._loads.submit(self._engine.load, name)
+        loading = self._engine.submit(self._engine.load(name))
         over = threading.Event()
         loading.add_done_callback(lambda _: over.set())
         if call.on_end(over.set):
@@ -80,7 +79,6 @@ class _ModelMesh:
         except ServerError as error:
             self._forget(name, 0)
             raise ModelError(str(error)) from None  # other codes say that no load was tried
-        loading.cancel()
         self._forget(name, 0)  # which ends the load
         wait([loading])
         raise Cancelled("the load was cancelled")
@@ -135,8 +133,8 @@ class _ModelMesh:
             if model and name in self._adopted:
                 self._forget(name, model.loaded.options.timeout_s if model.loaded else 0)
             elif model:
-                self._engine.unload(name)
+                self._engine.wait(self._engine.unload(name))
 
     def _forget(self, name: str, grace_s: float) -> None:
-        self._engine.forget(name, grace_s)
+        self._engine.wait(self._engine.forget(name, grace_s))
         self._adopted.discard(name)

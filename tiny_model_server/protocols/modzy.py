@@ -70,7 +70,7 @@ class _Modzy:
         if model.state is State.READY:
             return model
         self._engine.authorize_load(model, call)
-        return self._engine.load(model.name)
+        return self._engine.wait(self._engine.load(model.name))
 
 
 def _answer(code: int, message: str, **fields: Any) -> dict[str, Any]:

@@ -118,15 +118,15 @@ class _Others:
 
     def LoadModel(self, request: Any, call: Call) -> Any:
         self._engine.access.authorize(call)
-        return self._describe(self._engine.load(request.model, request.workers))
+        return self._describe(self._engine.wait(self._engine.load(request.model, request.workers)))
 
     def UnloadModel(self, request: Any, call: Call) -> Any:
         self._engine.access.authorize(call)
-        return self._describe(self._engine.unload(request.model))
+        return self._describe(self._engine.wait(self._engine.unload(request.model)))
 
     def ReloadModel(self, request: Any, call: Call) -> Any:
         self._engine.access.authorize(call)
-        return self._describe(self._engine.reload(request.model))
+        return self._describe(self._engine.wait(self._engine.reload(request.model)))
 
     def StopServer(self, request: Any, call: Call) -> Any:
         self._engine.access.authorize(call)

@@ -43,12 +43,12 @@ class _Nos:
 
     def InitModel(self, request: Any, call: Call) -> dict[str, Any]:
         self._engine.access.authorize(call)
-        self._engine.load(request.model_name, request.num_replicas)
+        self._engine.wait(self._engine.load(request.model_name, request.num_replicas))
         return {"result": "ok"}
 
     def DeleteModel(self, request: Any, call: Call) -> dict[str, Any]:
         self._engine.access.authorize(call)
-        self._engine.unload(request.model_name)
+        self._engine.wait(self._engine.unload(request.model_name))
         return {"result": "ok"}
 
     def GetModelInfo(self, request: Any, call: Call) -> dict[str, Any]:
@@ -63,7 +63,7 @@ class _Nos:
             raise InvalidInput(f"{request.method} takes a {kind}")
         if (model := self._engine.model(request.model_name)).state is State.UNLOADED:
             self._engine.authorize_load(model, call)
-            self._engine.load(request.model_name)
+            self._engine.wait(self._engine.load(request.model_name))
         data: Any = request.text_request.text
         if kind == "image_request":
             data = _images(request.image_request.image_bytes, self._engine.settings.max_items)

@@ -86,12 +86,12 @@ class OpenInference:
 
     def RepositoryModelLoad(self, request: Any, call: Call) -> dict[str, Any]:
         self._engine.access.authorize(call)
-        model = self._engine.load(request.model_name or request.repository_name)
+        model = self._engine.wait(self._engine.load(request.model_name or request.repository_name))
         return {"model_name": model.name, "is_loaded": True}
 
     def RepositoryModelUnload(self, request: Any, call: Call) -> dict[str, Any]:
         self._engine.access.authorize(call)
-        model = self._engine.unload(request.model_name or request.repository_name)
+        model = self._engine.wait(self._engine.unload(request.model_name or request.repository_name))
         return {"model_name": model.name, "is_unloaded": True}
 
     def ModelStreamInfer(self, requests: Iterator[Any], call: Call) -> Iterator[Any]:

@@ -138,7 +138,7 @@ class Web:
     async def _change(self, action: str, request: Request) -> Response:
         self._engine.access.authorize(self._admit(request))
         change, name = getattr(self._engine, action), request.path_params["name"]
-        return await self._in_thread(request, lambda body, call: _json(change(name).describe()))
+        return await self._in_thread(request, lambda body, call: _json(self._engine.wait(change(name)).describe()))
 
     async def _run(self, request: Request) -> Response:
         self._admit(request)

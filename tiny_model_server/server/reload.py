@@ -54,9 +54,9 @@ def _reload(engine: Engine, model: Path) -> None:
     try:
         if (model / "__init__.py").is_file():
             log.info("model %s changed", name)
-            engine.reload(name)
+            engine.wait(engine.reload(name))
         elif not model.exists() and any(one.name == name and one.state is State.FAILED for one in engine.models()):
             log.info("model %s, which could not be loaded, has gone", name)
-            engine.forget(name, 0)
+            engine.wait(engine.forget(name, 0))
     except Exception as error:  # of this model alone
         log.error("model %r could not be reloaded: %s", name, error)
