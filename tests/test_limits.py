@@ -438,7 +438,7 @@ def test_a_large_batch_ends_with_its_deadline_or_its_caller(start_server: StartS
 def test_the_items_of_a_request_are_bounded(start_server: StartServer, counting: Path) -> None:
     client = start_server(counting, TMS_MAX_ITEMS=100).client("counts")
     assert len(client.run_batch(list(range(100)), retry=False)) == 100
-    with pytest.raises(model_client.InvalidInput, match="100 items.*TMS_MAX_ITEMS"):
+    with pytest.raises(model_client.InvalidInput, match="TMS_MAX_ITEMS allows 100 items"):
         client.run_batch(list(range(101)), retry=False)
 
 
