@@ -1,5 +1,6 @@
 """Checks what an application gives the client, so that a mistake is reported before anything is sent."""
 
+import logging
 import math
 import os
 import re
@@ -12,6 +13,8 @@ import numpy as np
 
 from tiny_model_server import local_transport, tracing
 from tiny_model_server.client import addresses, channel
+
+log = logging.getLogger("tiny_model_server.client")
 
 DEFAULT_TIMEOUT_S = 60.0
 DEFAULT_CONNECT_TIMEOUT_S = 30.0
@@ -121,13 +124,16 @@ def options(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def local_port(options: Mapping[str, Any]) -> int | None:
     """The port of the only server, if it is on this host and the local transport may be used."""
-    switch = "TMS_LOCAL_TRANSPORT" if os.environ.get("TMS_LOCAL_TRANSPORT") else "TMS_LANE"
+    switch = "TMS_LOCAL_TRANSPORT"
+    if os.environ.get("TMS_LANE") and not os.environ.get(switch):
+        log.warning("TMS_LANE is now called TMS_LOCAL_TRANSPORT; the old name works for one version")
+        switch = "TMS_LANE"
     usable = local_transport.available() and not options["tls"] and not tracing.provider()
     return addresses.local_port(options["addresses"]) if usable and _switch(switch, "1") else None
 
 
 def _switch(name: str, default: str) -> bool:
-    return os.environ.get(name, default).lower() in ("1", "true", "yes", "on")
+    return (os.environ.get(name) or default).lower() in ("1", "true", "yes", "on")
 
 
 def _printable(name: str, value: Any) -> None:
