@@ -41,8 +41,9 @@ class Item:
     def resolve(self, outcome: Outcome) -> None:
         """Sets the outcome, unless there is one already."""
         if self.outcome is None:
-            self.outcome = outcome
-            self.done(self)
+            self.outcome, done = outcome, self.done
+            del self.done  # an item and the run to which it belongs would keep each other alive
+            done(self)
 
     @property
     def buffers(self) -> set[SharedBuffers]:

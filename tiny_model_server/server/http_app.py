@@ -223,6 +223,7 @@ class Web:
                 return await result
             finally:
                 ended.cancel()
+                call.on_end = lambda callback: False  # else the call and what it registered would keep each other alive
                 result.cancel()
                 disconnected.cancel()
 
