@@ -47,8 +47,8 @@ class Run:
     values: Sequence[Encoded]
     args: str
     call: Call
-    done: Callable[[list[Outcome]], None]
-    """Gets the outcomes, on the loop."""
+    done: Callable[["Run"], None]
+    """Called on the loop when there are outcomes."""
     json_only: bool = False
     response: SharedBuffers | None = None
     """Where the arrays of a single input's outcome go."""
@@ -60,7 +60,7 @@ class Run:
     """Why the run as a whole was refused."""
     task: "asyncio.Task[None] | None" = None
     """What the run waits for before its items are queued."""
-    finished: Callable[["Run", list[Outcome]], None] = lambda run, outcomes: run.done(outcomes)
+    finished: Callable[["Run"], None] = lambda run: run.done(run)
     """What the engine does at the end; it calls ``done``."""
     admitted: bool = False
     model: ServedModel | None = None
@@ -89,7 +89,7 @@ class Run:
         """Reports the outcomes, unless that was done before."""
         if not self.outcomes:
             self.outcomes = outcomes
-            self.finished(self, outcomes)
+            self.finished(self)
 
     def refuse(self, error: ServerError) -> None:
         """Ends the run as a whole: nothing of it is done."""

@@ -119,17 +119,17 @@ class Engine:
         except ServerError as error:
             run.refuse(error)
 
-    def _answer(self, run: Run, outcomes: list[Outcome]) -> None:
-        """Counts the outcomes of a call, and gives them to who waits for them."""
+    def _answer(self, run: Run) -> None:
+        """Counts the outcomes of a run, and reports them to who waits for them."""
         if model := run.model:
-            model.metrics.answered(run.since, [status_of(outcome) for outcome in outcomes])
-            if isinstance(outcomes[0], NowAPipeline):
+            model.metrics.answered(run.since, [status_of(outcome) for outcome in run.outcomes])
+            if isinstance(run.outcomes[0], NowAPipeline):
                 run.outcomes, run.items, run.model = [], [], None
                 return self._start(run)
             stages = [self.model(name).metrics for name in model.stages if self._repository.knows(name)]
             run.report = model.metrics.report(min(metrics.capacity for metrics in stages or [model.metrics]))
         self.calls -= run.admitted
-        run.done(outcomes)
+        run.done(run)
 
     def _put(self, run: Run, model: ServedModel) -> None:
         items = run.make_items(model)
@@ -168,18 +168,18 @@ class Engine:
         run.finish(outcomes)
 
     async def _run_stage(self, name: str, values: list[Encoded], run: Run, json_only: bool) -> list[Outcome]:
-        found: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
+        over: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
         buffers = self._buffers.take()
-        part = Run(name, place(values, buffers), run.args, run.call, found.set_result, json_only)
+        part = Run(name, place(values, buffers), run.args, run.call, over.set_result, json_only)
         part.finished = self._answer
         try:
             self._start(part)
-            outcomes = await found
+            await over
             if part.error:
                 raise part.error
-            return outcomes
+            return part.outcomes
         finally:
-            part.done = lambda outcomes: None
+            part.done = lambda part: None
             part.cancel(Cancelled("the call was cancelled"))
             self._buffers.give_back(buffers)
 
@@ -290,16 +290,16 @@ class Engine:
     ) -> list[Outcome]:
         """One outcome an input, in order: the model's answer, or the error of that input alone."""
         text, buffers = self.check_batch(values, args), self._buffers.take()
-        answered: queue.SimpleQueue[list[Outcome]] = queue.SimpleQueue()
+        answered: queue.SimpleQueue[Run] = queue.SimpleQueue()
         try:
             response = (call.buffers or buffers) if len(values) == 1 else None
             run = Run(call.model or name, place(values, buffers), text, call, answered.put, json_only, response)
             self._begin_from_thread(run)
             try:
-                outcomes = answered.get(timeout=_remaining(call.deadline))
+                answered.get(timeout=_remaining(call.deadline))
             except queue.Empty:
                 self._on_loop(run.cancel, DeadlineExceeded("the deadline passed before the model answered"))
-                outcomes = answered.get()
+                answered.get()
             call.trailing["endpoint-load-metrics-bin"] = run.report
             if run.error:
                 raise run.error
@@ -307,7 +307,7 @@ class Engine:
                 (("queue", item.enqueued, item.begun), ("compute", item.begun, time.monotonic())) for item in run.items
             )
             tracing.spans(run.name, itertools.chain.from_iterable(steps))
-            return [copy_out(one) if isinstance(one, Encoded) and response is buffers else one for one in outcomes]
+            return [copy_out(one) if isinstance(one, Encoded) and response is buffers else one for one in run.outcomes]
         finally:
             self._buffers.give_back(buffers)
 
@@ -317,7 +317,7 @@ class Engine:
         try:
             stream = Stream(self.settings.stream_idle_s)
             values = place([value], buffers)
-            run = Run(call.model or name, values, text, call, lambda outcomes: stream.end(), stream=stream)
+            run = Run(call.model or name, values, text, call, lambda run: stream.end(), stream=stream)
             self._begin_from_thread(run)
             try:
                 while found := self.wait(stream.get(), call.deadline):

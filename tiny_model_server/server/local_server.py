@@ -249,8 +249,8 @@ class _Connection:
             return self._in_thread(method, handler, message, call)
         args = self._engine.check_batch(work.values, work.args)
         response = self._buffers if len(work.values) == 1 else None
-        run = Run(call.model or work.model, work.values, args, call, lambda outcomes: self._answer(run, work),
-                  work.json_only, response)  # fmt: skip
+        done = partial(self._answer, work)
+        run = Run(call.model or work.model, work.values, args, call, done, work.json_only, response)
         self._cancel = partial(run.cancel, Cancelled("the caller disconnected"))
         self._engine.begin(run)
 
@@ -276,7 +276,7 @@ class _Connection:
         future = self._server.threads.submit(work)
         future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(over))
 
-    def _answer(self, run: Run, work: native.Work) -> None:
+    def _answer(self, work: native.Work, run: Run) -> None:
         try:
             if run.error:
                 raise run.error
