@@ -26,6 +26,7 @@ log = logging.getLogger("tiny_model_server.client")
 
 MOST_CALLS = 64
 """Calls at once of one client by the local transport; gRPC carries those beyond."""
+_MOST_PREPARING = 8  # connections that are made at once for later calls
 _PAUSE_S = 1.0  # between attempts to reach a server that has no local transport
 _HANDSHAKE_S = 2.0
 
@@ -156,6 +157,7 @@ class LocalConnections:
         """When the next attempt to connect may be made, by ``time.monotonic``."""
         self._port, self._metadata = port, metadata
         self._lock = threading.Lock()
+        self._preparing = threading.Semaphore(_MOST_PREPARING)
         self._generation = fork_safety.generation
         # An application may drop a client without closing it, as it may drop an open file.
         weakref.finalize(self, _close, self.idle, self._generation)
@@ -195,10 +197,13 @@ class LocalConnections:
         """Lets another thread open a connection for later calls with such arrays."""
 
         def connect() -> None:
-            if connection := self.take(arrays):
-                self.give_back(connection, usable=True)
+            try:
+                if connection := self.take(arrays):
+                    self.give_back(connection, usable=True)
+            finally:
+                self._preparing.release()
 
-        if time.monotonic() >= self.not_before:
+        if time.monotonic() >= self.not_before and self._preparing.acquire(blocking=False):
             daemons(self._generation).submit(connect)
 
     def give_back(self, connection: LocalConnection, *, usable: bool) -> None:
