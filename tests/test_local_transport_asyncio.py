@@ -98,7 +98,9 @@ def test_answers_are_those_of_grpc(server: Server, monkeypatch: pytest.MonkeyPat
     asyncio.run(main())
 
 
-def test_many_at_once_get_their_own_answers(server: Server) -> None:
+def test_many_at_once_get_their_own_answers(start_server: Callable[..., Server]) -> None:
+    server = start_server(only("echo"), TMS_THREADS=1024)  # a quarter of which one connection may use
+
     async def main() -> None:
         async with connected(server, "echo", 4) as client:
             images = [np.full((200, 200, 3), number, np.uint8) for number in range(250)]
