@@ -49,7 +49,7 @@ def test_a_server_beside_such_services_starts(start_server: Callable[..., Server
     models = write_model(tmp_path, "x", ANSWERS.format("x"))
     server = start_server(models=models, **links("tms-http"), **links("tms-model-x"))
     assert server.client("x").run(1) == "x"
-    lines = [line for line in server.log if "variables that Kubernetes sets for Services are no settings" in line]
+    lines = [line for line in server.log if "variables that Kubernetes sets for Services are not settings" in line]
     assert len(lines) == 1
 
 
