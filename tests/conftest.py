@@ -34,13 +34,14 @@ settings.register_profile("fuzz", max_examples=5000, deadline=None, suppress_hea
 settings.load_profile("suite")
 
 
-# Files that wait for much, begun first where files run side by side (make test).
-LONGEST = ["test_docker", "test_balancing", "test_clients", "test_workers", "test_docs", "test_faults", "test_http"]
+LONGEST = "docker balancing workers limits docs faults http clients local_transport everywhere".split()
+"""The files that take longest. They begin first, so that no process is left with one of them in the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the tests of the longest files first."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
 def free_port() -> int:
@@ -62,7 +63,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = 20) -> An
 
 def shared_memory() -> set[str]:
     """What lies in /dev/shm, but for what libraries in other processes, of tests beside this one too, put there."""
-    libraries = ("joblib_", "loky-", "psm_", "pym-", "sem.", "torch_")
+    libraries = (".org.chromium.", "joblib_", "loky-", "psm_", "pym-", "sem.", "torch_")
     return {name for name in os.listdir("/dev/shm") if not name.startswith(libraries)}
 
 
