@@ -102,6 +102,7 @@ class _Connection:
         self._counted = 0  # bytes of the request that count as under way
         self._refusal: ServerError | None = None
         self._unsent = memoryview(b"")
+        self._writing = False  # whether the loop reports that more can be sent
         self._cancel: Callable[[], None] | None = None
         accepted.setblocking(False)
         self._loop.add_reader(accepted, self._on_readable)
@@ -314,11 +315,13 @@ class _Connection:
         except OSError:
             return self.close()
         self._unsent = self._unsent[sent:]
-        if self._unsent:
-            self._loop.add_writer(self._socket, self._flush)
-        elif self.busy:
-            self.busy = False
-            self._loop.remove_writer(self._socket)
+        if bool(self._unsent) != self._writing:
+            self._writing = not self._writing
+            if self._writing:
+                self._loop.add_writer(self._socket, self._flush)
+            else:
+                self._loop.remove_writer(self._socket)
+        self.busy = self._writing
 
     def _on_end(self, cancel: Callable[[], None]) -> bool:
         self._cancel = cancel
