@@ -25,10 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from model_client import AsyncModelClient, ModelClient  # noqa: E402
-from tests.conftest import Server  # noqa: E402
+from tests.conftest import Server, running_engine  # noqa: E402
 from tiny_model_server import codec, schemas  # noqa: E402
 from tiny_model_server.engine.call import Call  # noqa: E402
-from tiny_model_server.engine.engine import Engine  # noqa: E402
 from tiny_model_server.settings import Settings  # noqa: E402
 
 SECONDS = float(os.environ.get("BENCH_SECONDS", "2"))
@@ -301,11 +300,10 @@ def client_overhead(server: Server) -> None:
 def hop() -> None:
     """The time through queue, worker process and back, for a model that takes no time."""
     logging.disable()
-    engine = Engine(Settings(models_dir=models()))
-    engine.wait(engine.load("length"))
     value = codec.encode("x")
-    _, p50, p99 = measure(lambda: engine.run("length", value, {}, Call()), 1)
-    engine.stop(1)
+    with running_engine(Settings(models_dir=models())) as engine:
+        engine.wait(engine.load("length"))
+        _, p50, p99 = measure(lambda: engine.run("length", value, {}, Call()), 1)
     print(f"\nQueue, worker process and back, without gRPC: p50 {p50:.2f} ms, p99 {p99:.2f} ms.")
 
 
