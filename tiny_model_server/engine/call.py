@@ -76,8 +76,9 @@ class Run:
         items = []
         for value in self.values:
             _check_declared(inputs, value)
-            # What is not repeatable is alone in its batch, because a batch that fails is run again item by item.
-            key: Hashable = (self.args, () if mixes else signature(value)) if repeatable else object()
+            # A stream is alone in its batch, and what is not repeatable: a batch that fails is run again item by item.
+            alone = self.stream or not repeatable
+            key: Hashable = object() if alone else (self.args, () if mixes else signature(value))
             item = Item(value, self.args, key, self.call.deadline, self._resolved, self.json_only)
             item.repeatable, item.response, item.stream = repeatable, self.response, self.stream
             items.append(item)
