@@ -85,7 +85,10 @@ class BlockingTransport(Transport):
             if not (local := self._send(call)):
                 return self._by_grpc(call)
         call.cancel_by(local)
-        return local.result()
+        try:
+            return local.result()
+        finally:
+            call.handle = None  # it knows the call: the two would keep a shared array until the collector runs
 
     def _send(self, call: Call) -> LocalCall | None:
         """The call, under way by the local transport; None if gRPC is to make it."""
