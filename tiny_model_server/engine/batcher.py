@@ -127,6 +127,7 @@ class Batcher:
         self._workers: list[Worker] = []  # idle ones
         self._timer: asyncio.TimerHandle | None = None
         self._room = asyncio.Event()
+        self._turn = asyncio.Lock()
 
     def put(self, items: Sequence[Item], spare: int = 0) -> None:
         """Queues all items or none, and leaves room for ``spare`` more.
@@ -147,44 +148,35 @@ class Batcher:
         self._dispatch()
 
     async def put_in_parts(self, items: Sequence[Item]) -> None:
-        """Queues many items, at most half a queue of them at once, as room becomes free.
+        """Queues many items, a quarter of a queue at a time, and leaves a quarter of it to others.
 
-        All such batches together leave a quarter of the queue to other callers. Items that cannot be queued any more
-        get the error as their outcome.
+        Several such batches take turns. If the queue could hold the batch, but not even a part fits now, it is refused
+        as by ``put``. Later, items that cannot be queued get the error as their outcome.
         """
-        if len(items) <= self.queue_size:
-            try:
-                return self.put(items)
-            except Overloaded:
-                pass  # then in parts
         part, spare = max(1, self.queue_size // 4), self.queue_size // 4
         if len(items) <= self.queue_size:
             self.put(items[:part], spare)
             items = items[part:]
-        for begin in range(0, len(items), part):
-            while not await self._put_part(items, begin, part, spare):
-                pass
+        async with self._turn:
+            for begin in range(0, len(items), part):
+                waiting = [item for item in items[begin : begin + part] if item.outcome is None]
+                await self._room_for(len(waiting) + spare)
+                self._put_late(waiting, spare)
 
-    async def _put_part(self, items: Sequence[Item], begin: int, part: int, spare: int) -> bool:
-        """Queues ``part`` items. Returns False if there was no room; waits until there may be some."""
-        waiting = [item for item in items[begin : begin + part] if item.outcome is None]
-        before = items[max(0, begin - 2 * part) : max(0, begin - part)]
-        self._room.clear()
-        if all(item.outcome for item in before) or self.closed:
-            try:
-                for item in waiting:
-                    item.enqueued = time.monotonic()
-                if waiting:
-                    self.put(waiting, spare)
-                return True
-            except Overloaded:
-                pass
-            except ServerError as error:
-                for item in items[begin:]:
-                    item.resolve(error)
-                return True
-        await self._room.wait()
-        return False
+    async def _room_for(self, count: int) -> None:
+        while not (self.closed or self._fit(count)):
+            self._room.clear()
+            await self._room.wait()
+
+    def _put_late(self, items: list[Item], spare: int) -> None:
+        for item in items:
+            item.enqueued = time.monotonic()
+        try:
+            if items:
+                self.put(items, spare)
+        except ServerError as error:
+            for item in items:
+                item.resolve(error)
 
     def idle(self, worker: Worker) -> None:
         """A worker waits for work, and has handed out its results."""
