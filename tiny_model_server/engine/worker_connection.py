@@ -24,6 +24,7 @@ _LONG = 1 << 14  # bytes of a pickle that goes into a file
 _MOST_FDS = 250  # in one message; Linux takes 253
 _LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.ETOOMANYREFS}
 _FLAGS = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # programs that a model starts inherit no descriptor
+_CUT_OFF = int(socket.MSG_CTRUNC)
 _SPACE = socket.CMSG_SPACE(4 * _MOST_FDS)
 
 
@@ -79,7 +80,7 @@ class WorkerConnection:
         for _, _, content in ancillary:
             fds.frombytes(content)
         self._fds += fds
-        if flags & socket.MSG_CTRUNC:
+        if flags & _CUT_OFF:
             raise OSError(errno.EMFILE, "this process has no descriptor free")
         return data
 
