@@ -53,8 +53,6 @@ class Run:
     response: SharedBuffers | None = None
     """Where the arrays of a single input's outcome go."""
     stream: Stream | None = None
-    buffers: SharedBuffers | None = None
-    """Where the inputs are, if their caller shares no memory."""
     items: list[Item] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     """All of them in the end, none before."""
