@@ -25,7 +25,7 @@ from tiny_model_server import codec, schemas
 from tiny_model_server.engine import children
 from tiny_model_server.engine.call import Call
 from tiny_model_server.errors import InvalidInput
-from tiny_model_server.settings import ModelOptions, Settings
+from tiny_model_server.settings import ModelOptions, Settings, SettingsError, model_overrides
 
 StartServer = Callable[..., Server]
 
@@ -557,12 +557,11 @@ def test_the_bounds_of_an_option_hold_wherever_it_comes_from(start_server: Start
      ("timeout_s", float("nan")), ("timeout_s", float("inf")), ("queue_size", -1),
      ("concurrency", 65), ("image_mode", "cmyk"), ("max_wait_ms", -1)],
 )  # fmt: skip
-def test_with_overrides_and_class_attributes_are_checked_alike(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name} = .* must be"):
-        ModelOptions().with_overrides({name: value})
+def test_overrides_and_class_attributes_are_checked_alike(name: str, value: Any) -> None:
+    with pytest.raises(SettingsError, match=f"TMS_MODEL_X_{name.upper()}='.*' must be"):
+        model_overrides("x", {f"TMS_MODEL_X_{name.upper()}": str(value)})
     with pytest.raises(ValueError, match=f"{name} = .* must be"):
         ModelOptions().declared({name: value})
-    assert ModelOptions().with_overrides({"devices": ("",), "args": {"a": 1}, "workers": 256}).workers == 256
 
 
 def test_an_engine_refuses_what_an_option_may_not_be(tmp_path: Path) -> None:

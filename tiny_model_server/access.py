@@ -20,7 +20,7 @@ _PROXY_HEADERS = frozenset(
 _PROXY_PREFIXES = ("x-forwarded", "x-envoy-")
 _ESTABLISHED = "01"
 _MAPPED = bytes(10) + b"\xff\xff"  # before an address of IPv4 that is written as one of IPv6
-_Address = IPv4Address | IPv6Address
+Address = IPv4Address | IPv6Address
 _WHO_MAY = {
     "token": "only callers with the admin token (TMS_ADMIN_TOKEN) as metadata 'authorization: Bearer TOKEN'",
     "local": "only the server's own user and root, on its host and not through a proxy (TMS_ADMIN=local; "
@@ -75,28 +75,20 @@ def _offers(metadata: Mapping[str, str | bytes], token: str) -> bool:
     return bool(token) and hmac.compare_digest(offered, f"Bearer {token}".encode())
 
 
-def forwarded(metadata: Mapping[str, str | bytes]) -> bool:
-    """True if the headers say that the call came through a proxy; their names are in lower case."""
-    return any(name in _PROXY_HEADERS or name.startswith(_PROXY_PREFIXES) for name in metadata)
-
-
 def is_loopback(host: str) -> bool:
     """True for the text of a loopback address, also for one of IPv4 that is written as one of IPv6."""
-    found = _address(host)
-    return found is not None and found.is_loopback
-
-
-def is_address(host: str) -> bool:
-    """True for the text of an address, False for a name."""
-    return _address(host) is not None
+    return bool((found := address(host)) and found.is_loopback)
 
 
 def on_this_host(peer: str, metadata: Mapping[str, str | bytes]) -> bool:
-    """True if a call came over loopback or a unix socket, whoever sent it, and not through a proxy.
+    """True if a call came over loopback or a unix socket, from any user, and not through a proxy.
 
-    ``peer`` is as gRPC writes it: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234", "unix:...".
+    ``peer`` is as gRPC writes it: "ipv4:127.0.0.1:1234", "ipv6:%5B::1%5D:1234", "unix:...". The names in ``metadata``
+    are in lower case.
     """
-    return not forwarded(metadata) and (peer.startswith("unix:") or is_loopback(_host_and_port(peer)[0]))
+    if any(name in _PROXY_HEADERS or name.startswith(_PROXY_PREFIXES) for name in metadata):
+        return False
+    return peer.startswith("unix:") or is_loopback(_host_and_port(peer)[0])
 
 
 def by_this_user(peer: str, ports: Collection[int] = ()) -> bool:
@@ -108,25 +100,22 @@ def by_this_user(peer: str, ports: Collection[int] = ()) -> bool:
     if peer.startswith("unix:"):
         return True
     host, port = _host_and_port(peer)
-    found = _address(host)
-    users = set(_users(found, int(port), ports)) if found else set()
+    users = set(_users(found, int(port), ports)) if (found := address(host)) else set()
     return bool(users) and users <= {os.geteuid(), 0}
 
 
-def _users(host: _Address, port: int, ports: Collection[int]) -> Iterator[int]:
-    """The users of the established connections that begin at an address, and lead to one of ``ports`` if there are."""
+def _users(host: Address, port: int, ports: Collection[int]) -> Iterator[int]:
+    """The users of the established connections from an address, to one of ``ports`` if any are given.
+
+    They are read from Linux's tables of connections, as proc(5) describes them. Other systems have none.
+    """
     begins = {f"{_hex(packed)}:{port:04X}" for packed in (host.packed, _MAPPED + host.packed)}
-    for line in _connections():
-        _, begin, end, state, _, _, _, user, *_ = line.split()
-        if begin in begins and state == _ESTABLISHED and (not ports or int(end[-4:], 16) in ports):
-            yield int(user)
-
-
-def _connections() -> Iterator[str]:
-    """The lines of Linux's tables of TCP connections, as proc(5) describes them; none on other systems."""
     for table in ("tcp", "tcp6"):
         with suppress(OSError):
-            yield from Path("/proc/net", table).read_text().splitlines()[1:]
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                _, begin, end, state, _, _, _, user, *_ = line.split()
+                if begin in begins and state == _ESTABLISHED and (not ports or int(end[-4:], 16) in ports):
+                    yield int(user)
 
 
 def _hex(address: bytes) -> str:
@@ -139,7 +128,8 @@ def _host_and_port(peer: str) -> tuple[str, str]:
     return host.strip("[]"), port
 
 
-def _address(host: str) -> _Address | None:
+def address(host: str) -> Address | None:
+    """The address that a text stands for, None for a name. One of IPv4 may be written as one of IPv6."""
     try:
         found = ip_address(host)
     except ValueError:

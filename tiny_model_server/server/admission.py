@@ -30,16 +30,18 @@ log = logging.getLogger("tiny_model_server.admission")
 NOTHING_READ = "the caller read nothing for too long (TMS_STREAM_IDLE_S)"
 NOTHING_SENT = "the caller sent nothing for too long (TMS_STREAM_IDLE_S)"
 NO_REQUEST = "the method takes exactly one request message"
-MOST_ARRIVING = 4096
+MAX_ARRIVING = 4096
 """Calls whose first message is awaited. They hold memory, but no thread."""
 _CROWDED = "too many calls wait for their callers"
-_CROWDED_S = 0.25  # a call that has waited for so long is ended if too many wait
+_CROWDED_S = 0.25  # if too many wait, those are ended that have waited for so long
 _TICK_S = 0.1
 _BACKOFF_MS = {None: 100, "1": 400, "2": 1600}  # by a call's retries so far, as gRPC counts them in its metadata
-_LAST_BACKOFF_MS = 5000
-_SLOWEST = 1 << 20  # bytes a second that a caller must take of an answer, after the first seconds
+_MAX_BACKOFF_MS = 5000
+_MIN_BYTES_PER_S = 1 << 20  # bytes a second that a caller must take of an answer, after the first seconds
 _NO_DEADLINE_S = 1e9
-_UPLOAD = 10  # a message with a deadline may take this many times stream_idle_s; its bytes on the way cannot be seen
+_UPLOAD_FACTOR = (
+    10  # a message with a deadline may take this many times stream_idle_s; its bytes on the way cannot be seen
+)
 
 
 class _Wait(NamedTuple):
@@ -53,9 +55,9 @@ class _Wait(NamedTuple):
 class Waits:
     """The calls that wait for their callers. A call whose wait is too long is ended."""
 
-    def __init__(self, **most: int) -> None:
-        """``most`` is the weight that all waits of a kind may have together. Beyond it, the oldest are ended early."""
-        self._most = most
+    def __init__(self, **max_weights: int) -> None:
+        """``max_weights`` bound the weight of all waits of a kind. Beyond it, the oldest are ended early."""
+        self._max_weights = max_weights
         self._waits: dict[GrpcCall, _Wait] = {}  # the oldest first; changed by single operations only
         self._some = threading.Event()  # set when a wait begins; an idle server sleeps
         threading.Thread(target=self._watch, name="waits", daemon=True).start()
@@ -95,12 +97,12 @@ class Waits:
         ended: Counter[str] = Counter()
         for call, wait in waits:
             late = now - wait.begun > wait.seconds
-            crowded = weights[wait.kind] > self._most.get(wait.kind, math.inf) and now - wait.begun > _CROWDED_S
+            crowded = weights[wait.kind] > self._max_weights.get(wait.kind, math.inf) and now - wait.begun > _CROWDED_S
             if (late or crowded) and self._waits.pop(call, None) is not None:
                 weights[wait.kind] -= wait.weight
                 ended[wait.why if late else _CROWDED] += 1
                 # The status waits behind what the caller does not read. After as long again, the call is cancelled.
-                if call.end(DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _LAST_BACKOFF_MS)):
+                if call.end(DeadlineExceeded(wait.why) if late else Overloaded(_CROWDED, _MAX_BACKOFF_MS)):
                     self.begin(call, "ending", wait.seconds, wait.why)
                 else:
                     call.context.cancel()
@@ -109,10 +111,9 @@ class Waits:
 
 
 class _Behavior(partial):  # type: ignore[type-arg]
-    """A method as grpcio calls it."""
+    """``Admission._unary`` or ``_stream``, bound to a method's handler."""
 
-    experimental_non_blocking = True  # of a stream: grpcio gives it a function that sends answers
-    request_streaming = False
+    experimental_non_blocking = True  # grpcio gives a stream a function that sends answers
 
 
 class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
@@ -128,10 +129,10 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         self._engine = engine
         self._exempt = f"/{exempt}/"
         self._idle_s = engine.settings.stream_idle_s
-        self._most = max(2, engine.settings.threads // 4)
+        self._max_calls = max(2, engine.settings.threads // 4)  # of a connection
         self._calls: Counter[str] = Counter()  # of each connection
         self._lock = threading.Lock()
-        self._waits = Waits(arriving=MOST_ARRIVING, threads=waiting, unread=engine.inflight.limit // 2)
+        self._waits = Waits(arriving=MAX_ARRIVING, threads=waiting, unread=engine.inflight.limit // 2)
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
         """Lets ``_unary`` or ``_stream`` call the method's behaviour."""
@@ -139,11 +140,9 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         if handler is None or details.method.startswith(self._exempt):
             return handler
         streams = handler.response_streaming
-        behavior = _Behavior(self._stream if streams else self._unary, handler)
-        behavior.request_streaming = handler.request_streaming
-        # How its requests come does not matter to grpcio, as ``submit`` receives them.
+        # grpcio need not know of request streams: ``submit`` receives the requests.
         make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
-        return make(behavior, None, handler.response_serializer)
+        return make(_Behavior(self._stream if streams else self._unary, handler), None, handler.response_serializer)
 
     def submit(  # type: ignore[override]
         self, run: Any, respond: Any, event: Any, state: Any, behavior: Any, receive: Any, *codecs: Any
@@ -153,7 +152,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
 
         def start(message: bytes | None) -> None:
             try:
-                if message is None and not (behavior.request_streaming and call.context.is_active()):
+                if message is None and not (behavior.args[0].request_streaming and call.context.is_active()):
                     raise Unimplemented(NO_REQUEST)
                 self._hold(call, message)
             except ServerError:
@@ -168,17 +167,17 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
             call.end(error)
             return
         remaining = call.context.time_remaining()
-        patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD * self._idle_s)
+        patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD_FACTOR * self._idle_s)
         self._waits.receive(call, "arriving", patience, start)
 
     def _enter(self, peer: str, attempts: Any) -> None:
         """Counts a call; Overloaded if its connection has as many as it may. ``attempts`` are its retries so far."""
         with self._lock:
             # All callers of a unix socket look like one: its file's mode says who they are.
-            if self._calls[peer] >= self._most and not peer.startswith("unix:"):
-                backoff_ms = _BACKOFF_MS.get(attempts, _LAST_BACKOFF_MS)
+            if self._calls[peer] >= self._max_calls and not peer.startswith("unix:"):
+                backoff_ms = _BACKOFF_MS.get(attempts, _MAX_BACKOFF_MS)
                 raise Overloaded(
-                    f"this connection has {self._most} calls in the server already, a quarter of TMS_THREADS",
+                    f"this connection has {self._max_calls} calls in the server already, a quarter of TMS_THREADS",
                     retry_after_ms=int(backoff_ms * random.uniform(0.5, 2)),  # so that not all come back at once
                 )
             self._calls[peer] += 1
@@ -199,7 +198,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
 
     def _unary(self, handler: Any, call: GrpcCall, context: Any) -> Any:
         try:
-            answer = handler.unary_unary(_parsed(handler, call.message), context)
+            answer = handler.unary_unary(call.message, context)
         except ServerError as error:
             abort(context, error)
         finally:
@@ -227,6 +226,8 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         except Exception as error:
             if not context.is_active():
                 return  # grpcio is not to send a second status
+            if isinstance(error, DecodeError):
+                error = InvalidInput("the request cannot be parsed")
             if isinstance(error, ServerError):
                 abort(context, error)
             raise
@@ -234,29 +235,17 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
             self._leave(call)
 
     def _requests(self, handler: Any, call: GrpcCall) -> Generator[Any, None, None]:
-        while call.message is not None:
-            yield _parsed(handler, call.message)
-            self._hold(call, None)
-            self._hold(call, self._next(call))
-
-    def _next(self, call: GrpcCall) -> bytes | None:
         arrived: SimpleQueue[bytes | None] = SimpleQueue()
-        self._waits.begin(call, "threads", self._idle_s, NOTHING_SENT)
-        call.receive(arrived.put)
-        message = arrived.get()
-        self._waits.over(call)
-        if not call.context.is_active():
-            raise Cancelled("the call has ended")
-        return message
+        while call.message is not None:
+            yield handler.request_deserializer(call.message) if handler.request_deserializer else call.message
+            self._hold(call, None)
+            self._waits.begin(call, "threads", self._idle_s, NOTHING_SENT)
+            call.receive(arrived.put)
+            message = arrived.get()
+            self._waits.over(call)
+            if not call.context.is_active():
+                raise Cancelled("the call has ended")
+            self._hold(call, message)
 
     def _seconds(self, answer: Any) -> float:
-        return self._idle_s + (len(answer) / _SLOWEST if isinstance(answer, bytes) else 0)
-
-
-def _parsed(handler: Any, message: Any) -> Any:
-    if not handler.request_deserializer:
-        return message
-    try:
-        return handler.request_deserializer(message)
-    except DecodeError:
-        raise InvalidInput("the request cannot be parsed") from None
+        return self._idle_s + (len(answer) / _MIN_BYTES_PER_S if isinstance(answer, bytes) else 0)

@@ -13,14 +13,14 @@ from tiny_model_server import codec, image_files
 from tiny_model_server.codec import Buffer, EncodedImage
 from tiny_model_server.errors import InvalidInput
 
-_LONGEST_HEADERS = 4096  # bytes of a part's headers, and of a Content-Type
-_LONGEST_URL_ENCODED = 1 << 18  # decoding one takes many times its memory
+_MAX_HEADER_BYTES = 4096  # bytes of a part's headers, and of a Content-Type
+_MAX_URL_ENCODED = 1 << 18  # decoding one takes many times its memory
 _FIELDS = ("image", "text", "data", "args")
 _EXPECTED = (
     "send one of image (a file), text or data (JSON), and args (a JSON object) if needed, as a form; "
     "or a body of type image/*, text/plain or application/json"
 )
-_LONGEST_LIST = 32  # items of an array that the page shows as they are
+_MAX_SHOWN_ITEMS = 32  # items of an array that the page shows as they are
 
 
 def read_input(content_type: str, body: bytearray) -> tuple[Any, dict[str, Any]]:
@@ -44,13 +44,13 @@ def read_input(content_type: str, body: bytearray) -> tuple[Any, dict[str, Any]]
 def _fields(content_type: str, body: bytearray) -> Iterable[tuple[str, Buffer]]:
     """The names and contents of a form's fields; any other body is one field."""
     header = Message()
-    header["Content-Type"] = content_type[:_LONGEST_HEADERS]
+    header["Content-Type"] = content_type[:_MAX_HEADER_BYTES]
     media_type = header.get_content_type()
     if media_type == "multipart/form-data":
         return _multipart(body, header.get_boundary("").encode())
     if media_type == "application/x-www-form-urlencoded":
         return _url_encoded(body)
-    return [({"application/json": "data"}.get(media_type, header.get_content_maintype()), body)]
+    return [("data" if media_type == "application/json" else header.get_content_maintype(), body)]
 
 
 def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, memoryview]]:
@@ -58,7 +58,7 @@ def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, memoryvi
     delimiter, content = b"\r\n--" + boundary, memoryview(body)
     at = body.find(delimiter[2:]) + len(delimiter) - 2
     while body[at : at + 2] != b"--":  # that ends the last delimiter
-        begin = body.find(b"\r\n\r\n", at, at + _LONGEST_HEADERS) + 4
+        begin = body.find(b"\r\n\r\n", at, at + _MAX_HEADER_BYTES) + 4
         end = body.find(delimiter, begin)
         if begin < 4 or end < 0:
             raise InvalidInput("malformed form: a part's headers are too long, or it ends before its last boundary")
@@ -69,14 +69,14 @@ def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, memoryvi
         at = end + len(delimiter)
 
 
-def _url_encoded(body: bytearray) -> Iterator[tuple[str, bytes]]:
-    if len(body) > _LONGEST_URL_ENCODED:
-        raise InvalidInput(f"send more than {_LONGEST_URL_ENCODED} bytes as multipart/form-data")
+def _url_encoded(body: bytearray) -> Iterable[tuple[str, bytes]]:
+    if len(body) > _MAX_URL_ENCODED:
+        raise InvalidInput(f"send more than {_MAX_URL_ENCODED} bytes as multipart/form-data")
     try:
         pairs = parse_qsl(_text(body), keep_blank_values=True, errors="strict", max_num_fields=len(_FIELDS))
     except ValueError as error:  # too many fields, or not UTF-8
         raise InvalidInput(f"malformed form: {error}") from None
-    return ((name, value.encode()) for name, value in pairs)
+    return [(name, value.encode()) for name, value in pairs]
 
 
 def _text(data: Buffer) -> str:
@@ -94,7 +94,7 @@ def view(value: Any) -> Any:
         return [view(item) for item in value]
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
-    return _facts(value) if isinstance(value, np.ndarray) and value.size > _LONGEST_LIST else value
+    return _facts(value) if isinstance(value, np.ndarray) and value.size > _MAX_SHOWN_ITEMS else value
 
 
 def _facts(array: codec.Array) -> dict[str, Any]:

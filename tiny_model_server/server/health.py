@@ -17,20 +17,21 @@ from google.protobuf.message import DecodeError
 from tiny_model_server import schemas
 from tiny_model_server.engine import placement
 from tiny_model_server.errors import InvalidInput, ModelNotFound, Overloaded
-from tiny_model_server.server.admission import MOST_ARRIVING, NO_REQUEST, NOTHING_READ, Waits
+from tiny_model_server.server.admission import MAX_ARRIVING, NO_REQUEST, NOTHING_READ, Waits
 from tiny_model_server.server.grpc_call import GrpcCall
 
 SERVICE = "grpc.health.v1.Health"
 _PATIENCE_S = 10.0
 """How long a caller of health may take to send its request, and to read an answer."""
-_MOST_WATCHERS = 8192
+_MAX_WATCHERS = 8192
 
 
 class _Inline(ThreadPoolExecutor):
-    """What grpcio takes for a method's thread pool: it answers a call in grpcio's own thread."""
+    """A method of health, as grpcio takes it: its own thread pool, which answers in grpcio's thread."""
 
     def __init__(self, waits: Waits, answer: Callable[[GrpcCall, bytes | None], None]) -> None:
         super().__init__(1)
+        self.experimental_thread_pool = self
         self._waits, self._answer = waits, answer
 
     def submit(self, run: Any, respond: Any, event: Any, state: Any, *rest: Any) -> None:  # type: ignore[override]
@@ -48,53 +49,45 @@ class _Watcher:
 
 
 class Health:
-    """Reports who is serving, to those who ask and to those who watch."""
+    """Reports which services serve: once to a Check, at each change to a Watch."""
 
     def __init__(self) -> None:
-        """Starts out knowing no service."""
+        """Starts without any service."""
         response = schemas.message("health", f"{SERVICE.rpartition('.')[0]}.HealthCheckResponse")
         self._unknown, self._up, self._down = (
             response(status=status).SerializeToString() for status in ("SERVICE_UNKNOWN", "SERVING", "NOT_SERVING")
         )
         self._request = schemas.methods("health", SERVICE)["Check"].request
-        self._waits = Waits(probes=MOST_ARRIVING)
+        self._waits = Waits(probes=MAX_ARRIVING)
         self._lock = threading.Lock()
         self._answers: dict[str, bytes] = {}  # by service
-        self._watchers: dict[_Watcher, None] = {}  # the oldest first
-        # A watch holds its connection open, and that a descriptor; others need some too.
-        self._most_watchers = min(_MOST_WATCHERS, placement.descriptors() // 4)
+        self._watchers: dict[GrpcCall, _Watcher] = {}  # the oldest first
+        # A watch keeps its connection open, and so a descriptor. Other connections need some too.
+        self._max_watchers = min(_MAX_WATCHERS, placement.descriptors() // 4)
         self._shut = False
 
     def set(self, serving: Mapping[str, bool]) -> None:
-        """Sets for each service name whether it serves; without effect once shut down."""
-        self._change({name: self._up if up else self._down for name, up in serving.items()})
+        """Sets for each service name whether it serves. After ``shut_down``, none does."""
+        with self._lock:
+            self._answers = {name: self._up if up and not self._shut else self._down for name, up in serving.items()}
+            for watcher in list(self._watchers.values()):
+                self._report(watcher)
 
     def shut_down(self) -> None:
-        """Reports that nothing serves any more."""
-        self._change(dict.fromkeys(self._answers, self._down), shut=True)
-
-    def _change(self, answers: dict[str, bytes], shut: bool = False) -> None:
-        with self._lock:
-            if not self._shut:
-                self._answers, self._shut = answers, shut
-                for watcher in self._watchers:
-                    self._report(watcher)
+        """Reports from now on that nothing serves."""
+        self._shut = True
+        self.set(dict.fromkeys(self._answers, False))
 
     def end_watches(self) -> None:
-        """Ends the streams of all who watch, which would otherwise hold up the server's stop."""
-        with self._lock:
-            watchers, self._watchers = self._watchers, {}
-        for watcher in watchers:
-            watcher.call.finish()
+        """Ends all watches, which would otherwise delay the server's stop."""
+        for call in list(self._watchers):
+            call.finish()
 
     def generic_handler(self) -> Any:
         """What grpcio's server is given."""
-        check, watch = partial(self._check), partial(self._watch)  # they can have grpcio's attribute
-        for behavior in (check, watch):
-            behavior.experimental_thread_pool = _Inline(self._waits, behavior)  # type: ignore[attr-defined]
         handlers: dict[str, Any] = {
-            "Check": grpc.unary_unary_rpc_method_handler(check),
-            "Watch": grpc.unary_stream_rpc_method_handler(watch),
+            "Check": grpc.unary_unary_rpc_method_handler(_Inline(self._waits, self._check)),  # type: ignore[arg-type]
+            "Watch": grpc.unary_stream_rpc_method_handler(_Inline(self._waits, self._watch)),  # type: ignore[arg-type]
         }
         return grpc.method_handlers_generic_handler(SERVICE, handlers)
 
@@ -106,16 +99,16 @@ class Health:
         call.finish(answer)
 
     def _watch(self, call: GrpcCall, request: bytes | None) -> None:
-        watcher = _Watcher(self._service(request), call)
+        service = self._service(request)
         with self._lock:
-            if len(self._watchers) >= self._most_watchers:
+            if len(self._watchers) >= self._max_watchers:
                 oldest = next(iter(self._watchers))
-                del self._watchers[oldest]
-                oldest.call.end(Overloaded("too many callers watch health; watch again"))
-            self._watchers[watcher] = None
-            self._report(watcher)
-        if not call.context.add_callback(lambda: self._forget(watcher)):
-            self._forget(watcher)
+                self._watchers.pop(oldest, None)
+                oldest.end(Overloaded("too many callers watch health; watch again"))
+            self._watchers[call] = _Watcher(service, call)
+            self._report(self._watchers[call])
+        if not call.context.add_callback(lambda: self._watchers.pop(call, None)):
+            self._watchers.pop(call, None)
 
     def _service(self, request: bytes | None) -> str:
         if request is None:
@@ -137,9 +130,5 @@ class Health:
         self._waits.over(watcher.call)
         with self._lock:
             watcher.sending = False
-            if watcher in self._watchers:
+            if watcher.call in self._watchers:
                 self._report(watcher)
-
-    def _forget(self, watcher: _Watcher) -> None:
-        with self._lock:
-            self._watchers.pop(watcher, None)

@@ -48,7 +48,8 @@ _STATUS = {
 }
 _KNOWN = "get /, /livez, /readyz, /models, /metrics or /v2, or post to /models/NAME/run, load, unload or reload"
 _TIMEOUT_S = 60.0
-_BODY_S, _SLOWEST = 30.0, 1 << 16  # time for a body; so many bytes of it give a second more, but never more than that
+_BODY_S = 30.0  # without progress, a body may take so long
+_MIN_BYTES_PER_S = 1 << 16  # each so many bytes of a body give it a second more, up to _BODY_S from now
 _DRAIN_S = 2.0  # time for the rest of a body that nobody needs
 _SPARE_THREADS = 8  # beyond what the engine admits: some are always left for refusals and for changing models
 _HEADERS = {
@@ -65,16 +66,11 @@ class Web:
         self._own_names = {"localhost", socket.gethostname().lower(), *map(str.lower, settings.allowed_hosts)}
         self._rest = Rest(engine)
         self._threads = ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="http")
-        routes = [
-            Route("/", self._page),
-            Route("/livez", self._live),
-            Route("/readyz", self._ready),
-            Route("/models", self._models),
-            Route("/metrics", self._metrics),
-            Route("/models/{name:path}/run", self._run, methods=["POST"]),
-        ]
-        for action in ("load", "unload", "reload"):
-            routes.append(Route(f"/models/{{name:path}}/{action}", partial(self._change, action), methods=["POST"]))
+        gets = {"/": self._page, "/livez": self._live, "/readyz": self._ready, "/models": self._models}
+        posts: dict[str, Any] = {name: partial(self._change, name) for name in ("load", "unload", "reload")}
+        posts["run"] = self._run
+        routes = [Route(path, answer) for path, answer in (gets | {"/metrics": self._metrics}).items()]
+        routes += [Route(f"/models/{{name:path}}/{name}", answer, methods=["POST"]) for name, answer in posts.items()]
         if "open_inference" in settings.protocols:
             routes.append(Route("/v2{rest:path}", self._open_inference, methods=["GET", "POST"]))
         handlers: Any = {HTTPException: _http_error, ServerError: _server_error, Exception: _fault}
@@ -157,8 +153,7 @@ class Web:
         return await self._in_thread(request, run)
 
     async def _open_inference(self, request: Request) -> Response:
-        verb = "POST" if request.method == "POST" else "GET"
-        method, fields = self._rest.find(verb, request.scope["path"])
+        method, fields = self._rest.find("POST" if request.method == "POST" else "GET", request.scope["path"])
         if not method:
             raise HTTPException(404)
         if method not in ("ServerLive", "ServerReady"):
@@ -168,7 +163,7 @@ class Web:
         if method == "ModelInfer":
             self._check_input(request, fields["model_name"])
         answer = partial(self._rest.answer, method, fields, request.headers)
-        if verb == "POST":
+        if request.method == "POST":
             return await self._in_thread(request, answer)
         return answer(b"", _call(request, Future()))
 
@@ -191,10 +186,10 @@ class Web:
         The owner of a site can let its name resolve to 127.0.0.1. Then its page may send requests to this host from the
         user's browser, but the browser gives that name as Host. A browser sends Origin with each POST.
         """
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        foreign = request.method not in ("GET", "HEAD") and (
-            request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-            or (origin is not None and urlsplit(origin).netloc != host)
+        headers, host = request.headers, request.headers.get("host", "")
+        foreign = request.method == "POST" and (
+            headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
+            or headers.get("origin", f"http://{host}").partition("://")[2] != host
         )
         local = request.client is not None and access.is_loopback(request.client.host)
         if foreign or (local and host and not self._is_own_name(host)):
@@ -208,29 +203,28 @@ class Web:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
-        return access.is_address(name) or bool({name, "*"} & self._own_names)
+        return access.address(name) is not None or bool({name, "*"} & self._own_names)
 
     async def _in_thread(self, request: Request, work: Callable[[bytearray, Call], Response]) -> Response:
         """What ``work(body, call)`` returns, which runs in a thread. If the caller disconnects, its call ends."""
         ended: Future[None] = Future()
         async with self._body(request) as body:
             call = _call(request, ended)
-            result = asyncio.get_running_loop().run_in_executor(self._threads, work, body, call)
             disconnected = asyncio.ensure_future(_disconnected(request))
+            disconnected.add_done_callback(lambda _: ended.cancel())
             try:
-                await asyncio.wait((result, disconnected), return_when=asyncio.FIRST_COMPLETED)
-                ended.cancel()
-                return await result
+                return await asyncio.get_running_loop().run_in_executor(self._threads, work, body, call)
             finally:
-                ended.cancel()
-                call.on_end = lambda callback: False  # else the call and what it registered would keep each other alive
-                result.cancel()
                 disconnected.cancel()
+                call.on_end = lambda callback: False  # else the call and what it registered would keep each other alive
 
     @asynccontextmanager
     async def _body(self, request: Request) -> AsyncIterator[bytearray]:
-        """A request's body. Its bytes are counted (TMS_MAX_INFLIGHT_MB) before they arrive, until the context ends."""
-        budget, counted = self._engine.inflight, 0
+        """A request's body, read within a time limit.
+
+        Its bytes are counted (TMS_MAX_INFLIGHT_MB) from before they arrive until the context ends.
+        """
+        budget, counted, body = self._engine.inflight, 0, bytearray()
         largest = min(self._engine.settings.max_message_mb << 20, budget.limit)
 
         def count(size: int) -> None:
@@ -245,28 +239,21 @@ class Web:
         try:
             try:
                 count(int(request.headers.get("content-length", 0)))
-                body = await _read(request, count)
+                async with asyncio.timeout(_BODY_S) as limit:
+                    async for part in request.stream():
+                        count(len(body) + len(part))
+                        body += part
+                        later = (limit.when() or 0) + len(part) / _MIN_BYTES_PER_S
+                        limit.reschedule(min(later, asyncio.get_running_loop().time() + _BODY_S))
+            except TimeoutError:
+                raise HTTPException(408, f"the body did not arrive in time; {len(body)} bytes of it did") from None
+            except ClientDisconnect:
+                raise Cancelled("the caller disconnected") from None
             finally:
                 budget.arrived(counted)
             yield body
         finally:
             budget.give(counted)
-
-
-async def _read(request: Request, count: Callable[[int], None]) -> bytearray:
-    """The whole body, whose size is counted as it arrives; HTTPException if it is too slow."""
-    body, clock = bytearray(), asyncio.get_running_loop().time
-    try:
-        async with asyncio.timeout(_BODY_S) as limit:
-            async for part in request.stream():
-                count(len(body) + len(part))
-                body += part
-                limit.reschedule(min((limit.when() or 0) + len(part) / _SLOWEST, clock() + _BODY_S))
-    except TimeoutError:
-        raise HTTPException(408, f"the body did not arrive in time; {len(body)} bytes of it did") from None
-    except ClientDisconnect:
-        raise Cancelled("the caller disconnected") from None
-    return body
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,12 +1,11 @@
 """Runs the HTTP port: uvicorn in a thread with an event loop of its own, and limits on what connections may cost.
 
-uvicorn closes a connection that sends no request; this adds limits on the time for headers and TLS handshakes, on the
-number of connections, on answers that callers do not read, and on the work that one request makes for the parser.
+uvicorn closes a connection that sends no request. This file limits the time for headers and TLS handshakes, the number
+of connections, the bytes of answers that callers do not read, and the work that one request makes for the parser.
 """
 
 import asyncio
 import logging
-import resource
 import socket
 import threading
 import time
@@ -17,6 +16,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from tiny_model_server.engine import placement
 from tiny_model_server.server import tls
 from tiny_model_server.settings import Settings, SettingsError
 
@@ -25,20 +25,22 @@ log = logging.getLogger("tiny_model_server.http")
 _BACKLOG = 1024
 _HEADERS_S = 10  # for a TLS handshake; and for a request's headers, from the connection or the last answer on
 _UNFINISHED_S = 1.0  # time that a request has to arrive once the server stops
-_LONGEST_HEADERS = 1 << 15
-_FREE_CHUNKS, _CHUNK_BYTES = 10_000, 256  # a body with more chunks must have so many bytes for each
-_MOST_CONNECTIONS = 1024
+_MAX_HEADER_BYTES = 1 << 15
+_FREE_CHUNKS, _MIN_CHUNK_BYTES = 10_000, 256  # a body with more chunks must have so many bytes for each
+_MAX_CONNECTIONS = 1024
 
 
 class HttpServer(uvicorn.Server):
     """An ASGI application at TMS_HTTP_PORT."""
 
-    def __init__(self, app: Any, settings: Settings, most_unread: int) -> None:
+    def __init__(self, app: Any, settings: Settings, max_unread: int) -> None:
         """Binds the port; SettingsError if another process has it, or if the TLS files cannot be used.
 
-        Callers may leave at most ``most_unread`` bytes of answers unread.
+        Callers may leave at most ``max_unread`` bytes of answers unread.
         """
-        self._most, self._most_unread = _most_connections(), most_unread
+        # A quarter of the descriptors that the process may have: the rest is for gRPC and the workers.
+        self._max_connections = max(16, min(_MAX_CONNECTIONS, placement.descriptors() // 4))
+        self._max_unread = max_unread
         config = uvicorn.Config(
             app,
             http="h11",
@@ -48,12 +50,10 @@ class HttpServer(uvicorn.Server):
             log_level="error",
             access_log=False,
             proxy_headers=False,  # a caller could write anything into them
-            server_header=False,
-            limit_concurrency=self._most + 1,  # the connection above the limit is answered with 503
+            limit_concurrency=self._max_connections + 1,  # the connection above the limit is answered with 503
             timeout_keep_alive=_HEADERS_S,
         )
         super().__init__(config)
-        self.servers = []  # it accepts connections itself
         self._files = tls.Files.of(settings)
         self._listener = _listen(settings)
         self.port: int = self._listener.getsockname()[1]
@@ -82,11 +82,7 @@ class HttpServer(uvicorn.Server):
 
     def _run(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
-            runner.run(self.serve())
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn, whose own method would accept connections without a limit."""
-        self.started = True
+            runner.run(self.serve(sockets=[]))  # uvicorn itself would accept connections without a limit
 
     async def main_loop(self) -> None:
         """Accepts connections until the stop. uvicorn's own method would wake ten times a second."""
@@ -104,8 +100,8 @@ class HttpServer(uvicorn.Server):
                 log.warning("no connection can be accepted: %s", error.strerror)
                 await asyncio.sleep(1)
                 continue
-            if len(self._open) >= self._most:
-                self._make_room()
+            if len(self._open) >= self._max_connections:
+                self._end_oldest([one for one in self._open if one.waits_for_request])
             connection = _Connection(self)
             self._open[connection] = asyncio.create_task(self._serve_connection(connection, accepted))
             await asyncio.sleep(0)  # many new connections do not hold up the others
@@ -125,23 +121,18 @@ class HttpServer(uvicorn.Server):
             if connection.transport:
                 connection.transport.abort()
 
-    def _make_room(self) -> None:
-        """Ends the connection that has waited longest for its caller's request, if there is one."""
-        waiting = [connection for connection in self._open if connection.is_waiting]
-        if waiting:
-            self._open.pop(min(waiting, key=lambda one: one.since)).cancel()
+    def _end_oldest(self, connections: list["_Connection"]) -> None:
+        """Ends the connection that has waited longest for its caller."""
+        if connections:
+            self._open.pop(min(connections, key=lambda one: one.since)).cancel()
 
     def limit_unread(self) -> None:
         """Ends the connections that have waited longest for their callers to read, if too many bytes are unread."""
-        unread = [one for one in self._open if one.flow and one.flow.write_paused]
-        unread.sort(key=lambda one: one.since)
-        total = sum(one.transport.get_write_buffer_size() for one in unread)
-        for one in unread[:-1]:
-            if total <= self._most_unread:
+        while len(unread := [one for one in self._open if one.flow and one.flow.write_paused]) > 1:
+            if sum(one.transport.get_write_buffer_size() for one in unread) <= self._max_unread:
                 break
             log.warning("a connection is closed: callers have left too many bytes of answers unread")
-            total -= one.transport.get_write_buffer_size()
-            self._open.pop(one).cancel()
+            self._end_oldest(unread)
 
 
 class _Connection(H11Protocol):
@@ -149,14 +140,14 @@ class _Connection(H11Protocol):
 
     def __init__(self, server: HttpServer) -> None:
         super().__init__(server.config, server.server_state, {}, asyncio.get_running_loop())
-        self.conn = _Parser(h11.SERVER, _LONGEST_HEADERS)
+        self.conn = _Parser(h11.SERVER, _MAX_HEADER_BYTES)
         self.closed = asyncio.Event()
         self.since = time.monotonic()
         """When it began to wait for a request, or for the caller to read the answer."""
         self._limit_unread = server.limit_unread
 
     @property
-    def is_waiting(self) -> bool:
+    def waits_for_request(self) -> bool:
         """True while the caller has not sent a whole request."""
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
@@ -166,7 +157,6 @@ class _Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()
         self.closed.set()
 
     def data_received(self, data: bytes) -> None:  # uvicorn's would end the timer at the first byte of a request
@@ -175,10 +165,10 @@ class _Connection(H11Protocol):
 
     def shutdown(self) -> None:
         super().shutdown()  # waits for a request that is in work
-        self.loop.call_later(_UNFINISHED_S, self._abort_if_waiting)
+        self.loop.call_later(_UNFINISHED_S, self._abort_if_unfinished)
 
-    def _abort_if_waiting(self) -> None:
-        if self.is_waiting:
+    def _abort_if_unfinished(self) -> None:
+        if self.waits_for_request:
             self.transport.abort()
 
     def on_response_complete(self) -> None:
@@ -205,10 +195,10 @@ class _Parser(h11.Connection):
         if isinstance(event, h11.Request):
             self._chunks_left = _FREE_CHUNKS
             size = len(event.target) + sum(len(name) + len(value) + 4 for name, value in event.headers)
-            if size > _LONGEST_HEADERS or dict(event.headers).keys() >= {b"content-length", b"transfer-encoding"}:
+            if size > _MAX_HEADER_BYTES or dict(event.headers).keys() >= {b"content-length", b"transfer-encoding"}:
                 raise h11.RemoteProtocolError("the headers are too long, or give the length twice")
         elif isinstance(event, h11.Data):
-            self._chunks_left += len(event.data) // _CHUNK_BYTES - event.chunk_end
+            self._chunks_left += len(event.data) // _MIN_CHUNK_BYTES - event.chunk_end
             if self._chunks_left < 0:
                 raise h11.RemoteProtocolError("the chunks are too small")
         return event
@@ -230,9 +220,3 @@ def _listen(settings: Settings) -> socket.socket:
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     listener.setblocking(False)
     return listener
-
-
-def _most_connections() -> int:
-    """A quarter of the descriptors that the process may have: the rest is for gRPC and the workers."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(_MOST_CONNECTIONS, soft // 4))

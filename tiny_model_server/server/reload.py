@@ -13,37 +13,37 @@ from tiny_model_server.engine.repository import State
 log = logging.getLogger("tiny_model_server.reload")
 
 _AGAIN_S = 2.0  # after a failure to watch
-_LOOK_MS = 5000  # how often to look whether it is still the same folder
+_LOOK_MS = 5000  # how often it is checked that the path leads to the same folder
 
 
 def watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
     """Reloads each model below ``folder`` when something in it changes, and loads new ones, until ``stop`` is set.
 
-    While the folder cannot be watched, as it may be away for a moment, it is tried again.
+    If the folder cannot be watched, because it is missing for a moment, the watch is tried again.
     """
     while not stop.is_set():
         try:
             _watch(engine, folder, stop)
-        except Exception as error:  # whatever the system reports, try again
+        except Exception as error:  # what the system may report is not known
             log.error("%s cannot be watched for changes: %s", folder, error)
             stop.wait(_AGAIN_S)
 
 
 def _watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
-    """Watches a folder until another one replaces it, because the system would go on to watch the old one."""
+    """Watches a folder until another folder has its path; the system would still watch the old one."""
     here, watched = folder.resolve(), folder.stat()
     changes = watchfiles.watch(
         here,
         stop_event=stop,
         raise_interrupt=False,
-        ignore_permission_denied=True,  # of one folder in it; the others are watched
+        ignore_permission_denied=True,  # one such folder does not end the watch of the others
         rust_timeout=_LOOK_MS,
         yield_on_timeout=True,
     )
     for changed in changes:
-        paths = [Path(path) for _, path in changed if Path(path) != here]
-        for name in sorted({path.relative_to(here).parts[0] for path in paths if path.is_relative_to(here)}):
-            _reload(engine, here / name)
+        paths = {Path(path) for _, path in changed} - {here}
+        for model in sorted({here / path.relative_to(here).parts[0] for path in paths}):
+            _reload(engine, model)
         if not os.path.samestat(folder.stat(), watched):
             log.warning("%s was replaced by another folder", folder)
             return
