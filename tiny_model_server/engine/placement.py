@@ -59,7 +59,10 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
     lines = re.findall(r"^\d+:(.*?):(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
     groups = {Path(group.lstrip("/")) for names, group in lines if controller in names.split(",") or not names}
     base = root / "sys/fs/cgroup"
-    for mount in (base, base / "unified", *(base.glob(f"*{controller}*") if base.is_dir() else ())):
+    mounts = [base, base / "unified"]
+    with suppress(OSError):  # there are none on other systems
+        mounts += base.glob(f"*{controller}*")
+    for mount in mounts:
         for group in groups | {Path()}:
             yield from (mount / folder for folder in (group, *group.parents) if ".." not in folder.parts)
 
