@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple, Union
 
 import numpy as np
@@ -33,14 +33,13 @@ MOST_NODES = 1_250_000
 
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DTYPES = re.compile(
-    r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|<U\d{1,8}|\|S\d{1,8}"
+    r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|<U[1-9]\d{0,7}|\|S[1-9]\d{0,7}"
     r"|<[mM]8(\[\d{0,4}([YMWDhms]|[munpfa]s)\])?"
 )
 _DEEPEST = 200  # lists and dicts in each other; walking down them takes two of Python's 1000 frames each
 _STRING_OR_NODE = re.compile(r'"[^"]*"?|([,:\[{])')
 _MOST_DIMENSIONS = 32
 _MOST_EMPTY = 1 << 16  # empty lists that an array without elements may be as JSON: shape [1000, 0] is a thousand
-_LARGEST_EMPTY = 1 << 31  # what numpy takes for the product of the other dimensions
 _SPARE_REFERENCES = 1000
 _SPARE_BYTES = 1 << 20
 _WIDEST_TEXTS = 1 << 20  # bytes of an array of texts, which has room for its longest text in each place
@@ -88,11 +87,6 @@ class Placed(NamedTuple):
     shape: tuple[int, ...]
 
     @property
-    def ndim(self) -> int:
-        """The number of dimensions."""
-        return len(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """The bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -108,11 +102,9 @@ class Encoded(NamedTuple):
 
 
 class CannotSerialize(TypeError):
-    """A value cannot be encoded; each level above it adds where it is."""
+    """(what, instead): a value cannot be encoded; each level above it adds where it is."""
 
-    def __init__(self, what: str, instead: str) -> None:
-        super().__init__(what, instead)
-        self.path = ""
+    path = ""
 
     def __str__(self) -> str:
         return f"cannot serialize {self.args[0]} at {self.path or 'the top'}: {self.args[1]}"
@@ -140,8 +132,7 @@ def decode(encoded: Encoded, image: Callable[[bytes], Any] = EncodedImage) -> An
     def resolve(name: str, array: Any) -> Any:
         if name == "$array" or isinstance(array, Placed):
             return array
-        data = bytes(raw(array))
-        return image(data) if name == "$image" else data
+        return image(bytes(raw(array))) if name == "$image" else bytes(raw(array))
 
     return _resolved(_parsed(encoded.text), encoded.arrays, resolve)
 
@@ -158,12 +149,9 @@ def check(text: str, arrays: Sequence[Any]) -> None:
         return
     sizes: list[int] = []
     _resolved(value, arrays, lambda name, array: sizes.append(array.nbytes))
-    sent = sum(array.nbytes for array in arrays)
-    if len(sizes) > len(arrays) + _SPARE_REFERENCES or sum(sizes) > 2 * sent + _SPARE_BYTES:
-        raise InvalidInput(
-            f"the JSON refers {len(sizes)} times to {len(arrays)} arrays, which makes {sum(sizes)} bytes of {sent}; "
-            "refer to each array once"
-        )
+    most = 2 * sum(array.nbytes for array in arrays) + _SPARE_BYTES
+    if len(sizes) > len(arrays) + _SPARE_REFERENCES or sum(sizes) > most:
+        raise InvalidInput(f"the JSON refers {len(sizes)} times to {len(arrays)} arrays; refer to each array once")
 
 
 def json_only(value: Any) -> str:
@@ -190,9 +178,7 @@ def standard_json(value: Any) -> str:
 def parse_json(text: str) -> Any:
     """The value of a JSON text that a caller sent; InvalidInput says where it is malformed, or that it is too much."""
     if len(text) > MOST_NODES and _has_too_many_nodes(text):
-        raise InvalidInput(
-            f"the JSON has more than {MOST_NODES} values, keys and brackets; send arrays as bytes, or several requests"
-        )
+        raise InvalidInput(f"the JSON has more than {MOST_NODES} values, keys and brackets; send arrays as bytes")
     value = _parsed(text)
     if text.count("[") + text.count("{") > _DEEPEST:
         _check_depth(value)
@@ -213,7 +199,7 @@ def parse_args(text: str) -> dict[str, Any]:
         return {}
     args = parse_json(text) or {}
     if "$" in text:
-        args = _resolved(args, (), lambda name, array: None)
+        args = decode(Encoded(text, []))
     if not isinstance(args, dict):
         raise InvalidInput(f'args must be a JSON object such as {{"top": 3}}, not {text[:80]!r}')
     return args
@@ -278,10 +264,10 @@ def elements(shape: Sequence[int]) -> int:
         raise InvalidInput(f"an array has at most {_MOST_DIMENSIONS} dimensions, not {len(shape)}")
     if any(size < 0 for size in shape):
         raise InvalidInput(f"shape {list(shape)} has a negative dimension")
-    rows = math.prod(list(shape)[: list(shape).index(0)]) if 0 in shape else 0
-    if rows > _MOST_EMPTY or (0 in shape and math.prod(size or 1 for size in shape) > _LARGEST_EMPTY):
+    count = math.prod(shape)
+    if not count and (math.prod(takewhile(bool, shape)) > _MOST_EMPTY or math.prod(filter(None, shape)) >= 1 << 31):
         raise InvalidInput(f"shape {list(shape)} has more than {_MOST_EMPTY} rows without elements, or too long ones")
-    return math.prod(shape)
+    return count
 
 
 def array_from(dtype: str, shape: Sequence[int], data: Buffer) -> Array:
@@ -292,11 +278,10 @@ def array_from(dtype: str, shape: Sequence[int], data: Buffer) -> Array:
 
 def placed(dtype: str, shape: Sequence[int], length: int) -> Placed:
     """An array whose ``length`` bytes lie elsewhere; InvalidInput if dtype, shape and length don't fit together."""
-    count, array = elements(shape), Placed(dtype_of(dtype), tuple(shape))
+    elements(shape)
+    array = Placed(dtype_of(dtype), tuple(shape))
     if array.nbytes != length:
         raise InvalidInput(f"shape {list(shape)} of {dtype} needs {array.nbytes} bytes, but there are {length}")
-    if count and not length:
-        raise InvalidInput(f"shape {list(shape)} of {dtype} has elements of no bytes")
     return array
 
 
@@ -326,18 +311,10 @@ def from_bytes(data: bytes, kind: str = "") -> Any:
         return data
 
 
-def require_image(array: Array) -> Array:
-    """The array, portable, as an image of numbers: HxW or HxWxC; InvalidInput for anything else."""
-    check_image(array)
-    return portable(array)
-
-
-def check_image(array: Array | Placed) -> None:
-    """InvalidInput unless the array is an image of numbers: HxW or HxWxC."""
+def check_image(array: Any) -> Any:
+    """The same array; InvalidInput unless it is an image of numbers: HxW or HxWxC."""
     if array.dtype.kind not in "biuf" or len(array.shape) not in (2, 3) or 0 in array.shape:
-        raise InvalidInput(
-            f"an image is an array of numbers of shape HxW or HxWxC, not {array.dtype} of shape {array.shape}"
-        )
+        raise InvalidInput(f"an image is an array of numbers, HxW or HxWxC, not {array.dtype} of shape {array.shape}")
 
 
 def lists(array: Array) -> Any:
@@ -377,10 +354,7 @@ def _parsed(text: str) -> Any:
 
 
 def _not_json(name: str) -> Any:
-    raise InvalidInput(
-        f'malformed JSON: {name} is not JSON; send null, or {{"$float": "nan"}} (also "inf", "-inf") in args and in '
-        "values with arrays"
-    )
+    raise InvalidInput(f'malformed JSON: {name} is not JSON; send null, or {{"$float": "nan"}} (also "inf", "-inf")')
 
 
 # json.dumps would make an encoder for each call.
@@ -459,15 +433,16 @@ def _encode_dict(value: Mapping[Any, Any], arrays: list[Array] | None) -> Any:
 
 
 def _encode_other(value: Any, arrays: list[Array] | None) -> Any:
+    kind = type(value).__name__
     if isinstance(value, np.ndarray):
         return _encode_array("$array", portable(value), arrays)
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        if isinstance(value, memoryview) and (value.format != "B" or value.ndim != 1):
+    if isinstance(value, memoryview):
+        if value.format != "B" or value.ndim != 1:
             raise CannotSerialize("a memoryview of other things than bytes", "send np.asarray(view)")
-        data = value.tobytes() if isinstance(value, memoryview) else value
+        value = value.tobytes()
+    if isinstance(value, (bytes, bytearray)):
         name = "$image" if isinstance(value, EncodedImage) else "$bytes"
-        return _encode_array(name, np.frombuffer(data, np.uint8), arrays)
-    kind = type(value).__name__
+        return _encode_array(name, np.frombuffer(value, np.uint8), arrays)
     if isinstance(value, (np.bool_, np.integer, np.floating)):
         number = float(value) if isinstance(value, np.floating) else value.item()
         if number != value and not np.isnan(value):
@@ -506,16 +481,14 @@ def _array_of_texts(array: Array) -> Array:
     if not listed or not all(isinstance(text, str) for text in listed):
         return array
     room = 4 * len(listed) * max(map(len, listed))
-    if room > _WIDEST_TEXTS and room > 16 * sum(map(len, listed)):
+    if room > max(_WIDEST_TEXTS, 16 * sum(map(len, listed))):
         return array  # for one long text among short ones a list is better
     texts = np.array(listed, dtype=str)
     return texts.reshape(array.shape) if texts.tolist() == listed else array  # numpy drops NULs at a text's end
 
 
-def _key(key: Any) -> str:
-    if isinstance(key, str):
-        text: str = _encode(key, None)
-        return text
-    if key is None or isinstance(key, (bool, int, float, np.bool_, np.integer, np.floating)):
-        return json.dumps(_encode(key, None))
+def _key(key: Any) -> Any:
+    if key is None or isinstance(key, (str, bool, int, float, np.bool_, np.integer, np.floating)):
+        encoded = _encode(key, None)
+        return encoded if isinstance(encoded, str) else json.dumps(encoded)
     raise CannotSerialize(f"a key of type {type(key).__name__}", "use a text")

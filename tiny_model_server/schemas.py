@@ -118,17 +118,14 @@ class _Counter:
     """Counts what a message has, from its bytes alone."""
 
     def __init__(self, most_items: int) -> None:
-        self._most_items = most_items
-        self._fields_left = most_items * _FIELDS_PER_ITEM + _SPARE_FIELDS
+        self._most_items, self._most_fields = most_items, most_items * _FIELDS_PER_ITEM + _SPARE_FIELDS
         self._left: dict[str, int] = {}
 
     def count(self, kind: Any, data: bytes, begin: int, end: int) -> None:
         """InvalidInput if the message has too much, LookupError if it is malformed."""
         counted = _counted_fields(kind)
         for tag, _, at, after in _fields(data, begin, end):
-            self._fields_left -= 1
-            if self._fields_left < 0:
-                raise InvalidInput(f"the request has too many fields for {self._most_items} items (TMS_MAX_ITEMS)")
+            self._take("fields", 1, self._most_fields)
             if tag & 7 != _BYTES or (tag >> 3) not in counted:
                 continue
             name, number_size, inner = counted[tag >> 3]

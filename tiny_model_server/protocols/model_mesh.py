@@ -15,17 +15,15 @@ from tiny_model_server.engine import placement
 from tiny_model_server.engine.call import Call
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel, State
-from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ModelNotFound, ServerError
+from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ModelNotFound
 from tiny_model_server.settings import ModelOptions, SettingsError
 
 SCHEMA = "model_mesh"
 SERVICE = "mmesh.ModelRuntime"
 
-_LOADS_AT_ONCE = 4
-_LOCKS = 64  # ids share them, so that ids which are gone take no memory
 _MIB = 1 << 20
 _NATIVE = "RunText RunImage RunBatchText RunBatchImage RunImageToImage Run RunBatch RunStream".split()
-# Where these calls carry the model's name: a field's number. The sidecar passes on no other calls.
+# The number of the field that has the model's name, by call. The sidecar passes on no other calls.
 _NAME_FIELDS = dict.fromkeys((f"server.Server/{method}" for method in _NATIVE), 2) | {
     "server.Server/GetInputShape": 1,
     "inference.GRPCInferenceService/ModelInfer": 1,
@@ -41,7 +39,7 @@ def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
 class _ModelMesh:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._locks = [threading.Lock() for _ in range(_LOCKS)]
+        self._locks: dict[str, threading.Lock] = {}  # by id
         self._adopted: set[str] = set()
         self._measured: dict[str, int] = {}  # bytes, by path
         self._default = engine.settings.mesh_default_mb * _MIB
@@ -65,23 +63,21 @@ class _ModelMesh:
         return {"sizeInBytes": size, "maxConcurrency": model.metrics.places}
 
     def _load(self, name: str, path: Path, call: Call) -> ServedModel:
-        """Loads in a thread of its own, so that this one sees the caller disconnect and ends the load."""
+        """Waits for the load or until the caller disconnects. Then forgetting the model ends the load."""
         self._engine.wait(self._engine.adopt(name, path))
         self._adopted.add(name)
-        loading = self._engine.submit(self._engine.load(name))
-        over = threading.Event()
+        loading, over = self._engine.submit(self._engine.load(name)), threading.Event()
         loading.add_done_callback(lambda _: over.set())
         if call.on_end(over.set):
             over.wait()
-        try:
-            if call.on_end(over.set):
-                return loading.result()
-        except ServerError as error:
+        if not call.on_end(over.set):
             self._forget(name, 0)
-            raise ModelError(str(error)) from None  # other codes say that no load was tried
-        self._forget(name, 0)  # which ends the load
-        wait([loading])
-        raise Cancelled("the load was cancelled")
+            wait([loading])
+            raise Cancelled("the load was cancelled")
+        if error := loading.exception():
+            self._forget(name, 0)
+            raise ModelError(str(error))  # other codes say that no load was tried
+        return loading.result()
 
     def unloadModel(self, request: Any, call: Call) -> dict[str, Any]:
         self._authorize(call)
@@ -89,8 +85,7 @@ class _ModelMesh:
         return {}
 
     def predictModelSize(self, request: Any, call: Call) -> dict[str, Any]:
-        size = self._measured.get(request.modelPath, self._default)
-        return {"sizeInBytes": size}
+        return {"sizeInBytes": self._measured.get(request.modelPath, self._default)}
 
     def modelSize(self, request: Any, call: Call) -> dict[str, Any]:
         model = self._engine.model(request.modelId)
@@ -107,7 +102,7 @@ class _ModelMesh:
         return {
             "status": "READY",
             "capacityInBytes": self._capacity,
-            "maxLoadingConcurrency": _LOADS_AT_ONCE,
+            "maxLoadingConcurrency": 4,
             "modelLoadingTimeoutMs": int(ModelOptions().load_timeout_s * 1000),
             "defaultModelSizeInBytes": self._default,
             "runtimeVersion": __version__,
@@ -122,17 +117,18 @@ class _ModelMesh:
             self._engine.access.authorize(call)
 
     def _lock(self, name: str) -> threading.Lock:
-        return self._locks[hash(name) % _LOCKS]
+        return self._locks.setdefault(name, threading.Lock())
 
     def _find(self, name: str) -> ServedModel | None:
         return next((model for model in self._engine.models() if model.name == name), None)
 
     def _unload(self, name: str) -> None:
         with self._lock(name):
-            model = self._find(name)
-            if model and name in self._adopted:
+            if not (model := self._find(name)):
+                return
+            if name in self._adopted:
                 self._forget(name, model.loaded.options.timeout_s if model.loaded else 0)
-            elif model:
+            else:
                 self._engine.wait(self._engine.unload(name))
 
     def _forget(self, name: str, grace_s: float) -> None:

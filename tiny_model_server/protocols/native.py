@@ -19,7 +19,11 @@ from tiny_model_server.shared_memory import Place, SharedBuffers
 
 SCHEMA = "server"
 SERVICE = "server.Server"
-_IMAGE = codec.encode(EncodedImage(b"")).text
+_ENCODED_IMAGE = codec.encode(EncodedImage(b"")).text
+_Response = schemas.message(SCHEMA, "server.Response")
+_ImageResponse = schemas.message(SCHEMA, "server.ImageResponse")
+_ModelInfo = schemas.message(SCHEMA, "server.ModelInfo")
+_ModelStates = schemas.message(SCHEMA, "server.ModelStates")
 
 
 class Work(NamedTuple):
@@ -86,8 +90,6 @@ class _Others:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._info = schemas.message(SCHEMA, "server.ModelInfo")
-        self._states = schemas.message(SCHEMA, "server.ModelStates")
 
     def RunStream(self, request: Any, call: Call) -> Iterator[Any]:
         args, value = codec.parse_args(request.args), _value(request.data, call)
@@ -98,10 +100,8 @@ class _Others:
         return _json([model.name for model in self._engine.models()])
 
     def GetModelStates(self, request: Any, call: Call) -> Any:
-        answer = self._states()
-        for model in self._engine.models():
-            answer.models.add(name=model.name, state=model.state, reason=model.reason)
-        return answer
+        models = self._engine.models()
+        return _ModelStates(models=[{"name": one.name, "state": one.state, "reason": one.reason} for one in models])
 
     def GetInputShape(self, request: Any, call: Call) -> Any:
         return _json(self._engine.input_shape(call.model or request.data))
@@ -114,29 +114,24 @@ class _Others:
         return _json({"num_workers": 1})
 
     def GetModelInfo(self, request: Any, call: Call) -> Any:
-        return self._describe(self._engine.model(request.model))
+        return _info(self._engine.model(request.model))
 
     def LoadModel(self, request: Any, call: Call) -> Any:
         self._engine.access.authorize(call)
-        return self._describe(self._engine.wait(self._engine.load(request.model, request.workers)))
+        return _info(self._engine.wait(self._engine.load(request.model, request.workers)))
 
     def UnloadModel(self, request: Any, call: Call) -> Any:
         self._engine.access.authorize(call)
-        return self._describe(self._engine.wait(self._engine.unload(request.model)))
+        return _info(self._engine.wait(self._engine.unload(request.model)))
 
     def ReloadModel(self, request: Any, call: Call) -> Any:
         self._engine.access.authorize(call)
-        return self._describe(self._engine.wait(self._engine.reload(request.model)))
+        return _info(self._engine.wait(self._engine.reload(request.model)))
 
     def StopServer(self, request: Any, call: Call) -> Any:
         self._engine.access.authorize(call)
         self._engine.request_stop()
         return _json({"stopping": True})
-
-    def _describe(self, model: ServedModel) -> Any:
-        facts = model.describe()
-        facts |= {name: json.dumps(facts[name]) for name in ("input_shape", "metadata")}
-        return self._info(**facts)
 
 
 def _single(request: Any, value: Encoded, call: Call) -> Work:
@@ -172,25 +167,24 @@ def _each(convert: Callable[[Any, Call], Encoded], messages: Sequence[Any], call
 def _image(image: Any, call: Call) -> Encoded:
     if call.trailing_bytes is None and image.HasField("place"):
         if image.encoded:
-            return _placed(_IMAGE, [("uint8", (image.place.length,), image.place)], call)
+            return _placed(_ENCODED_IMAGE, [("uint8", (image.place.length,), image.place)], call)
         shape = codec.image_shape(image.height, image.width, image.channels)
         return _placed(codec.ARRAY, [(image.dtype or "uint8", shape, image.place)], call)
     data = image.data if call.trailing_bytes is None else call.trailing_bytes
     if image.encoded:
         return codec.encode(EncodedImage(data))
-    shape = codec.image_shape(image.height, image.width, image.channels)
-    return Encoded(codec.ARRAY, [codec.array_from(image.dtype or "uint8", shape, data)])
+    return Encoded(codec.ARRAY, [codec.image_from(image.height, image.width, image.channels, image.dtype, data)])
 
 
 def _value(value: Any, call: Call) -> Encoded:
     if value.arrays and call.trailing_bytes is None and value.arrays[0].HasField("place"):
         encoded = _placed(value.json, [(one.dtype, one.shape, one.place) for one in value.arrays], call)
     else:
-        found = [one.data for one in value.arrays]
+        data = [one.data for one in value.arrays]
         if call.trailing_bytes is not None:
-            found[-1] = call.trailing_bytes
-        named = zip(value.arrays, found, strict=True)
-        encoded = Encoded(value.json, [codec.array_from(one.dtype, one.shape, data) for one, data in named])
+            data[-1] = call.trailing_bytes
+        arrays = [codec.array_from(one.dtype, one.shape, data[index]) for index, one in enumerate(value.arrays)]
+        encoded = Encoded(value.json, arrays)
     codec.check(encoded.text, encoded.arrays)  # malformed JSON and references to no array are refused before they queue
     return encoded
 
@@ -202,18 +196,16 @@ def _placed(text: str, described: Sequence[tuple[str, Sequence[int], Any]], call
     """
     if call.buffers is None:
         raise InvalidInput("place is for callers that share memory with the server; send the bytes as data")
-    arrays: list[Placed] = []
-    places: list[Place] = []
-    for dtype, shape, place in described:
-        try:
+    try:
+        for _, _, place in described:
             call.buffers.check(place.offset, place.length)
-        except ValueError as error:
-            raise InvalidInput(str(error)) from None
-        call.placed += place.length
-        if call.placed > call.largest:
-            raise Overloaded(f"{call.placed} bytes of arrays, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
-        arrays.append(codec.placed(dtype, shape, place.length))
-        places.append((place.offset, codec.dtype_name(arrays[-1].dtype), arrays[-1].shape))
+    except ValueError as error:
+        raise InvalidInput(str(error)) from None
+    call.placed += sum(place.length for _, _, place in described)
+    if call.placed > call.largest:
+        raise Overloaded(f"{call.placed} bytes of arrays, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
+    arrays = [codec.placed(dtype, shape, place.length) for dtype, shape, place in described]
+    places = [(place.offset, dtype, array.shape) for (dtype, _, place), array in zip(described, arrays, strict=True)]
     return Encoded(text, arrays, (call.buffers, places))
 
 
@@ -221,7 +213,7 @@ def _placed(text: str, described: Sequence[tuple[str, Sequence[int], Any]], call
 
 
 def _answer(outcome: Encoded, call: Call) -> Any:
-    answer = schemas.message(SCHEMA, "server.Response")(data=outcome.text)
+    answer = _Response(data=outcome.text)
     parts = _describe_arrays(answer, outcome)
     if not parts or not _trails(outcome.arrays[-1], call):
         _send([(parts, outcome)], call)
@@ -249,10 +241,8 @@ def _image_answer(outcome: Encoded, request: Any, call: Call) -> Any:
             f"model {request.model!r} answered with a {kind}, not an image (HxW or HxWxC); call it by RunImage"
         ) from None
     height, width, channels = (*image.shape, 1)[:3]
-    answer = schemas.message(SCHEMA, "server.ImageResponse")(data=codec.json_only(rest))
     fields = {"height": height, "width": width, "channels": channels, "dtype": codec.dtype_name(image.dtype)}
-    for name, field in fields.items():
-        setattr(answer.image, name, field)
+    answer = _ImageResponse(data=codec.json_only(rest), image=fields)
     if _trails(image, call):
         return schemas.WithTrailingBytes(answer, b"", codec.raw(image))
     _send([([answer.image], outcome if len(outcome.arrays) == 1 else Encoded("", [image]))], call)
@@ -260,7 +250,7 @@ def _image_answer(outcome: Encoded, request: Any, call: Call) -> Any:
 
 
 def _items(outcomes: list[Outcome], call: Call) -> Any:
-    answer, filled = schemas.message(SCHEMA, "server.Response")(), []
+    answer, filled = _Response(), []
     for outcome in outcomes:
         item = answer.items.add()
         if isinstance(outcome, ServerError):
@@ -278,11 +268,16 @@ def _json_items(outcomes: list[Outcome]) -> Any:
         if isinstance(outcome, ServerError):
             raise from_status(outcome.status, f"item {index}: {outcome}")
         texts.append(outcome.text)
-    return schemas.message(SCHEMA, "server.Response")(data=f"[{', '.join(texts)}]")
+    return _Response(data=f"[{', '.join(texts)}]")
 
 
 def _json(value: Any) -> Any:
-    return schemas.message(SCHEMA, "server.Response")(data=json.dumps(value))
+    return _Response(data=json.dumps(value))
+
+
+def _info(model: ServedModel) -> Any:
+    facts = model.describe()
+    return _ModelInfo(**facts | {name: json.dumps(facts[name]) for name in ("input_shape", "metadata")})
 
 
 def _trails(array: Array, call: Call) -> bool:
@@ -296,17 +291,18 @@ def _describe_arrays(message: Any, outcome: Encoded) -> list[Any]:
 
 def _send(filled: Sequence[tuple[list[Any], Encoded]], call: Call) -> None:
     """Adds the bytes of arrays to their messages; or puts them into the caller's response buffer, and says where."""
-    rest: list[tuple[Any, Array]] = []
+    unplaced: list[tuple[Any, Array]] = []
+    placed: list[tuple[Any, Array, Place]] = []
     for parts, outcome in filled:
         if outcome.shared:  # a worker has put them there
-            for part, array, place in zip(parts, outcome.arrays, outcome.shared[1], strict=True):
-                part.place.offset, part.place.length = place[0], array.nbytes
+            placed += zip(parts, outcome.arrays, outcome.shared[1], strict=True)
         else:
-            rest += zip(parts, outcome.arrays, strict=True)
-    if call.buffers and rest:
-        places = call.buffers.write_response([array for _, array in rest])
-        for (part, array), (offset, *_) in zip(rest, places, strict=True):
-            part.place.offset, part.place.length = offset, array.nbytes
+            unplaced += zip(parts, outcome.arrays, strict=True)
+    if call.buffers and unplaced:
+        parts, arrays = zip(*unplaced, strict=True)
+        placed += zip(parts, arrays, call.buffers.write_response(arrays), strict=True)
     else:
-        for part, array in rest:
+        for part, array in unplaced:
             part.data = bytes(codec.raw(array))
+    for part, array, (offset, *_) in placed:
+        part.place.offset, part.place.length = offset, array.nbytes

@@ -220,7 +220,7 @@ def _array(found: Any) -> Array:
             return _made(dtype, shape, order == "F", data)
         case _Image(state=(_, str(mode), (width, height), _, data, *_)) if mode in _IMAGE_MODES:
             name, channels = _IMAGE_MODES[mode]
-            return codec.require_image(codec.array_from(name, _shape((height, width, *channels)), _bytes(data)))
+            return codec.check_image(codec.array_from(name, _shape((height, width, *channels)), _bytes(data)))
         case _Image():
             raise InvalidInput(f"images of this mode are not taken; convert it to one of {', '.join(_IMAGE_MODES)}")
     raise _refusal(f"a {type(found).__name__.lstrip('_').lower()}")
