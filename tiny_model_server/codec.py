@@ -292,11 +292,6 @@ def image_shape(height: int, width: int, channels: int) -> tuple[int, ...]:
     return (height, width) if channels == 1 else (height, width, channels)
 
 
-def image_from(height: int, width: int, channels: int, dtype: str, data: Buffer) -> Array:
-    """An image HxW (one channel) or HxWxC; InvalidInput if the fields don't fit each other."""
-    return array_from(dtype or "uint8", image_shape(height, width, channels), data)
-
-
 def from_bytes(data: bytes, kind: str = "") -> Any:
     """An EncodedImage, text or bytes: as ``kind`` says, "image...", "bytes" or a media type; or by what ``data`` is."""
     if kind.startswith("image") or (not kind and _IMAGE_FILE.match(data)):
@@ -315,6 +310,7 @@ def check_image(array: Any) -> Any:
     """The same array; InvalidInput unless it is an image of numbers: HxW or HxWxC."""
     if array.dtype.kind not in "biuf" or len(array.shape) not in (2, 3) or 0 in array.shape:
         raise InvalidInput(f"an image is an array of numbers, HxW or HxWxC, not {array.dtype} of shape {array.shape}")
+    return array
 
 
 def lists(array: Array) -> Any:

@@ -5,7 +5,7 @@ a version stamp; descriptor sets do neither. ``make proto`` writes them from the
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +28,9 @@ _LARGEST_NUMBERS = 1 << 25  # bytes of memory for the packed numbers of one requ
 _MOST_SEARCHED = 100  # fields, in the search for trailing bytes; a request may have millions
 _VARINT, _BYTES = 0, 2  # wire types
 _FIXED_SIZES = {1: 8, 5: 4}  # bytes, by wire type
-_NUMBER_SIZES = {
-    getattr(descriptor.FieldDescriptor, f"CPPTYPE_{name}"): size
-    for name, size in {"INT32": 4, "UINT32": 4, "ENUM": 4, "BOOL": 4, "INT64": 16, "UINT64": 16}.items()
-}
+_Kind = descriptor.FieldDescriptor
+_NUMBER_SIZES = dict.fromkeys((_Kind.CPPTYPE_INT32, _Kind.CPPTYPE_UINT32, _Kind.CPPTYPE_ENUM, _Kind.CPPTYPE_BOOL), 4)
+_NUMBER_SIZES |= dict.fromkeys((_Kind.CPPTYPE_INT64, _Kind.CPPTYPE_UINT64), 16)
 """Bytes of memory for a packed number, which may have one byte on the wire."""
 _TRAILING_FIELDS = {
     "server.ImageArgs": (1, 4),
@@ -211,8 +210,7 @@ def serialized(answer: Any, largest: int | None = None) -> bytes:
     """Serializes a message. Overloaded, not to be retried, if it has more than ``largest`` bytes."""
     data: bytes = answer.SerializeToString()
     if largest and len(data) > largest:
-        why = f"the answer has {len(data)} bytes, more than TMS_MAX_MESSAGE_MB allows"
-        raise Overloaded(why, retry_after_ms=-1)
+        raise Overloaded(f"the answer has {len(data)} bytes, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
     return data
 
 
@@ -235,27 +233,18 @@ def message(schema: str, name: str) -> Any:
 def methods(schema: str, service: str) -> dict[str, Method]:
     """The methods of a service by their names, as in ``methods("server", "server.Server")["RunText"]``."""
     load(schema)
-    return {
-        method.name: Method(
-            f"/{service}/{method.name}",
-            method.name,
-            message_factory.GetMessageClass(method.input_type),
-            message_factory.GetMessageClass(method.output_type),
-            method.client_streaming,
-            method.server_streaming,
-        )
-        for method in pool.FindServiceByName(service).methods
-    }
+    kind, found = message_factory.GetMessageClass, {}
+    for one in pool.FindServiceByName(service).methods:
+        path, streams = f"/{service}/{one.name}", (one.client_streaming, one.server_streaming)
+        found[one.name] = Method(path, one.name, kind(one.input_type), kind(one.output_type), *streams)
+    return found
 
 
 def handlers(servicer: Any, schema: str, service: str) -> dict[str, Callable[[Any, Any], Any]]:
     """The servicer's methods by their names; if one returns a dictionary, it has the fields of the response."""
 
-    def answering(method: Method) -> Callable[[Any, Any], Any]:
-        def answer(request: Any, call: Any) -> Any:
-            found = getattr(servicer, method.name)(request, call)
-            return method.response(**found) if isinstance(found, dict) else found
+    def answer(method: Method, request: Any, call: Any) -> Any:
+        found = getattr(servicer, method.name)(request, call)
+        return method.response(**found) if isinstance(found, dict) else found
 
-        return answer
-
-    return {name: answering(method) for name, method in methods(schema, service).items()}
+    return {name: partial(answer, method) for name, method in methods(schema, service).items()}

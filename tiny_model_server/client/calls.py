@@ -208,7 +208,8 @@ def _answer(response: Any, source: Source) -> Any:
 def _image_answer(response: Any, source: Source) -> Array:
     found = response.image
     data = _bytes(found, source)
-    return codec.image_from(found.height, found.width, found.channels, found.dtype, data).copy()
+    shape = codec.image_shape(found.height, found.width, found.channels)
+    return codec.array_from(found.dtype or "uint8", shape, data).copy()
 
 
 def _states(response: Any, source: Source) -> list[dict[str, str]]:

@@ -15,13 +15,14 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
-_SET_PDEATHSIG = 1  # of prctl
+_SET_PDEATHSIG = 1  # options of prctl
 _SET_CHILD_SUBREAPER = 36
 _PATIENCE_S = 5.0  # with processes that a SIGKILL does not end
-_TRACKER_S = 1.0  # multiprocessing's resource tracker has to remove shared memory when its processes have ended
-_PAUSE_S = 0.02  # between looks at what is left
+_TRACKER_S = 1.0  # multiprocessing's resource tracker removes the shared memory of processes that have ended
+_PAUSE_S = 0.02  # between two looks at what is left
 
 
 def guard(control: int) -> None:
@@ -62,16 +63,15 @@ def _watch(worker: int, control: int) -> NoReturn:
     signals, wakeup = os.pipe()
     os.set_blocking(wakeup, False)
     signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGCHLD):
+    for number in (signal.SIGTERM, signal.SIGCHLD):  # with a handler, its number is written to the pipe
         signal.signal(number, lambda number, frame: None)
     poll = select.poll()
     poll.register(signals, select.POLLIN)
     poll.register(control, 0)  # reports nothing but that the other end is closed
     while (status := _reap().get(worker)) is None:
-        ready = dict(poll.poll())
-        if control in ready:
+        if closed := control in dict(poll.poll()):
             poll.unregister(control)
-        if control in ready or signal.SIGTERM in os.read(signals, 4096):
+        if closed or signal.SIGTERM in os.read(signals, 4096):
             kill(worker)
     _end_descendants(worker)
     _end_as(status)
@@ -118,21 +118,13 @@ def kill(pid: int) -> None:
 
 def children() -> list[int]:
     """The living and ended children of this process; none where there is no ``/proc``."""
-    with suppress(OSError):
-        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-        return [pid for pid in pids if _parent(pid) == os.getpid()]
-    return []
-
-
-def _parent(pid: int) -> int:
-    fields = read(pid, "stat").rpartition(b")")[2].split()
-    return int(fields[1]) if fields else 0
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    own = str(os.getpid()).encode()
+    return [pid for pid in pids if read(pid, "stat").rpartition(b")")[2].split()[1:2] == [own]]
 
 
 def read(pid: int, name: str) -> bytes:
     """The content of ``/proc/PID/NAME``; empty if it cannot be read."""
-    try:
-        with open(f"/proc/{pid}/{name}", "rb") as file:
-            return file.read()
-    except OSError:
-        return b""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    return b""

@@ -43,42 +43,39 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self.loads: dict[str, ModelMetrics] = {}
+        self.models: dict[str, ModelMetrics] = {}
         self._own: dict[str, Any] = {}
 
     def collect(self) -> Iterator[Metric]:
         """Every metric with the numbers of all models; for the registry."""
-        loads = list(self.loads.items())
+        models = list(self.models.items())
         requests = CounterMetricFamily("tms_requests", "Inputs answered, by gRPC status", labels=["model", "status"])
-        for name, load in loads:
-            for status, count in list(load.requests.items()):
+        for name, numbers in models:
+            for status, count in list(numbers.requests.items()):
                 requests.add_metric([name, status], count)
         yield requests
         for metric, (kind, what) in _FAMILIES.items():
             family = kind(f"tms_{metric}", what, labels=["model"])
-            for name, load in loads:
-                value = getattr(load, metric)
-                if isinstance(value, _Histogram):
-                    family.add_metric([name], *value.read())
-                else:
-                    family.add_metric([name], value() if callable(value) else value)
+            for name, numbers in models:
+                value = getattr(numbers, metric)
+                found = value() if callable(value) else value
+                family.add_metric([name], *(found if isinstance(found, tuple) else [found]))
             yield family
 
     def own(self, name: str, kind: type[Counter] | type[Histogram]) -> Any:
         """The metric that models count themselves under this name, None if the name is taken by another."""
         if name not in self._own:
+            self._own[name] = None
             try:
-                made = kind(f"tms_model_{name}", "Counted by the model", ["model"], registry=self.registry)
+                self._own[name] = kind(f"tms_model_{name}", "Counted by the model", ["model"], registry=self.registry)
             except ValueError as error:  # the name of another metric's series
                 log.warning("a model's metric is left out: %s", error)
-                made = None
-            self._own[name] = made
         found = self._own[name]
         return found if isinstance(found, kind) else None
 
     def forget(self, model: str) -> None:
         """Drops the metrics of a model that was removed."""
-        self.loads.pop(model, None)
+        self.models.pop(model, None)
         for metric in filter(None, self._own.values()):
             metric.remove_by_labels({"model": model})
 
@@ -100,7 +97,7 @@ class _Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def read(self) -> tuple[list[tuple[str, float]], float]:
+    def __call__(self) -> tuple[list[tuple[str, float]], float]:
         """(bound, values up to it) for each bound, and the sum of all values."""
         names = [*map(floatToGoString, self._bounds), "+Inf"]
         return list(zip(names, accumulate(self._counts), strict=True)), self._sum
@@ -127,7 +124,7 @@ class ModelMetrics:
         """Items that are at work at once when every slot has a full batch."""
         self.batch_s = 0.0
         """A moving mean of how long one batch takes, in seconds; 0 until one was run."""
-        metrics.loads[name] = self
+        metrics.models[name] = self
 
     def serves(self, most: int, slots: int) -> None:
         """Sets how many items a batch may have, and how many batches run at once."""

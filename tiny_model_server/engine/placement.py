@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import re
 import resource
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,8 +33,8 @@ def cpus(root: Path = Path("/")) -> float:
     limits = [float(len(CORES) or os.cpu_count() or 1)]
     for group in _control_groups(root, "cpu"):
         for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):  # of v2, of v1
-            with suppress(ValueError, ZeroDivisionError):  # "max" is no limit
-                quota, period = map(int, " ".join(_text(group / name) for name in names).split())
+            with suppress(OSError, ValueError, ZeroDivisionError):  # "max" is no limit
+                quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
                 limits.append(quota / period)
     return min(limit for limit in limits if limit > 0)  # v1 says -1 for no limit
 
@@ -45,8 +44,8 @@ def memory(root: Path = Path("/")) -> int:
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for group in _control_groups(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
-            with suppress(ValueError):
-                limits.append(int(_text(group / name)))
+            with suppress(OSError, ValueError):
+                limits.append(int((group / name).read_text()))
     return min(limit for limit in limits if limit > 0)
 
 
@@ -56,32 +55,28 @@ def _control_groups(root: Path, controller: str) -> Iterator[Path]:
     A container often sees its own group as the root, whatever ``/proc/self/cgroup`` names. So folders that are missing
     do not matter, and the root is always among them.
     """
-    lines = re.findall(r"^\d+:(.*?):(.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
-    groups = {Path(group.lstrip("/")) for names, group in lines if controller in names.split(",") or not names}
+    groups = {Path()}
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, names, group = line.split(":", 2)
+            if controller in names.split(",") or not names:
+                groups.add(Path(group.lstrip("/")))
     base = root / "sys/fs/cgroup"
     mounts = [base, base / "unified"]
     with suppress(OSError):  # there are none on other systems
         mounts += base.glob(f"*{controller}*")
     for mount in mounts:
-        for group in groups | {Path()}:
-            yield from (mount / folder for folder in (group, *group.parents) if ".." not in folder.parts)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except (OSError, ValueError):
-        return ""
+        for path in groups:
+            yield from (mount / folder for folder in (path, *path.parents) if ".." not in folder.parts)
 
 
 def descriptors() -> int:
     """Raises this process' limit of open descriptors as far as it may, up to 65536, and returns it."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (_ENOUGH_DESCRIPTORS if limit == resource.RLIM_INFINITY else limit for limit in limits)
-    wanted = max(soft, min(hard, _ENOUGH_DESCRIPTORS))
-    if soft < wanted:
+    if soft < (wanted := min(hard, _ENOUGH_DESCRIPTORS)):
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, limits[1]))
-    return wanted
+    return max(soft, wanted)
 
 
 def keep_to_one_core(seed: int) -> None:
@@ -121,7 +116,7 @@ def on_all_cores() -> Iterator[None]:
 
 def gpus(env: Mapping[str, str] = os.environ, proc: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    every = ",".join(str(index) for index, _ in enumerate(proc.glob("*")))
+    every = ",".join(map(str, range(len(list(proc.glob("*"))))))
     return [name for name in env.get("CUDA_VISIBLE_DEVICES", every).split(",") if name.strip()]
 
 
@@ -132,11 +127,9 @@ def environment(
 
     Threads are the usable cores divided by the workers, at least one; a variable that the operator set stays.
     """
-    chosen = found if tuple(devices) == ("auto",) else devices
-    threads = str(threads_for(workers))
-    changes = {name: threads for name in _THREAD_VARIABLES if name not in env}
-    changes |= {name: str(value) for name, (_, value) in _MALLOC.items() if name not in env}
-    if chosen:
+    wanted = dict.fromkeys(_THREAD_VARIABLES, threads_for(workers)) | {name: n for name, (_, n) in _MALLOC.items()}
+    changes = {name: str(value) for name, value in wanted.items() if name not in env}
+    if chosen := found if tuple(devices) == ("auto",) else devices:
         changes["CUDA_VISIBLE_DEVICES"] = chosen[index % len(chosen)]
     return changes
 

@@ -30,31 +30,21 @@ from tiny_model_server.settings import ModelOptions
 class SafeLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.9 has no LoggerAdapter[...]
     """A log that never raises, though a model may break the logging, or raise an error that cannot be formatted."""
 
-    def __init__(self, logger: logging.Logger) -> None:
-        super().__init__(logger, {})
-
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
         """As Logger.log."""
-        try:
+        with suppress(BaseException):
             super().log(level, msg, *args, **kwargs)
-        except BaseException as error:
-            with suppress(BaseException):
-                super().log(level, "%s: this cannot be logged whole: %s", msg, type(error).__name__)
 
 
-log = SafeLog(logging.getLogger("tiny_model_server.worker"))
+log = SafeLog(logging.getLogger("tiny_model_server.worker"), {})
 
 DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
 _LARGEST_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
 _MOST_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends must not take all memory
 _END = object()  # of a generator
-_COLOURS = {
-    "rgb": "IMREAD_COLOR_RGB",
-    "bgr": "IMREAD_COLOR",
-    "gray": "IMREAD_GRAYSCALE",
-    "unchanged": "IMREAD_UNCHANGED",
-}
+_COLOURS = {"rgb": "COLOR_RGB", "bgr": "COLOR", "gray": "GRAYSCALE", "unchanged": "UNCHANGED"}
+"""OpenCV's ways to read an image file, by image_mode."""
 # torch.OutOfMemoryError by its name, which need not be installed; onnxruntime and CUDA libraries by their words.
 _OUT_OF_DEVICE_MEMORY = re.compile(
     "^OutOfMemoryError|CUDA out of memory|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED|Failed to allocate memory"
@@ -68,8 +58,7 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
     """
     name = re.sub(r"[^\w-]", "_", name)
     os.environ[PLUGIN] = f"{name}={path}"  # read by the package ``models``, here and in processes that the model starts
-    module = importlib.import_module(f"models.{name}")
-    plugin = getattr(module, "Model", None)
+    plugin = getattr(importlib.import_module(f"models.{name}"), "Model", None)
     if not (isinstance(plugin, type) and issubclass(plugin, ModelInterface)):
         raise TypeError(f"{path / '__init__.py'} must define class Model(ModelInterface)")
     return plugin
@@ -98,7 +87,7 @@ def construct(plugin: type[ModelInterface], options: ModelOptions, threads: int)
     model.warmup()
     shape = model.get_input_shape()
     input_shape = None if shape is None else [int(size) for size in shape]
-    if not is_shape(input_shape):
+    if not _is_shape(input_shape):
         raise ValueError(f"get_input_shape() must return whole numbers from -1, not {input_shape}")
     return model, input_shape
 
@@ -110,20 +99,19 @@ def _checked_metadata(metadata: Any) -> dict[str, Any]:
     for kind in ("inputs", "outputs"):
         tensors = metadata.get(kind) or []
         if not (isinstance(tensors, list) and all(map(_is_tensor, tensors))):
-            raise TypeError(
-                f"metadata[{kind!r}] must be a list of dicts with the texts 'name' and 'dtype' and the list 'shape', "
-                f"of whole numbers from -1; it is {tensors!r}"
-            )
+            wanted = "a list of dicts with name and dtype, texts, and shape, a list of whole numbers from -1"
+            raise TypeError(f"metadata[{kind!r}] must be {wanted}; it is {tensors!r}")
     return metadata
 
 
 def _is_tensor(described: Any) -> bool:
-    if not (isinstance(described, dict) and is_shape(described.get("shape"))):
+    if not isinstance(described, dict):
         return False
-    return all(isinstance(described.get(key, ""), (str, type(None))) for key in ("name", "dtype"))
+    texts = (described.get("name", ""), described.get("dtype", ""))
+    return _is_shape(described.get("shape")) and all(isinstance(text, (str, type(None))) for text in texts)
 
 
-def is_shape(shape: Any) -> bool:
+def _is_shape(shape: Any) -> bool:
     """True for None, and for a list of sizes that protocols can write; -1 stands for any size."""
     sizes = [] if shape is None else shape
     return isinstance(sizes, list) and all(type(size) is int and -1 <= size < _LARGEST_SIZE for size in sizes)
@@ -150,14 +138,9 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     except BaseException as error:
         return error
     finally:
-        _end_if_forked(pid)
-
-
-def _end_if_forked(worker: int) -> None:
-    """Ends this process unless it is ``worker``: a process that the model has forked must not answer in its place."""
-    if os.getpid() != worker:
-        log.error("a process that the model has forked came back from its code, and ends: let it end by os._exit()")
-        os._exit(1)
+        if os.getpid() != pid:  # a process that the model has forked must not answer in the worker's place
+            log.error("a process that the model has forked returned from the model's code: let it end by os._exit()")
+            os._exit(1)
 
 
 class Runner:
@@ -177,8 +160,7 @@ class Runner:
             if not failed(value):
                 groups.setdefault(self._group(value), []).append(index)
         for indices in groups.values():
-            results = self._run_group([outcomes[index] for index in indices], args)
-            for index, result in zip(indices, results):
+            for index, result in zip(indices, self._run_group([outcomes[index] for index in indices], args)):
                 outcomes[index] = result
         return [self._outcome(outcome) for outcome in outcomes]
 
@@ -224,7 +206,7 @@ class Runner:
         results = self._model.run_batch(values, args)
         name, count = f"run_batch of model {self._name!r}", len(values)
         try:
-            if isinstance(results, (str, bytes, Mapping, AbstractSet)):  # has parts, but not one an item, in order
+            if isinstance(results, (str, bytes, Mapping, AbstractSet)):  # iterable, but not one result an item
                 raise TypeError(f"not {type(results).__name__}")
             listed = list(islice(results, count + 1))  # it may never end
         except BaseException as error:
@@ -264,10 +246,10 @@ class Runner:
         try:
             import cv2
         except ImportError:
-            lack = "its interpreter lacks opencv-python-headless"
-            raise ModelError(f"model {self._name!r} cannot decode image files: {lack}") from None
+            raise ModelError(f"model {self._name!r} needs opencv-python-headless to decode image files") from None
+        mode = getattr(cv2, f"IMREAD_{_COLOURS[self._options.image_mode]}")
         try:
-            image = cv2.imdecode(np.frombuffer(data, np.uint8), getattr(cv2, _COLOURS[self._options.image_mode]))
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
         except cv2.error as error:
             raise InvalidInput(f"the image file could not be decoded: {error.err}") from None
         if image is None:

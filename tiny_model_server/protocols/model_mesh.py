@@ -46,10 +46,8 @@ class _ModelMesh:
         self._capacity = engine.settings.mesh_capacity_mb * _MIB or placement.memory() * 3 // 4
         least = max(2 * self._default, min(512 * _MIB, 10 * self._default))
         if self._capacity < least:
-            raise SettingsError(
-                f"TMS_MESH_CAPACITY_MB is {self._capacity // _MIB}; with TMS_MESH_DEFAULT_MB={self._default // _MIB} "
-                f"ModelMesh wants at least {least // _MIB}"
-            )
+            why = f"ModelMesh wants at least {least // _MIB} with TMS_MESH_DEFAULT_MB={self._default // _MIB}"
+            raise SettingsError(f"TMS_MESH_CAPACITY_MB is {self._capacity // _MIB}; {why}")
 
     def loadModel(self, request: Any, call: Call) -> dict[str, Any]:
         self._authorize(call, path := Path(request.modelPath).resolve())

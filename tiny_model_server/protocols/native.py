@@ -22,8 +22,6 @@ SERVICE = "server.Server"
 _ENCODED_IMAGE = codec.encode(EncodedImage(b"")).text
 _Response = schemas.message(SCHEMA, "server.Response")
 _ImageResponse = schemas.message(SCHEMA, "server.ImageResponse")
-_ModelInfo = schemas.message(SCHEMA, "server.ModelInfo")
-_ModelStates = schemas.message(SCHEMA, "server.ModelStates")
 
 
 class Work(NamedTuple):
@@ -43,17 +41,14 @@ def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
         work = convert(request, call)
         return work.answer(engine.run_batch(work.model, work.values, work.args, call, json_only=work.json_only))
 
-    others, convert = _Others(engine), converters()
-    return {
-        name: partial(blocking, convert[name]) if name in convert else getattr(others, name)
-        for name in schemas.methods(SCHEMA, SERVICE)
-    }
+    runs = {name: partial(blocking, convert) for name, convert in converters().items()}
+    return schemas.handlers(_Others(engine), SCHEMA, SERVICE) | runs
 
 
 def converters() -> dict[str, Callable[[Any, Call], Work]]:
     """The methods that run a model and answer once: what each asks of the engine."""
-    return {function.__name__: function for function in (RunText, RunImage, RunBatchText, RunBatchImage,
-                                                         RunImageToImage, Run, RunBatch)}  # fmt: skip
+    functions = (RunText, RunImage, RunBatchText, RunBatchImage, RunImageToImage, Run, RunBatch)
+    return {function.__name__: function for function in functions}
 
 
 def RunText(request: Any, call: Call) -> Work:
@@ -86,7 +81,7 @@ def RunBatch(request: Any, call: Call) -> Work:
 
 
 class _Others:
-    """The methods that do not run a model, or that stream."""
+    """The methods that do not run a model, or that stream; most return the fields of the response."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -101,7 +96,7 @@ class _Others:
 
     def GetModelStates(self, request: Any, call: Call) -> Any:
         models = self._engine.models()
-        return _ModelStates(models=[{"name": one.name, "state": one.state, "reason": one.reason} for one in models])
+        return {"models": [{"name": one.name, "state": one.state, "reason": one.reason} for one in models]}
 
     def GetInputShape(self, request: Any, call: Call) -> Any:
         return _json(self._engine.input_shape(call.model or request.data))
@@ -165,47 +160,50 @@ def _each(convert: Callable[[Any, Call], Encoded], messages: Sequence[Any], call
 
 
 def _image(image: Any, call: Call) -> Encoded:
-    if call.trailing_bytes is None and image.HasField("place"):
-        if image.encoded:
-            return _placed(_ENCODED_IMAGE, [("uint8", (image.place.length,), image.place)], call)
-        shape = codec.image_shape(image.height, image.width, image.channels)
-        return _placed(codec.ARRAY, [(image.dtype or "uint8", shape, image.place)], call)
-    data = image.data if call.trailing_bytes is None else call.trailing_bytes
     if image.encoded:
-        return codec.encode(EncodedImage(data))
-    return Encoded(codec.ARRAY, [codec.image_from(image.height, image.width, image.channels, image.dtype, data)])
+        return _received(_ENCODED_IMAGE, [("uint8", None, image)], call)
+    shape = codec.image_shape(image.height, image.width, image.channels)
+    return _received(codec.ARRAY, [(image.dtype or "uint8", shape, image)], call)
 
 
 def _value(value: Any, call: Call) -> Encoded:
-    if value.arrays and call.trailing_bytes is None and value.arrays[0].HasField("place"):
-        encoded = _placed(value.json, [(one.dtype, one.shape, one.place) for one in value.arrays], call)
-    else:
-        data = [one.data for one in value.arrays]
-        if call.trailing_bytes is not None:
-            data[-1] = call.trailing_bytes
-        arrays = [codec.array_from(one.dtype, one.shape, data[index]) for index, one in enumerate(value.arrays)]
-        encoded = Encoded(value.json, arrays)
+    encoded = _received(value.json, [(one.dtype, one.shape, one) for one in value.arrays], call)
     codec.check(encoded.text, encoded.arrays)  # malformed JSON and references to no array are refused before they queue
     return encoded
 
 
-def _placed(text: str, described: Sequence[tuple[str, Sequence[int], Any]], call: Call) -> Encoded:
+def _received(text: str, described: Sequence[tuple[str, Sequence[int] | None, Any]], call: Call) -> Encoded:
+    """A value with its arrays, each (dtype, shape, message with data or place); shape None is that of all its bytes."""
+    if described and call.trailing_bytes is None and described[0][2].HasField("place"):
+        return _placed(text, [(dtype, shape, message.place) for dtype, shape, message in described], call)
+    found = [message.data for _, _, message in described]
+    if call.trailing_bytes is not None:
+        found[-1] = call.trailing_bytes
+    arrays = []
+    for (dtype, shape, _), data in zip(described, found, strict=True):
+        arrays.append(codec.array_from(dtype, (len(data),) if shape is None else shape, data))
+    return Encoded(text, arrays)
+
+
+def _placed(text: str, described: Sequence[tuple[str, Sequence[int] | None, Any]], call: Call) -> Encoded:
     """A value whose arrays, each (dtype, shape, place), stay in the memory that the caller shares.
 
     InvalidInput if they are not there; Overloaded if a request names too many bytes, as places may overlap.
     """
     if call.buffers is None:
         raise InvalidInput("place is for callers that share memory with the server; send the bytes as data")
-    try:
-        for _, _, place in described:
+    arrays, places = [], []
+    for dtype, shape, place in described:
+        try:
             call.buffers.check(place.offset, place.length)
-    except ValueError as error:
-        raise InvalidInput(str(error)) from None
-    call.placed += sum(place.length for _, _, place in described)
+        except ValueError as error:
+            raise InvalidInput(str(error)) from None
+        call.placed += place.length
+        array = codec.placed(dtype, (place.length,) if shape is None else shape, place.length)
+        arrays.append(array)
+        places.append((place.offset, dtype, array.shape))
     if call.placed > call.largest:
         raise Overloaded(f"{call.placed} bytes of arrays, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
-    arrays = [codec.placed(dtype, shape, place.length) for dtype, shape, place in described]
-    places = [(place.offset, dtype, array.shape) for (dtype, _, place), array in zip(described, arrays, strict=True)]
     return Encoded(text, arrays, (call.buffers, places))
 
 
@@ -228,21 +226,17 @@ def _image_answer(outcome: Encoded, request: Any, call: Call) -> Any:
     if outcome.shared and len(outcome.arrays) > 1:  # those beside the image become JSON
         buffers: SharedBuffers = outcome.shared[0]
         outcome = Encoded(outcome.text, buffers.response_arrays(outcome.shared[1]))
-    value = codec.decode(outcome)
-    image, rest = value, None
-    if isinstance(value, dict) and isinstance(value.get("image"), (np.ndarray, Placed)):
-        image = value["image"]
-        rest = {key: item for key, item in value.items() if key != "image"} or None
+    image, rest = codec.decode(outcome), None
+    if isinstance(image, dict) and isinstance(image.get("image"), (np.ndarray, Placed)):
+        rest, image = image, image.pop("image")
     try:
         codec.check_image(image)
     except (InvalidInput, AttributeError):
-        kind = f"{image.dtype} array of shape {image.shape}" if hasattr(image, "dtype") else type(image).__name__
-        raise ModelUnavailable(
-            f"model {request.model!r} answered with a {kind}, not an image (HxW or HxWxC); call it by RunImage"
-        ) from None
+        kind = f"{image.dtype} of shape {image.shape}" if hasattr(image, "dtype") else type(image).__name__
+        raise ModelUnavailable(f"model {request.model!r} answers with {kind}, not an image; use RunImage") from None
     height, width, channels = (*image.shape, 1)[:3]
     fields = {"height": height, "width": width, "channels": channels, "dtype": codec.dtype_name(image.dtype)}
-    answer = _ImageResponse(data=codec.json_only(rest), image=fields)
+    answer = _ImageResponse(data=codec.json_only(rest or None), image=fields)
     if _trails(image, call):
         return schemas.WithTrailingBytes(answer, b"", codec.raw(image))
     _send([([answer.image], outcome if len(outcome.arrays) == 1 else Encoded("", [image]))], call)
@@ -271,13 +265,13 @@ def _json_items(outcomes: list[Outcome]) -> Any:
     return _Response(data=f"[{', '.join(texts)}]")
 
 
-def _json(value: Any) -> Any:
-    return _Response(data=json.dumps(value))
+def _json(value: Any) -> dict[str, Any]:
+    return {"data": json.dumps(value)}
 
 
-def _info(model: ServedModel) -> Any:
+def _info(model: ServedModel) -> dict[str, Any]:
     facts = model.describe()
-    return _ModelInfo(**facts | {name: json.dumps(facts[name]) for name in ("input_shape", "metadata")})
+    return facts | {name: json.dumps(facts[name]) for name in ("input_shape", "metadata")}
 
 
 def _trails(array: Array, call: Call) -> bool:
@@ -299,8 +293,8 @@ def _send(filled: Sequence[tuple[list[Any], Encoded]], call: Call) -> None:
         else:
             unplaced += zip(parts, outcome.arrays, strict=True)
     if call.buffers and unplaced:
-        parts, arrays = zip(*unplaced, strict=True)
-        placed += zip(parts, arrays, call.buffers.write_response(arrays), strict=True)
+        places = call.buffers.write_response([array for _, array in unplaced])
+        placed += [(*one, place) for one, place in zip(unplaced, places, strict=True)]
     else:
         for part, array in unplaced:
             part.data = bytes(codec.raw(array))

@@ -6,6 +6,7 @@ then checked like all other input. Everything else in a pickle is refused.
 
 import io
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -67,15 +68,14 @@ class _Nos:
         data: Any = request.text_request.text
         if kind == "image_request":
             data = _images(request.image_request.image_bytes, self._engine.settings.max_items)
-        items = data if isinstance(data, list) else [data]
-        outcomes = self._engine.run_batch(request.model_name, list(map(codec.encode, items)), {}, call)
+        several = isinstance(data, list)
+        values = [codec.encode(one) for one in (data if several else [data])]
         answers = []
-        for index, outcome in enumerate(outcomes):
+        for index, outcome in enumerate(self._engine.run_batch(request.model_name, values, {}, call)):
             if isinstance(outcome, ServerError):
-                raise type(outcome)(f"image {index}: {outcome}" if isinstance(data, list) else str(outcome))
+                raise type(outcome)(f"image {index}: {outcome}" if several else str(outcome))
             answers.append(_named(request.method, codec.decode(outcome)))
-        answer = _joined(answers) if isinstance(data, list) else answers[0]
-        return {"result": pickle.dumps(answer, protocol=4)}
+        return {"result": pickle.dumps(_joined(answers) if several else answers[0], protocol=4)}
 
 
 def _named(method: str, value: Any) -> dict[str, Any]:
@@ -100,7 +100,6 @@ def _joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
 class _Object:
     """What a pickle says of one object; a pickle can make such objects, and call ``__setstate__``, and nothing else."""
 
-    arguments: tuple[Any, ...] = ()
     state: Any = None
 
     def __init__(self, *arguments: Any) -> None:
@@ -140,9 +139,7 @@ _STAND_INS: dict[str, Any] = {
     "_codecs.encode": _Text,
     "PIL.Image.Image": _Image,
     "numpy.core.multiarray._reconstruct": _Array,
-    "numpy._core.multiarray._reconstruct": _Array,
     "numpy.core.numeric._frombuffer": _Buffer,
-    "numpy._core.numeric._frombuffer": _Buffer,
 }
 
 
@@ -184,9 +181,9 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose instructions ca
         append(read(int.from_bytes(read(8), "little")))
 
     def find_class(self, module: str, name: str) -> Any:
-        if f"{module}.{name}" in _STAND_INS:
-            return _STAND_INS[f"{module}.{name}"]
-        if module.startswith("PIL.") and module.endswith("ImagePlugin") and name.endswith("ImageFile"):
+        if found := _STAND_INS.get(f"{module.replace('numpy._core', 'numpy.core')}.{name}"):
+            return found
+        if re.fullmatch(r"PIL\.\w+ImagePlugin\.\w+ImageFile", f"{module}.{name}"):
             return _Image
         raise _refusal(f"{module}.{name}"[:80])
 
@@ -220,7 +217,8 @@ def _array(found: Any) -> Array:
             return _made(dtype, shape, order == "F", data)
         case _Image(state=(_, str(mode), (width, height), _, data, *_)) if mode in _IMAGE_MODES:
             name, channels = _IMAGE_MODES[mode]
-            return codec.check_image(codec.array_from(name, _shape((height, width, *channels)), _bytes(data)))
+            image: Array = codec.check_image(codec.array_from(name, _shape((height, width, *channels)), _bytes(data)))
+            return image
         case _Image():
             raise InvalidInput(f"images of this mode are not taken; convert it to one of {', '.join(_IMAGE_MODES)}")
     raise _refusal(f"a {type(found).__name__.lstrip('_').lower()}")

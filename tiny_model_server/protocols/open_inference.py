@@ -6,7 +6,7 @@ one BYTES output. If a model's ``metadata`` says ``"batch": True``, the rows of 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import starmap, zip_longest
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ _FIELDS = {
 }
 """The fields for typed contents; datatypes without one are sent raw."""
 _TRITON_TYPES = {kind: f"TYPE_{kind}" for kind in DATATYPES.values()} | {"BYTES": "TYPE_STRING"}
+_STATES = dict.fromkeys((State.FAILED, State.UNLOADED), "UNAVAILABLE")
+"""What the protocol calls a state, where it has another name for it."""
 _ENTRY = 100  # bytes of an input in the dictionary of a row, beside its name and its elements
 _LARGEST_ENTRIES = 64 << 20  # bytes of all rows' dictionaries
 
@@ -43,7 +45,6 @@ class OpenInference:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self._stream_response = schemas.message(SCHEMA, "inference.ModelStreamInferResponse")
 
     def ServerLive(self, request: Any, call: Call) -> dict[str, Any]:
         return {"live": True}
@@ -55,8 +56,8 @@ class OpenInference:
         return {"ready": self._engine.serving(self._engine.model(request.name))}
 
     def ServerMetadata(self, request: Any, call: Call) -> dict[str, Any]:
-        extensions = ["model_repository", "model_configuration"]
-        return {"name": "tiny-model-server", "version": __version__, "extensions": extensions}
+        facts = {"name": "tiny-model-server", "version": __version__}
+        return facts | {"extensions": ["model_repository", "model_configuration"]}
 
     def ModelMetadata(self, request: Any, call: Call) -> dict[str, Any]:
         model = self._engine.model(call.model or request.name)
@@ -76,13 +77,9 @@ class OpenInference:
         return {"config": config}
 
     def RepositoryIndex(self, request: Any, call: Call) -> dict[str, Any]:
-        return {
-            "models": [
-                {"name": model.name, "version": "1", "state": _state(model), "reason": model.reason}
-                for model in self._engine.models()
-                if not request.ready or self._engine.serving(model)
-            ]
-        }
+        models = [model for model in self._engine.models() if not request.ready or self._engine.serving(model)]
+        facts = [{"name": one.name, "state": _STATES.get(one.state, one.state), "reason": one.reason} for one in models]
+        return {"models": [{"version": "1"} | one for one in facts]}
 
     def RepositoryModelLoad(self, request: Any, call: Call) -> dict[str, Any]:
         self._engine.access.authorize(call)
@@ -95,12 +92,13 @@ class OpenInference:
         return {"model_name": model.name, "is_unloaded": True}
 
     def ModelStreamInfer(self, requests: Iterator[Any], call: Call) -> Iterator[Any]:
+        answer = schemas.message(SCHEMA, "inference.ModelStreamInferResponse")
         for request in requests:
             try:
-                yield self._stream_response(infer_response=self.ModelInfer(request, call))
+                yield answer(infer_response=self.ModelInfer(request, call))
             except ServerError as error:
                 failed = {"model_name": request.model_name, "id": request.id}
-                yield self._stream_response(error_message=message_of(error), infer_response=failed)
+                yield answer(error_message=message_of(error), infer_response=failed)
 
     def ModelInfer(self, request: Any, call: Call) -> dict[str, Any]:
         args = {name: _parameter(value) for name, value in request.parameters.items()}
@@ -108,7 +106,7 @@ class OpenInference:
         found = self.infer(request.model_name, _inputs(request), args, wanted, call)
         kinds = {name: DATATYPES[str(array.dtype)] for name, array in found.items()}
         typed = not request.raw_input_contents and any(tensor.HasField("contents") for tensor in request.inputs)
-        typed = typed and all(kind in _FIELDS for kind in kinds.values())
+        typed &= _FIELDS.keys() >= set(kinds.values())
         outputs, raw = [], []
         for name, array in found.items():
             output = {"name": name, "datatype": kinds[name], "shape": array.shape}
@@ -130,7 +128,7 @@ class OpenInference:
         try:
             if _metadata(model).get("batch"):
                 outcomes = self._engine.run_batch(model.name, _rows(values, most), args, call)
-                answer = _stacked(_decoded(outcomes))
+                answer = _stacked(list(starmap(_decoded, enumerate(outcomes))))
             else:
                 answer = codec.decode(self._engine.run(model.name, _encoded(values), args, call))
             outputs = _outputs(model, answer)
@@ -164,7 +162,7 @@ def _parameter(value: Any) -> Any:
 def _encoded(values: Mapping[str, Array], row: int | None = None) -> Encoded:
     """One input as it is, several as a dictionary by name; or a row of them."""
     found = {name: _data(value, row) for name, value in values.items()}
-    return codec.encode(found if len(found) > 1 else next(iter(found.values())))
+    return codec.encode(found if len(found) > 1 else found.popitem()[1])
 
 
 def _data(array: Array, row: int | None) -> Any:
@@ -177,8 +175,8 @@ def _data(array: Array, row: int | None) -> Any:
 
 def _rows(values: Mapping[str, Array], most: int) -> list[Encoded]:
     counts = {name: array.shape[0] if array.ndim and array.size else 0 for name, array in values.items()}
-    rows = next(iter(counts.values()))
-    if set(counts.values()) != {rows} or not rows:
+    rows = min(counts.values())
+    if not rows or rows != max(counts.values()):
         raise InvalidInput(f"the first dimension counts the rows; it must be the same in every input, not {counts}")
     if rows > most:
         raise InvalidInput(f"there are {rows} rows; TMS_MAX_ITEMS allows {most}")
@@ -187,11 +185,10 @@ def _rows(values: Mapping[str, Array], most: int) -> list[Encoded]:
     return [_encoded(values, row) for row in range(rows)]
 
 
-def _decoded(outcomes: Sequence[Any]) -> list[Any]:
-    for row, outcome in enumerate(outcomes):
-        if isinstance(outcome, ServerError):
-            raise type(outcome)(f"row {row}: {outcome}")
-    return [codec.decode(outcome) for outcome in outcomes]
+def _decoded(row: int, outcome: Encoded | ServerError) -> Any:
+    if isinstance(outcome, ServerError):
+        raise type(outcome)(f"row {row}: {outcome}")
+    return codec.decode(outcome)
 
 
 def _stacked(answers: Sequence[Any]) -> Any:
@@ -217,9 +214,9 @@ def _column(answers: Sequence[Any]) -> Array:
 def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:
     if isinstance(answer, dict) and answer and all(isinstance(value, np.ndarray) for value in answer.values()):
         return {name.encode().decode(): _sendable(array) for name, array in answer.items()}
-    names = [output["name"] for output in _declared(model, "outputs")]
+    declared = _declared(model, "outputs")
     array = answer if isinstance(answer, np.ndarray) else np.array([_json(answer)], object)
-    return {names[0] if len(names) == 1 else "output": _sendable(array)}
+    return {declared[0]["name"] if len(declared) == 1 else "output": _sendable(array)}
 
 
 def _sendable(array: Array) -> Array:
@@ -239,22 +236,19 @@ def _metadata(model: ServedModel) -> dict[str, Any]:
     return model.loaded.metadata if model.loaded else {}
 
 
-def _state(model: ServedModel) -> str:
-    return "UNAVAILABLE" if model.state in (State.FAILED, State.UNLOADED) else str(model.state)
-
-
 def _declared(model: ServedModel, kind: str) -> list[dict[str, Any]]:
     """The inputs or outputs that a model's metadata declares, in the protocol's terms; one that fits most if none."""
     rows = [-1] if _metadata(model).get("batch") else []
-    found = [
-        {
-            "name": one.get("name", kind[:-1]),
-            "datatype": DATATYPES.get(str(one.get("dtype", "uint8")), "BYTES"),
-            "shape": [*rows, *(one.get("shape") or [-1])],
-        }
-        for one in _metadata(model).get(kind) or []
-    ]
-    if found or kind == "outputs":
-        return found or [{"name": "output", "datatype": "BYTES", "shape": rows or [1]}]
+    if declared := _metadata(model).get(kind):
+        return [
+            {
+                "name": one.get("name", kind[:-1]),
+                "datatype": DATATYPES.get(str(one.get("dtype", "uint8")), "BYTES"),
+                "shape": [*rows, *(one.get("shape") or [-1])],
+            }
+            for one in declared
+        ]
+    if kind == "outputs":
+        return [{"name": "output", "datatype": "BYTES", "shape": rows or [1]}]
     shape = (model.loaded and model.loaded.input_shape) or [-1, -1, -1]
     return [{"name": "input", "datatype": "UINT8", "shape": [*rows, *shape]}]

@@ -60,7 +60,7 @@ class Rest:
             return self._infer(fields["model_name"], headers, body, call)
         request = self._methods[method].request(**fields)
         if method == "RepositoryIndex":
-            request.ready = _object(body or b"{}").get("ready") is True
+            request.ready = _get(_parsed(body or b"{}"), "ready", bool)
         found = getattr(self._servicer, method)(request, call)
         status = 503 if found.get("ready") is False else 200
         return _json(found[_PARTS[method]] if method in _PARTS else found, status)
@@ -69,20 +69,20 @@ class Rest:
         length = headers.get(LENGTH.lower(), str(len(body)))
         if not (length.isascii() and length.isdigit() and int(length) <= len(body)):
             raise InvalidInput(f"{LENGTH} is {length!r}; it must be the bytes of JSON in a body of {len(body)}")
-        header, binary = _object(memoryview(body)[: int(length)]), memoryview(body)[int(length) :]
+        header, binary = _parsed(memoryview(body)[: int(length)]), memoryview(body)[int(length) :]
         args = _get(header, "parameters", dict)
         all_binary = args.pop("binary_data_output", False)
-        wanted = {
+        as_binary = {
             _get(output, "name", str): _get(output, "parameters", dict).get("binary_data", False)
-            for output in _objects(header, "outputs")
+            for output in _get(header, "outputs", list)
         }
+        outputs = self._servicer.infer(name, _inputs(header, binary), args, list(as_binary), call)
         shown = {"model_name": name, "model_version": "1", "id": _get(header, "id", str)}
-        outputs = self._servicer.infer(name, _inputs(header, binary), args, list(wanted), call)
-        return _answer(shown, outputs, {output: wanted.get(output, all_binary) is True for output in outputs})
+        return _answer(shown, outputs, as_binary or dict.fromkeys(outputs, all_binary))
 
 
-def _inputs(header: dict[str, Any], binary: memoryview) -> Iterator[Tensor]:
-    for tensor in _objects(header, "inputs"):
+def _inputs(header: Any, binary: memoryview) -> Iterator[Tensor]:
+    for tensor in _get(header, "inputs", list):
         name, datatype, shape = _get(tensor, "name", str), _get(tensor, "datatype", str), _get(tensor, "shape", list)
         if not all(type(size) is int for size in shape):
             raise InvalidInput(f"the shape of input {name[:40]!r} must be whole numbers")
@@ -113,12 +113,11 @@ def _elements(name: str, datatype: str, data: list[Any]) -> list[Any]:
         raise InvalidInput(f"input {name[:40]!r}: a text has half of a surrogate pair") from None
 
 
-def _answer(shown: dict[str, Any], outputs: Mapping[str, Array], as_binary: Mapping[str, bool]) -> Response:
-    binary = []
-    shown["outputs"] = []
+def _answer(shown: dict[str, Any], outputs: Mapping[str, Array], as_binary: Mapping[str, Any]) -> Response:
+    binary, shown["outputs"] = [], []
     for name, array in outputs.items():
         output = {"name": name, "datatype": tensors.DATATYPES[str(array.dtype)], "shape": array.shape}
-        if as_binary[name]:
+        if as_binary[name] is True:
             binary.append(tensors.raw(array))
             output["parameters"] = {"binary_data_size": len(binary[-1])}
         else:
@@ -142,26 +141,16 @@ def _texts(array: Array) -> list[str]:
         raise InvalidInput("the output holds bytes that are not text; ask for it with binary_data") from None
 
 
-def _object(text: Buffer) -> dict[str, Any]:
+def _parsed(text: Buffer) -> Any:
     try:
-        header = codec.parse_json(str(text, "utf-8"))
+        return codec.parse_json(str(text, "utf-8"))
     except UnicodeDecodeError:
         raise InvalidInput(f"the JSON must be UTF-8; if tensors follow it, {LENGTH} must say where it ends") from None
-    if not isinstance(header, dict):
-        raise InvalidInput("the body must be a JSON object")
-    return header
 
 
-def _get(header: Mapping[str, Any], key: str, kind: type) -> Any:
-    """The value of a key, which must be of this kind; an empty one if there is none."""
-    value = header.get(key, kind())
+def _get(found: Any, key: str, kind: type) -> Any:
+    """The value of an object's key, which must be of this kind; an empty one if there is none."""
+    value = found.get(key, kind()) if isinstance(found, dict) else None
     if not isinstance(value, kind):
-        raise InvalidInput(f"{key} must be a {kind.__name__}")
+        raise InvalidInput(f"{key} must be a {kind.__name__} in an object")
     return value
-
-
-def _objects(header: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = _get(header, key, list)
-    if not all(isinstance(one, dict) for one in found):
-        raise InvalidInput(f"{key} must be a list of objects")
-    return found

@@ -64,20 +64,18 @@ def _array(tensor: Tensor, most_texts: int) -> Array:
     if datatype not in DTYPES:
         raise InvalidInput(f"datatype {datatype[:20]!r} is none of {', '.join(DTYPES)}")
     count = codec.elements(shape)
-    is_raw = isinstance(data, (bytes, memoryview))
-    if datatype == "BYTES":
-        if count > most_texts:
-            raise InvalidInput(f"{count} elements of BYTES are too many; TMS_MAX_ITEMS allows {most_texts}")
-        data = _split(data, count) if is_raw else data
-    elif is_raw and datatype == "BF16":  # the upper halves of FP32
-        return (codec.array_from("uint16", shape, data).astype(np.uint32) << 16).view(np.float32)
-    elif is_raw:
-        return codec.array_from(DTYPES[datatype], shape, data)
+    if datatype == "BYTES" and count > most_texts:
+        raise InvalidInput(f"{count} elements of BYTES are too many; TMS_MAX_ITEMS allows {most_texts}")
+    if isinstance(data, (bytes, memoryview)):
+        if datatype == "BF16":  # the upper halves of FP32
+            return (codec.array_from("uint16", shape, data).astype(np.uint32) << 16).view(np.float32)
+        if datatype != "BYTES":
+            return codec.array_from(DTYPES[datatype], shape, data)
+        data = _split(data, count)
     if len(data) != count:
         raise InvalidInput(f"shape {list(shape)} has {count} elements, but there are {len(data)}")
     if datatype == "BYTES":
-        values = [codec.from_bytes(element, content_type) for element in data]
-        return np.array(values, object).reshape(tuple(shape))
+        data = (codec.from_bytes(element, content_type) for element in data)
     try:
         return np.fromiter(data, DTYPES[datatype], count).reshape(tuple(shape))
     except OverflowError as error:
