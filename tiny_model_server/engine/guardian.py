@@ -118,9 +118,11 @@ def kill(pid: int) -> None:
 
 def children() -> list[int]:
     """The living and ended children of this process; none where there is no ``/proc``."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     own = str(os.getpid()).encode()
-    return [pid for pid in pids if read(pid, "stat").rpartition(b")")[2].split()[1:2] == [own]]
+    with suppress(OSError):
+        pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+        return [pid for pid in pids if read(pid, "stat").rpartition(b")")[2].split()[1:2] == [own]]
+    return []
 
 
 def read(pid: int, name: str) -> bytes:
