@@ -116,8 +116,8 @@ def on_all_cores() -> Iterator[None]:
 
 def gpus(env: Mapping[str, str] = os.environ, proc: Path = Path("/proc/driver/nvidia/gpus")) -> list[str]:
     """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    every = ",".join(map(str, range(len(list(proc.glob("*"))))))
-    return [name for name in env.get("CUDA_VISIBLE_DEVICES", every).split(",") if name.strip()]
+    found = ",".join(map(str, range(len(list(proc.iterdir()))))) if proc.is_dir() else ""
+    return [name for name in env.get("CUDA_VISIBLE_DEVICES", found).split(",") if name.strip()]
 
 
 def environment(
