@@ -369,6 +369,32 @@ def test_a_second_signal_hurries(start_server: StartServer) -> None:
         assert isinstance(call.exception(), model_client.ModelClientError)
 
 
+def test_calls_that_are_refused_leave_no_memory(start_server: StartServer) -> None:
+    server = start_server()
+    client = server.client("echo")
+    client.unload_model()
+    text = "x" * 20_000
+    front = psutil.Process(server.process.pid)
+
+    def refuse(count: int) -> int:
+        for _ in range(count):
+            with pytest.raises(model_client.ModelUnavailable):
+                client.run_text(text, retry=False)
+        return front.memory_info().rss
+
+    before = refuse(500)
+    assert refuse(1500) - before < 10 << 20
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_many_signals_end_it_with_the_same_code(start_server: StartServer, number: signal.Signals) -> None:
+    server = start_server(TMS_DRAIN_DELAY_S=0.1)
+    while server.process.poll() is None:
+        server.process.send_signal(number)
+        time.sleep(0.005)
+    assert server.process.returncode == 0
+
+
 @pytest.mark.parametrize("mixes", [False, True])
 @pytest.mark.parametrize("kind", ["array", "file"])
 def test_shapes_share_a_batch_only_where_the_model_mixes_them(

@@ -427,6 +427,27 @@ def test_descriptors_that_run_out(start_server: Callable[..., Server]) -> None:
         wait_for(again, "the local transport")
 
 
+def test_no_descriptor_for_new_memory(start_server: Callable[..., Server]) -> None:
+    """A model retains the input, and the front has no descriptor for another request buffer: the caller goes on."""
+    server = start_server(models=only("keeps"))
+    client = server.client("keeps", timeout=10)
+    frame = np.zeros((10, 10), np.uint8)
+    client.run_image(frame)
+    front, pids = psutil.Process(server.process.pid), client.model_info()[0]["worker_pids"]
+    before, (_, most) = front.num_fds(), front.rlimit(psutil.RLIMIT_NOFILE)
+    for spare in range(3):
+        used = {int(name) for name in os.listdir(f"/proc/{front.pid}/fd")}
+        limit = next(n for n in range(most) if n - sum(fd < n for fd in used) == spare)
+        front.rlimit(psutil.RLIMIT_NOFILE, (limit, most))
+        for _ in range(3):
+            with contextlib.suppress(model_client.Overloaded):  # gRPC has no memory to share either
+                client.run_image(frame)
+        front.rlimit(psutil.RLIMIT_NOFILE, (most, most))
+    assert client.model_info()[0]["worker_pids"] == pids
+    client.close()
+    wait_for(lambda: front.num_fds() <= before, "the descriptors")
+
+
 def test_a_greeting_that_is_nested_deeply(start_server: Callable[..., Server]) -> None:
     server = start_server(TMS_THREADS=2)
     for _ in range(4):

@@ -129,6 +129,9 @@ async def _serve(engine: Engine, settings: Settings) -> int:
         await asyncio.to_thread(http.join, grace_s + _STOP_WORKERS_S)
     await engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
     failed = await loading
+    for number in (signal.SIGTERM, signal.SIGINT):  # another one would end the process with another code
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
     log.info("stopped")
     return 1 if failed else 0
 

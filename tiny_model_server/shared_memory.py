@@ -185,8 +185,13 @@ class SharedBuffers:
             self.release()
 
     def renewed(self) -> SharedBuffers:
-        """Buffers with a new file for requests, in the place of one that a model retains."""
-        return SharedBuffers(response=os.dup(self.response))
+        """Buffers with a new file for requests, in the place of one that a model retains. OSError if it cannot be made."""
+        request = unnamed_file()
+        try:
+            return SharedBuffers(request, os.dup(self.response))
+        except OSError:
+            os.close(request)
+            raise
 
     @property
     def size(self) -> int:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -135,7 +136,7 @@ class Batcher:
         Raises Overloaded if they do not fit, DeadlineExceeded if they would wait too long, ``closed`` if it is set.
         """
         if self.closed:
-            raise self.closed
+            raise copy(self.closed)  # one object would keep the frames of all that raise it
         wait_s, deadline = self._wait_s(), items[0].deadline
         if not self._fit(len(items) + spare):
             message = f"the queue is full: {self.depth} of {self.queue_size} items are waiting"
@@ -227,7 +228,7 @@ class Batcher:
             self._suspects, self.depth = deque(), 0
             for group in groups:
                 for item in group:
-                    item.resolve(error)
+                    item.resolve(copy(error))
         self._room.set()
         self._dispatch()
 

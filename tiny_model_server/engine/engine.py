@@ -331,7 +331,7 @@ class Engine:
                 self._on_loop(run.cancel, Cancelled("the caller disconnected"))
                 call.trailing["endpoint-load-metrics-bin"] = run.report
         finally:
-            self._buffers.give_back(buffers)
+            self._on_loop(self._buffers.give_back, buffers)  # after the end of the run, which may be queued still
 
     def request_stop(self) -> None:
         """Asks the owner of the loop to stop the server; returns at once."""

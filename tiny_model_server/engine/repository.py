@@ -95,7 +95,10 @@ class ServedModel:
         """Begins to load an unloaded model, once it has finished to unload; its calls queue meanwhile."""
         await self._turn.acquire()
         if self.state is not State.UNLOADED or self._stopped:
-            return self._turn.release()
+            self._turn.release()
+            if self._stopped:
+                raise Stopping("the server is stopping")
+            return
         self.wanted = True
         self._open()
         self._loading = asyncio.create_task(self._load_quietly())  # nobody unloads the model before it ends

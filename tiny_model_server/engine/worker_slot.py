@@ -79,6 +79,7 @@ class WorkerSlot:
 
     def end(self) -> list[Item]:
         """After the end of the process: reads what it sent before. Returns the items that have no outcome."""
+        self.retiring = True
         if self._open:
             self._on_readable()
         self.close()

@@ -141,7 +141,9 @@ class _Connection:
             self.close()
 
     def _share_memory(self) -> None:
-        header, fds, *_ = socket.recv_fds(self._socket, HELLO.size, 1)
+        header, fds, flags, _ = socket.recv_fds(self._socket, HELLO.size, 1)
+        if flags & socket.MSG_CTRUNC:
+            raise OSError("no descriptor is free for the caller's own memory")
         self._buffers = SharedBuffers(fds[0], caller_owned=True) if fds else SharedBuffers()
         if fds and not sealed(self._buffers.request):
             raise ValueError("that memory may shrink")
@@ -302,7 +304,10 @@ class _Connection:
         self._uncount()
         self._renewing = old.retained and not old.caller_owned
         if self._renewing:
-            self._buffers = old.renewed()
+            try:
+                self._buffers = old.renewed()
+            except OSError:  # there is no descriptor or memory for it; the caller goes on by gRPC
+                return self.close()
             old.close()
         self._unsent = memoryview(ANSWER.pack(len(body), code, self._renewing) + body)
         self._flush()
