@@ -185,7 +185,7 @@ class SharedBuffers:
             self.release()
 
     def renewed(self) -> SharedBuffers:
-        """Buffers with a new file for requests, in the place of one that a model retains. OSError if it cannot be made."""
+        """Buffers with a new file for requests, in the place of one that a model retains. OSError if there is none."""
         request = unnamed_file()
         try:
             return SharedBuffers(request, os.dup(self.response))
