@@ -37,6 +37,7 @@ class WorkerSlot:
         self._loop = asyncio.get_running_loop()
         self._known: set[int] = set()  # names of the shared buffers that the worker maps
         self.batch: list[Item] = []
+        self._held: list[SharedBuffers] = []  # of the batch
         self._begun = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._open = True
@@ -56,10 +57,11 @@ class WorkerSlot:
         """Sends a batch, or one item that streams, to the worker."""
         self._begun = now = time.monotonic()
         self.batch = batch
+        self._held = [buffers for item in batch for buffers in item.buffers]
         for item in batch:
             item.begun = now
-            for buffers in item.buffers:
-                buffers.holders += 1
+        for buffers in self._held:
+            buffers.holders += 1
         self._metrics.started([now - item.enqueued for item in batch])
         try:
             self._send(batch)
@@ -197,11 +199,11 @@ class WorkerSlot:
         self._kill()
 
     def _take_batch(self, retained: "set[int] | frozenset[int]" = frozenset()) -> list[Item]:
-        batch, self.batch = self.batch, []
-        for item in batch:
-            for buffers in item.buffers:
-                buffers.retained |= buffers.name in retained
-                buffers.release()
+        batch, held = self.batch, self._held
+        self.batch, self._held = [], []
+        for buffers in held:
+            buffers.retained |= buffers.name in retained
+            buffers.release()
         return batch
 
     def _limit(self, seconds: float, on_time: Callable[[], None]) -> None:
