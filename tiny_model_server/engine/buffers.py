@@ -8,7 +8,7 @@ from tiny_model_server.errors import Overloaded
 from tiny_model_server.shared_memory import SharedBuffers
 
 _MOST = 16  # are kept for later calls
-_LARGEST = 64 << 20  # bytes; larger ones are not kept
+_LARGEST = 16 << 20  # bytes; larger ones are not kept
 _RETRY_AFTER_MS = 100
 
 
