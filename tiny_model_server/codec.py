@@ -118,7 +118,7 @@ def encode(value: Any) -> Encoded:
     arrays: list[Array] = []
     if isinstance(value, np.ndarray):
         return Encoded(ARRAY, [portable(value)])
-    return Encoded(_encoded(value, arrays, _to_json), arrays)
+    return Encoded(_json_text(value, arrays, _to_json), arrays)
 
 
 def decode(encoded: Encoded, image: Callable[[bytes], Any] = EncodedImage) -> Any:
@@ -134,7 +134,7 @@ def decode(encoded: Encoded, image: Callable[[bytes], Any] = EncodedImage) -> An
             return array
         return image(bytes(raw(array))) if name == "$image" else bytes(raw(array))
 
-    return _resolved(_parsed(encoded.text), encoded.arrays, resolve)
+    return _resolve(_parse(encoded.text), encoded.arrays, resolve)
 
 
 def check(text: str, arrays: Sequence[Any]) -> None:
@@ -148,7 +148,7 @@ def check(text: str, arrays: Sequence[Any]) -> None:
     if "$" not in text and "\\u0024" not in text:
         return
     sizes: list[int] = []
-    _resolved(value, arrays, lambda name, array: sizes.append(array.nbytes))
+    _resolve(value, arrays, lambda name, array: sizes.append(array.nbytes))
     most = 2 * sum(array.nbytes for array in arrays) + _SPARE_BYTES
     if len(sizes) > len(arrays) + _SPARE_REFERENCES or sum(sizes) > most:
         raise InvalidInput(f"the JSON refers {len(sizes)} times to {len(arrays)} arrays; refer to each array once")
@@ -164,7 +164,7 @@ def json_only(value: Any) -> str:
     def resolve(name: str, array: Any) -> Any:
         return lists(array) if name == "$array" else base64.b64encode(raw(array)).decode()
 
-    return _encoded(value, arrays, lambda tree: standard_json(_resolved(tree, arrays, resolve)))
+    return _json_text(value, arrays, lambda tree: standard_json(_resolve(tree, arrays, resolve)))
 
 
 def standard_json(value: Any) -> str:
@@ -179,7 +179,7 @@ def parse_json(text: str) -> Any:
     """The value of a JSON text that a caller sent; InvalidInput says where it is malformed, or that it is too much."""
     if len(text) > MOST_NODES and _has_too_many_nodes(text):
         raise InvalidInput(f"the JSON has more than {MOST_NODES} values, keys and brackets; send arrays as bytes")
-    value = _parsed(text)
+    value = _parse(text)
     if text.count("[") + text.count("{") > _DEEPEST:
         _check_depth(value)
     return value
@@ -187,7 +187,7 @@ def parse_json(text: str) -> Any:
 
 def args_json(args: Mapping[str, Any]) -> str:
     """The JSON text of a call's args, which ``parse_args`` reads: arrays are lists in it, bytes are a TypeError."""
-    return _encoded(args, None, _to_sorted_json)
+    return _json_text(args, None, _to_sorted_json)
 
 
 def parse_args(text: str) -> dict[str, Any]:
@@ -270,14 +270,18 @@ def elements(shape: Sequence[int]) -> int:
     return count
 
 
-def array_from(dtype: str, shape: Sequence[int], data: Buffer) -> Array:
-    """A read-only view of ``data`` as an array; InvalidInput if dtype, shape and length don't fit together."""
+def array_from(dtype: str, shape: Sequence[int] | None, data: Buffer) -> Array:
+    """A read-only view of ``data`` as an array; the rest as for ``placed``."""
     checked = placed(dtype, shape, len(data))
     return np.ndarray(checked.shape, checked.dtype, data)
 
 
-def placed(dtype: str, shape: Sequence[int], length: int) -> Placed:
-    """An array whose ``length`` bytes lie elsewhere; InvalidInput if dtype, shape and length don't fit together."""
+def placed(dtype: str, shape: Sequence[int] | None, length: int) -> Placed:
+    """An array whose ``length`` bytes lie elsewhere; without a shape it has one dimension.
+
+    InvalidInput if dtype, shape and length don't fit together.
+    """
+    shape = (length,) if shape is None else shape
     elements(shape)
     array = Placed(dtype_of(dtype), tuple(shape))
     if array.nbytes != length:
@@ -340,7 +344,7 @@ def _check_depth(value: Any) -> None:
     raise InvalidInput(f"the JSON is nested too deeply; it may be {_DEEPEST} deep")
 
 
-def _parsed(text: str) -> Any:
+def _parse(text: str) -> Any:
     try:
         return _decoder.decode(text)
     except RecursionError:
@@ -359,10 +363,10 @@ _to_sorted_json = json.JSONEncoder(allow_nan=False, sort_keys=True).encode
 _decoder = json.JSONDecoder(parse_constant=_not_json)
 
 
-def _resolved(value: Any, arrays: Sequence[Any], resolve: Callable[[str, Any], Any]) -> Any:
+def _resolve(value: Any, arrays: Sequence[Any], resolve: Callable[[str, Any], Any]) -> Any:
     """The tree with what ``resolve(name, array)`` returns in place of each reference to an array."""
     if isinstance(value, list):
-        return [_resolved(item, arrays, resolve) for item in value]
+        return [_resolve(item, arrays, resolve) for item in value]
     if not isinstance(value, dict):
         return value
     name, inner = next(iter(value.items())) if len(value) == 1 else ("", None)
@@ -378,10 +382,10 @@ def _resolved(value: Any, arrays: Sequence[Any], resolve: Callable[[str, Any], A
         value = inner
     elif unknown := next((key for key in value if key.startswith("$")), ""):
         raise InvalidInput(f"unknown reference {unknown[:40]!r} in the JSON")
-    return {key: _resolved(item, arrays, resolve) for key, item in value.items()}
+    return {key: _resolve(item, arrays, resolve) for key, item in value.items()}
 
 
-def _encoded(value: Any, arrays: list[Array] | None, to_text: Callable[[Any], str]) -> str:
+def _json_text(value: Any, arrays: list[Array] | None, to_text: Callable[[Any], str]) -> str:
     try:
         return to_text(_encode(value, arrays))
     except RecursionError:
@@ -484,7 +488,8 @@ def _array_of_texts(array: Array) -> Array:
 
 
 def _key(key: Any) -> Any:
-    if key is None or isinstance(key, (str, bool, int, float, np.bool_, np.integer, np.floating)):
-        encoded = _encode(key, None)
-        return encoded if isinstance(encoded, str) else json.dumps(encoded)
+    if isinstance(key, str):
+        return _encode(key, None)
+    if key is None or isinstance(key, (bool, int, float, np.bool_, np.integer, np.floating)):
+        return json.dumps(_encode(key, None))
     raise CannotSerialize(f"a key of type {type(key).__name__}", "use a text")

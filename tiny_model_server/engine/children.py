@@ -30,23 +30,23 @@ def forget(started: "subprocess.Popen[bytes]") -> None:
 
 
 def adopt_orphans() -> None:
-    """Makes this process, which must have no other children than guardians, the parent of what they leave.
+    """Makes this process the parent of the orphans that guardians leave. It must have no other children than guardians.
 
     Its loop must call ``reap`` at each SIGCHLD.
     """
     global _adopting
-    _adopting = os.getpid() != 1  # process 1 of a container gets others' orphans too, of what an operator starts there
+    _adopting = os.getpid() != 1  # process 1 of a container also gets orphans of what an operator starts there
     guardian.adopt_orphans()
 
 
 def reap() -> None:
-    """Ends the zombies that nobody waits for: process 1 and subreapers get them. Returns at once."""
+    """Waits for orphans that have ended, so that no zombies stay. Returns at once."""
     found = False
     with suppress(ChildProcessError, AttributeError):  # macOS has no waitid and no orphans for us
         while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT | os.WNOHANG)) and _is_orphan(ended.si_pid):
             found = bool(os.waitpid(ended.si_pid, os.WNOHANG)[0])
     if found:
-        _kill_orphans()  # what it had started comes to us in its place
+        _kill_orphans()  # its children are ours now
 
 
 def _kill_orphans() -> None:

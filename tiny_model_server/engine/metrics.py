@@ -22,7 +22,7 @@ _NOT_THE_SERVERS_FAULT = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "P
 _REPORT_AGE_S = 0.1
 _UNKNOWN_UTILIZATION = 0.001  # if only errors were answered; then their share decides
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-_FAMILIES: dict[str, tuple[Any, str]] = {  # each is a number, a function or a histogram of ModelMetrics
+_FAMILIES: dict[str, tuple[Any, str]] = {  # each is a number, or a function that returns one, of ModelMetrics
     "dropped": (CounterMetricFamily, "Inputs that nobody waited for any more, not run"),
     "worker_restarts": (CounterMetricFamily, "Workers that died and were replaced"),
     "request_seconds": (HistogramMetricFamily, "From arrival to answer"),
@@ -44,7 +44,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.registry.register(self)
         self.models: dict[str, ModelMetrics] = {}
-        self._own: dict[str, Any] = {}
+        self._custom: dict[str, Any] = {}
 
     def collect(self) -> Iterator[Metric]:
         """Every metric with the numbers of all models; for the registry."""
@@ -62,21 +62,22 @@ class Metrics:
                 family.add_metric([name], *(found if isinstance(found, tuple) else [found]))
             yield family
 
-    def own(self, name: str, kind: type[Counter] | type[Histogram]) -> Any:
+    def custom(self, name: str, kind: type[Counter] | type[Histogram]) -> Any:
         """The metric that models count themselves under this name, None if the name is taken by another."""
-        if name not in self._own:
-            self._own[name] = None
+        if name not in self._custom:
+            facts = f"tms_model_{name}", "Counted by the model", ["model"]
             try:
-                self._own[name] = kind(f"tms_model_{name}", "Counted by the model", ["model"], registry=self.registry)
+                self._custom[name] = kind(*facts, registry=self.registry)
             except ValueError as error:  # the name of another metric's series
                 log.warning("a model's metric is left out: %s", error)
-        found = self._own[name]
+                self._custom[name] = None
+        found = self._custom[name]
         return found if isinstance(found, kind) else None
 
     def forget(self, model: str) -> None:
         """Drops the metrics of a model that was removed."""
         self.models.pop(model, None)
-        for metric in filter(None, self._own.values()):
+        for metric in filter(None, self._custom.values()):
             metric.remove_by_labels({"model": model})
 
     def text(self) -> bytes:
@@ -85,7 +86,7 @@ class Metrics:
 
 
 class _Histogram:
-    """How often values fell between bounds; prometheus_client's would take a tenth of a small call."""
+    """Counts values between bounds. prometheus_client's would take a tenth of the time of a small call."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self._bounds = bounds
@@ -126,9 +127,9 @@ class ModelMetrics:
         """A moving mean of how long one batch takes, in seconds; 0 until one was run."""
         metrics.models[name] = self
 
-    def serves(self, most: int, slots: int) -> None:
+    def set_capacity(self, batch_size: int, slots: int) -> None:
         """Sets how many items a batch may have, and how many batches run at once."""
-        self._slots, self.places = slots, most * slots
+        self._slots, self.places = slots, batch_size * slots
 
     def arrived(self, count: int) -> float:
         """Counts inputs that arrive. Returns the time, for ``answered``."""
@@ -162,10 +163,10 @@ class ModelMetrics:
         for second in range(max(int(since), int(now) - _WINDOW_S), int(now) + 1):
             self._busy.add(second, min(now, second + 1) - max(since, second))
         for name, amount in counted[0].items():
-            if metric := self._metrics.own(name, Counter):
+            if metric := self._metrics.custom(name, Counter):
                 metric.labels(self._name).inc(amount)
         for name, values in counted[1].items():
-            if metric := self._metrics.own(name, Histogram):
+            if metric := self._metrics.custom(name, Histogram):
                 for value in values:
                     metric.labels(self._name).observe(value)
 

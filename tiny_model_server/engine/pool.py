@@ -47,7 +47,7 @@ class Pool:
         loaded = await self._start_worker(0)
         if not loaded.stages:
             options = loaded.options
-            self._metrics.serves(options.max_batch_size, options.workers * options.concurrency)
+            self._metrics.set_capacity(options.max_batch_size, options.workers * options.concurrency)
             self._batcher.max_wait_s = options.max_wait_ms / 1000
             try:
                 await asyncio.gather(*(self._start_worker(index) for index in range(1, options.workers)))

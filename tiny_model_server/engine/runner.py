@@ -1,7 +1,7 @@
 """One model in its worker process: import the plug-in, read what it declares, run batches. No sockets in here.
 
-The code of a model may do anything: raise SystemExit, return objects whose methods raise, fork. So everything of it
-that may raise runs in ``attempt``, and what it returns is recognized by ``type``: ``isinstance`` runs its code.
+The code of a model may do anything: raise SystemExit, return objects whose methods raise, fork. So ``attempt`` runs it,
+and ``type`` recognizes what it returns, because ``isinstance`` would run the model's code.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ log = SafeLog(logging.getLogger("tiny_model_server.worker"), {})
 DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
 _LARGEST_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
-_MOST_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends must not take all memory
-_END = object()  # of a generator
+_MOST_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends would take all memory
+_END = object()  # stands for the end of a generator
 _COLOURS = {"rgb": "COLOR_RGB", "bgr": "COLOR", "gray": "GRAYSCALE", "unchanged": "UNCHANGED"}
 """OpenCV's ways to read an image file, by image_mode."""
-# torch.OutOfMemoryError by its name, which need not be installed; onnxruntime and CUDA libraries by their words.
+# The name of torch's error, because torch may be missing, and the messages of onnxruntime and the CUDA libraries.
 _OUT_OF_DEVICE_MEMORY = re.compile(
     "^OutOfMemoryError|CUDA out of memory|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED|Failed to allocate memory"
 )
@@ -179,7 +179,7 @@ class Runner:
             self._outcome(attempt(result.close))
 
     def _group(self, value: Any) -> Any:
-        """Equal for values that share a run_batch. Image files may differ in shape, which was not known before."""
+        """Equal for values that share a run_batch. The batcher did not know the shapes of image files."""
         mixes = self._options.mix_shapes or not isinstance(value, np.ndarray)
         return None if mixes else (value.shape, value.dtype.str)
 

@@ -173,20 +173,17 @@ def _value(value: Any, call: Call) -> Encoded:
 
 
 def _received(text: str, described: Sequence[tuple[str, Sequence[int] | None, Any]], call: Call) -> Encoded:
-    """A value with its arrays, each (dtype, shape, message with data or place); shape None is that of all its bytes."""
+    """A value with its arrays, each (dtype, shape or None, message with data or place)."""
     if described and call.trailing_bytes is None and described[0][2].HasField("place"):
         return _placed(text, [(dtype, shape, message.place) for dtype, shape, message in described], call)
     found = [message.data for _, _, message in described]
     if call.trailing_bytes is not None:
         found[-1] = call.trailing_bytes
-    arrays = []
-    for (dtype, shape, _), data in zip(described, found, strict=True):
-        arrays.append(codec.array_from(dtype, (len(data),) if shape is None else shape, data))
-    return Encoded(text, arrays)
+    return Encoded(text, [codec.array_from(*one[:2], data) for one, data in zip(described, found, strict=True)])
 
 
 def _placed(text: str, described: Sequence[tuple[str, Sequence[int] | None, Any]], call: Call) -> Encoded:
-    """A value whose arrays, each (dtype, shape, place), stay in the memory that the caller shares.
+    """A value whose arrays, each (dtype, shape or None, place), stay in the memory that the caller shares.
 
     InvalidInput if they are not there; Overloaded if a request names too many bytes, as places may overlap.
     """
@@ -199,9 +196,8 @@ def _placed(text: str, described: Sequence[tuple[str, Sequence[int] | None, Any]
         except ValueError as error:
             raise InvalidInput(str(error)) from None
         call.placed += place.length
-        array = codec.placed(dtype, (place.length,) if shape is None else shape, place.length)
-        arrays.append(array)
-        places.append((place.offset, dtype, array.shape))
+        arrays.append(codec.placed(dtype, shape, place.length))
+        places.append((place.offset, dtype, arrays[-1].shape))
     if call.placed > call.largest:
         raise Overloaded(f"{call.placed} bytes of arrays, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
     return Encoded(text, arrays, (call.buffers, places))

@@ -129,14 +129,9 @@ class _Image(_Object):
     """A PIL image, by its state: info, mode, size, palette, bytes."""
 
 
-class _Text(_Object):
-    """_codecs.encode(text, "latin1"), by which old protocols carry bytes."""
-
-
 _STAND_INS: dict[str, Any] = {
     "numpy.ndarray": _Class,
     "numpy.dtype": _Dtype,
-    "_codecs.encode": _Text,
     "PIL.Image.Image": _Image,
     "numpy.core.multiarray._reconstruct": _Array,
     "numpy.core.numeric._frombuffer": _Buffer,
@@ -240,12 +235,9 @@ def _shape(found: Any) -> tuple[int, ...]:
 
 
 def _bytes(found: Any) -> bytes | bytearray:
-    match found:
-        case bytes() | bytearray():
-            return found
-        case _Text(arguments=(str(text), _)):
-            return text.encode("latin-1", errors="replace")
-    raise _refusal("something else in the place of bytes")
+    if not isinstance(found, (bytes, bytearray)):
+        raise _refusal("something else in the place of bytes")
+    return found
 
 
 def _refusal(what: str) -> InvalidInput:

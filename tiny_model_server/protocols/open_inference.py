@@ -134,9 +134,8 @@ class OpenInference:
             outputs = _outputs(model, answer)
         except UnicodeEncodeError:
             raise ModelError("the model's answer has half of a surrogate pair, which UTF-8 cannot hold") from None
-        for output in wanted:
-            if output not in outputs:
-                raise InvalidInput(f"there is no output {output!r}; there are {', '.join(outputs)}")
+        if unknown := set(wanted) - outputs.keys():
+            raise InvalidInput(f"there is no output {min(unknown)!r}; there are {', '.join(outputs)}")
         return {output: outputs[output] for output in wanted or outputs}
 
 
