@@ -1,8 +1,8 @@
 """Decides which gRPC calls get a thread, and for how long.
 
-By itself, grpcio gives a call a thread when its headers arrive. Here, a call is first authenticated and counted against
-its connection. It gets a thread when its first message arrives. It is ended if its caller sends nothing or reads
-nothing for too long.
+grpcio alone gives a call a thread when its headers arrive. Here, a call is first authenticated and counted against its
+connection. It gets a thread when its first message arrives. It is ended if its caller sends or reads nothing for too
+long.
 """
 
 import logging
@@ -37,11 +37,9 @@ _CROWDED_S = 0.25  # if too many wait, those are ended that have waited for so l
 _TICK_S = 0.1
 _BACKOFF_MS = {None: 100, "1": 400, "2": 1600}  # by a call's retries so far, as gRPC counts them in its metadata
 _MAX_BACKOFF_MS = 5000
-_MIN_BYTES_PER_S = 1 << 20  # bytes a second that a caller must take of an answer, after the first seconds
+_MIN_BYTES_PER_S = 1 << 20  # of an answer, which a caller must read after the first stream_idle_s
 _NO_DEADLINE_S = 1e9
-_UPLOAD_FACTOR = (
-    10  # a message with a deadline may take this many times stream_idle_s; its bytes on the way cannot be seen
-)
+_UPLOAD_FACTOR = 10  # a message of a call with a deadline may take so many times stream_idle_s: grpcio hides its bytes
 
 
 class _Wait(NamedTuple):
@@ -80,7 +78,7 @@ class Waits:
             self._some.set()
 
     def over(self, call: GrpcCall) -> None:
-        """The call goes on, or has ended."""
+        """Ends the wait: the caller has sent or read, or the call has ended."""
         self._waits.pop(call, None)
 
     def _watch(self) -> None:
@@ -135,7 +133,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         self._waits = Waits(arriving=MAX_ARRIVING, threads=waiting, unread=engine.inflight.limit // 2)
 
     def intercept_service(self, continuation: Any, details: Any) -> Any:
-        """Lets ``_unary`` or ``_stream`` call the method's behaviour."""
+        """Makes ``_unary`` or ``_stream`` the method's behaviour, with its own handler as their argument."""
         handler = continuation(details)
         if handler is None or details.method.startswith(self._exempt):
             return handler
@@ -154,7 +152,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
             try:
                 if message is None and not (behavior.args[0].request_streaming and call.context.is_active()):
                     raise Unimplemented(NO_REQUEST)
-                self._hold(call, message)
+                self._count(call, message)
             except ServerError:
                 self._leave(call)
                 raise
@@ -167,8 +165,8 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
             call.end(error)
             return
         remaining = call.context.time_remaining()
-        patience = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD_FACTOR * self._idle_s)
-        self._waits.receive(call, "arriving", patience, start)
+        limit_s = self._idle_s if remaining > _NO_DEADLINE_S else min(remaining, _UPLOAD_FACTOR * self._idle_s)
+        self._waits.receive(call, "arriving", limit_s, start)
 
     def _enter(self, peer: str, attempts: Any) -> None:
         """Counts a call; Overloaded if its connection has as many as it may. ``attempts`` are its retries so far."""
@@ -183,14 +181,14 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
             self._calls[peer] += 1
 
     def _leave(self, call: GrpcCall) -> None:
-        self._hold(call, None)
+        self._count(call, None)
         with self._lock:
             self._calls[call.peer] -= 1
             if not self._calls[call.peer]:
                 del self._calls[call.peer]
 
-    def _hold(self, call: GrpcCall, message: bytes | None) -> None:
-        """Counts a message of the call among the bytes in the server, in place of the one before."""
+    def _count(self, call: GrpcCall, message: bytes | None) -> None:
+        """Counts the bytes of the call's new message, and no longer those of the one before."""
         self._engine.inflight.give(len(call.message or b""))
         call.message = None
         self._engine.inflight.take(len(message or b""))
@@ -199,8 +197,6 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
     def _unary(self, handler: Any, call: GrpcCall, context: Any) -> Any:
         try:
             answer = handler.unary_unary(call.message, context)
-        except ServerError as error:
-            abort(context, error)
         finally:
             self._leave(call)
         # grpcio keeps an answer's memory until it is read.
@@ -211,17 +207,18 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
 
     def _stream(self, handler: Any, call: GrpcCall, context: Any, send: Callable[[Any], None]) -> None:
         try:
-            with closing(self._requests(handler, call)) as requests:
-                argument, behavior = requests, handler.stream_stream
-                if not handler.request_streaming:
-                    argument, behavior = next(requests), handler.unary_stream
-                with closing(behavior(argument, context)) as answers:
-                    for answer in answers:
-                        self._waits.begin(call, "reading", self._seconds(answer), NOTHING_READ)
-                        send(answer)
-                        self._waits.over(call)
-                        if not context.is_active():
-                            return
+            requests = self._requests(handler, call)
+            if handler.request_streaming:
+                responses = handler.stream_stream(requests, context)
+            else:
+                responses = handler.unary_stream(next(requests), context)
+            with closing(responses) as answers:
+                for answer in answers:
+                    self._waits.begin(call, "reading", self._seconds(answer), NOTHING_READ)
+                    send(answer)
+                    self._waits.over(call)
+                    if not context.is_active():
+                        return
             call.finish()
         except Exception as error:
             if not context.is_active():
@@ -238,14 +235,14 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         arrived: SimpleQueue[bytes | None] = SimpleQueue()
         while call.message is not None:
             yield handler.request_deserializer(call.message) if handler.request_deserializer else call.message
-            self._hold(call, None)
+            self._count(call, None)
             self._waits.begin(call, "threads", self._idle_s, NOTHING_SENT)
             call.receive(arrived.put)
             message = arrived.get()
             self._waits.over(call)
             if not call.context.is_active():
                 raise Cancelled("the call has ended")
-            self._hold(call, message)
+            self._count(call, message)
 
     def _seconds(self, answer: Any) -> float:
         return self._idle_s + (len(answer) / _MIN_BYTES_PER_S if isinstance(answer, bytes) else 0)

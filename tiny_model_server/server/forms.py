@@ -94,10 +94,10 @@ def view(value: Any) -> Any:
         return [view(item) for item in value]
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
-    return _facts(value) if isinstance(value, np.ndarray) and value.size > _MAX_SHOWN_ITEMS else value
+    return _summary(value) if isinstance(value, np.ndarray) and value.size > _MAX_SHOWN_ITEMS else value
 
 
-def _facts(array: codec.Array) -> dict[str, Any]:
+def _summary(array: codec.Array) -> dict[str, Any]:
     facts: dict[str, Any] = {"array": f"{codec.dtype_name(array.dtype)} {'x'.join(map(str, array.shape))}"}
     if array.dtype.kind in "biuf":
         with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""One call of grpcio's server, with ways to receive, send and end it that hold no thread.
+"""One call of grpcio's server, which receives, sends and ends without holding a thread.
 
 grpcio's Python API receives and sends only by blocking a thread, so a silent caller would hold one. Only this file uses
 what lies below that API, ``grpc._server`` and cygrpc. It works with grpcio 1.60 and with 1.85.
@@ -42,7 +42,7 @@ class GrpcCall:
         self._begin(cygrpc.ReceiveMessageOperation(0), "receive_message", complete, received)
 
     def send(self, message: bytes, then: Callable[[], None]) -> None:
-        """Sends one message of a stream, then calls ``then`` in grpcio's own thread. A call that has ended does not."""
+        """Sends one message of a stream, then calls ``then`` in grpcio's own thread; nothing if the call has ended."""
         complete = _server._send_message(self._state, "send_message")
         with self._state.condition:
             if self.context.is_active():
@@ -51,7 +51,7 @@ class GrpcCall:
                 self._begin(cygrpc.SendMessageOperation(message, 0), "send_message", complete, then)
 
     def finish(self, message: bytes | None = None) -> None:
-        """Sends the status, after a last message if there is one; without effect on a call that has its status."""
+        """Sends the status, after a last message if there is one. Does nothing if the call has its status."""
         with self._state.condition:
             if self.context.is_active():
                 _server._status(self._event, self._state, message)

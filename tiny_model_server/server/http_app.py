@@ -46,11 +46,11 @@ _STATUS = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
-_KNOWN = "get /, /livez, /readyz, /models, /metrics or /v2, or post to /models/NAME/run, load, unload or reload"
+_PATHS = "get /, /livez, /readyz, /models, /metrics or /v2, or post to /models/NAME/run, load, unload or reload"
 _TIMEOUT_S = 60.0
-_BODY_S = 30.0  # without progress, a body may take so long
-_MIN_BYTES_PER_S = 1 << 16  # each so many bytes of a body give it a second more, up to _BODY_S from now
-_DRAIN_S = 2.0  # time for the rest of a body that nobody needs
+_BODY_S = 30.0  # the time for a body at first, and the most that it may have left at any moment
+_MIN_BYTES_PER_S = 1 << 16  # the time left grows by a second for so many bytes
+_DRAIN_S = 2.0  # time to read and drop the rest of a body
 _SPARE_THREADS = 8  # beyond what the engine admits: some are always left for refusals and for changing models
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -206,7 +206,7 @@ class Web:
         return access.address(name) is not None or bool({name, "*"} & self._own_names)
 
     async def _in_thread(self, request: Request, work: Callable[[bytearray, Call], Response]) -> Response:
-        """What ``work(body, call)`` returns, which runs in a thread. If the caller disconnects, its call ends."""
+        """Runs ``work(body, call)`` in a thread and returns its result. The call ends if the caller disconnects."""
         ended: Future[None] = Future()
         async with self._body(request) as body:
             call = _call(request, ended)
@@ -262,7 +262,7 @@ async def _disconnected(request: Request) -> None:
 
 
 def _call(request: Request, ended: "Future[None]") -> Call:
-    """What the engine needs to know of a request; its call is over when ``ended`` is done."""
+    """What the engine must know of a request. The call ends when ``ended`` is done."""
 
     def on_end(callback: Callable[[], None]) -> bool:
         if ended.done():
@@ -280,8 +280,8 @@ def _has_length(headers: Mapping[str, str]) -> bool:
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    known = f"; {_KNOWN}" if error.status_code in (404, 405) else ""
-    text = f"{error.detail}: {request.method} {request.scope['path']}{known}"
+    paths = f"; {_PATHS}" if error.status_code in (404, 405) else ""
+    text = f"{error.detail}: {request.method} {request.scope['path']}{paths}"
     return _json({"error": text}, error.status_code, error.headers)
 
 
