@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -469,6 +470,37 @@ def test_a_brief_lack_of_descriptors_is_got_over(start_server: StartServer, tmp_
         wait_for(lambda gone=gone: client.model_info()[0]["worker_pids"] not in ([], gone), f"a worker after {more}")
         wait_for(lambda: client.model_info()[0]["state"] == "READY", "the model")
         assert client.run(1) == "one"
+
+
+@pytest.mark.parametrize("local", [0, 1])
+def test_a_batch_of_many_callers(start_server: StartServer, tmp_path: Path, local: int) -> None:
+    """More descriptors than one message between front and worker may have."""
+    body = "    max_batch_size = 300\n    def run_batch(self, items, args):\n        time.sleep(0.3)\n"
+    models = write_model(tmp_path, "wide", body + "        return [[item, len(items)] for item in items]")
+    source = models / "wide" / "__init__.py"
+    source.write_text(
+        "import time\n" + source.read_text() + "    def run(self, data, args):\n        return [data, 1]\n"
+    )
+    server = start_server(models=models, TMS_LOCAL_TRANSPORT=local, TMS_THREADS=2000)
+    client = server.client("wide", timeout=20)
+    with ThreadPoolExecutor(280) as threads:
+        answers = list(threads.map(client.run, range(600)))
+    assert [answer[0] for answer in answers] == list(range(600))
+    assert max(answer[1] for answer in answers) > 130
+
+
+def test_many_callers_share_memory_with_many_slots(start_server: StartServer, tmp_path: Path) -> None:
+    """Each slot of a worker maps the memory of each caller, but not of more callers than it has descriptors for."""
+    models = write_model(tmp_path, "slots", "    concurrency = 8\n" + ANSWERS.format("one"))
+    server = start_server(
+        models=models, command=("bash", "-c", 'ulimit -n 300; exec "$0" server.py', sys.executable), TMS_HTTP_PORT="off"
+    )
+    client = server.client("slots", timeout=20)
+    pids = client.model_info()[0]["worker_pids"]
+    with Load(lambda number: client.run(number), callers=40) as load:
+        load.more(4000)
+    assert not load.failures
+    assert client.model_info()[0]["worker_pids"] == pids
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are set on Linux only")

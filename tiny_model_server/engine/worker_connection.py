@@ -17,11 +17,11 @@ from typing import Any
 
 from tiny_model_server.shared_memory import unnamed_file
 
-_HEADER = struct.Struct("<IQBB")  # _MARK, bytes of the pickle, number of descriptors, whether the pickle is in a file
+_HEADER = struct.Struct("<IQIB")  # _MARK, bytes of the pickle, number of descriptors, whether the pickle is in a file
 _MARK = 0x7E5A11ED  # a model that writes into the socket does not know it
 _READ = 1 << 16
 _LONG = 1 << 14  # bytes of a pickle that goes into a file
-_MOST_FDS = 250  # in one message; Linux takes 253
+_MOST_FDS = 250  # that are sent at once; Linux takes 253
 _LACKS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.ETOOMANYREFS}
 _FLAGS = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))  # programs that a model starts inherit no descriptor
 _CUT_OFF = int(socket.MSG_CTRUNC)
@@ -54,7 +54,16 @@ class WorkerConnection:
             os.close(file)
 
     def _send(self, data: bytes, fds: Sequence[int]) -> None:
-        sent = socket.send_fds(self.socket, [data], fds) if fds else self.socket.send(data)
+        rest = fds
+        try:
+            while len(rest) > _MOST_FDS:  # the first ones go beside a byte each time
+                socket.send_fds(self.socket, [data[:1]], rest[:_MOST_FDS])
+                data, rest = data[1:], rest[_MOST_FDS:]
+            sent = socket.send_fds(self.socket, [data], rest) if rest else self.socket.send(data)
+        except OSError as error:
+            if len(rest) == len(fds):
+                raise
+            raise ConnectionError("the message was sent in part") from error
         if sent < len(data):
             raise ConnectionError("the other end does not read")
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from tiny_model_server.codec import Encoded, Placed, dtype_of
+from tiny_model_server.engine import placement
 from tiny_model_server.engine.batcher import Batcher, Item, Outcome
 from tiny_model_server.engine.metrics import ModelMetrics
 from tiny_model_server.engine.worker_connection import WorkerConnection, lacks
@@ -36,6 +37,8 @@ class WorkerSlot:
         self.most = options.max_batch_size
         self._loop = asyncio.get_running_loop()
         self._known: set[int] = set()  # names of the shared buffers that the worker maps
+        # Each takes two of its descriptors. It has the front's limit, and leaves half of it to the model.
+        self._most_known = max(1, placement.descriptors() // 4 // options.concurrency)
         self.batch: list[Item] = []
         self._held: list[SharedBuffers] = []  # of the batch
         self._begun = 0.0
@@ -100,6 +103,8 @@ class WorkerSlot:
             names = [buffers and buffers.name for buffers in (request, item.response)]
             items.append((item.value.text, places, item.json_only, *names))
         closed = self._known - SharedBuffers.open_names if fresh else set()
+        if len(self._known) > self._most_known:
+            closed = self._known - {buffers.name for item in batch for buffers in item.buffers}
         met = [(buffers.name, buffers.caller_owned) for buffers in fresh.values()]
         fds = [fd for buffers in fresh.values() for fd in (buffers.request, buffers.response)]
         self._connection.send((batch[0].args, items, batch[0].stream is not None, met, closed), fds)
@@ -149,6 +154,7 @@ class WorkerSlot:
             self._idle()
 
     def _idle(self) -> None:
+        self._batcher.has_room()
         if self._open and not self.batch and not self.retiring:
             self._batcher.idle(self)
 
