@@ -355,12 +355,12 @@ def test_a_pickle_that_names_an_image_again_and_again_is_refused() -> None:
 
 
 def test_nodes_are_counted_outside_of_texts() -> None:
-    many = "," * (codec.MOST_NODES + 1)
+    many = "," * (codec.MAX_NODES + 1)
     assert codec.parse_json(json.dumps(many)) == many
     for text in (f"[{many}", f'["{many}"{many}'):
         with pytest.raises(InvalidInput, match="more than"):
             codec.parse_json(text)
-    assert codec.parse_json(json.dumps(['\\",' * codec.MOST_NODES, "x"]))[1] == "x"
+    assert codec.parse_json(json.dumps(['\\",' * codec.MAX_NODES, "x"]))[1] == "x"
 
 
 @pytest.mark.parametrize("text", ["[" * 200 + "]" * 200, '{"a":' * 199 + "{}" + "}" * 199, "[" + "[]," * 1000 + "1]"])

@@ -28,7 +28,7 @@ Buffer = Union[bytes, bytearray, memoryview]
 
 ARRAY = '{"$array": 0}'
 """The text of an encoded value that is nothing but an array."""
-MOST_NODES = 1_250_000
+MAX_NODES = 1_250_000
 """Values, keys and brackets in the JSON of one request: each may take 100 bytes in memory, and 0.3 us to parse."""
 
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -36,13 +36,13 @@ _DTYPES = re.compile(
     r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|<U[1-9]\d{0,7}|\|S[1-9]\d{0,7}"
     r"|<[mM]8(\[\d{0,4}([YMWDhms]|[munpfa]s)\])?"
 )
-_DEEPEST = 200  # lists and dicts in each other; walking down them takes two of Python's 1000 frames each
+_MAX_DEPTH = 200  # of nested lists and dicts; each level takes two of Python's 1000 frames
 _STRING_OR_NODE = re.compile(r'"[^"]*"?|([,:\[{])')
-_MOST_DIMENSIONS = 32
-_MOST_EMPTY = 1 << 16  # empty lists that an array without elements may be as JSON: shape [1000, 0] is a thousand
+_MAX_DIMENSIONS = 32
+_MAX_EMPTY_ROWS = 1 << 16  # an array of shape [1000, 0] becomes a thousand empty lists in JSON
 _SPARE_REFERENCES = 1000
 _SPARE_BYTES = 1 << 20
-_WIDEST_TEXTS = 1 << 20  # bytes of an array of texts, which has room for its longest text in each place
+_MAX_TEXTS_BYTES = 1 << 20  # of an array of texts, in which each element takes the bytes of the longest
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ARRAY_REFERENCE = re.compile(r'"\$array":\s*(\d{1,9})\b')
 _IMAGE_FILE = re.compile(
@@ -56,7 +56,7 @@ _IMAGE_FILE = re.compile(
 )
 """How files of these kinds begin; each has bytes that a text does not."""
 _PLAIN: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
-"""For subclasses, such as enums and numpy's texts: what str(), int() and float() return for them may be different."""
+"""How to get the plain value of a subclass, such as an enum: its own str(), int() or float() may return another."""
 _INSTEAD = {
     "_value_": "send its .value or its .name",
     "isdisjoint": "send sorted(value), a list",
@@ -138,7 +138,7 @@ def decode(encoded: Encoded, image: Callable[[bytes], Any] = EncodedImage) -> An
 
 
 def check(text: str, arrays: Sequence[Any]) -> None:
-    """InvalidInput if ``decode`` would refuse the text, or make much more of it than was sent.
+    """InvalidInput if ``decode`` would refuse the text, or return much more than was sent.
 
     It reads nothing of the arrays but ``nbytes``.
     """
@@ -149,13 +149,13 @@ def check(text: str, arrays: Sequence[Any]) -> None:
         return
     sizes: list[int] = []
     _resolve(value, arrays, lambda name, array: sizes.append(array.nbytes))
-    most = 2 * sum(array.nbytes for array in arrays) + _SPARE_BYTES
-    if len(sizes) > len(arrays) + _SPARE_REFERENCES or sum(sizes) > most:
+    max_bytes = 2 * sum(array.nbytes for array in arrays) + _SPARE_BYTES
+    if len(sizes) > len(arrays) + _SPARE_REFERENCES or sum(sizes) > max_bytes:
         raise InvalidInput(f"the JSON refers {len(sizes)} times to {len(arrays)} arrays; refer to each array once")
 
 
 def json_only(value: Any) -> str:
-    """One JSON text without references, for clients that cannot read arrays.
+    """A JSON text without references, for clients that cannot read arrays.
 
     Arrays are nested lists, bytes are base64, and numbers that JSON lacks (NaN, infinity) are null.
     """
@@ -168,7 +168,7 @@ def json_only(value: Any) -> str:
 
 
 def standard_json(value: Any) -> str:
-    """One JSON text of a JSON value, with null for the numbers that JSON lacks: NaN and the infinities."""
+    """The JSON text of a JSON value, with null for the numbers that JSON lacks: NaN and the infinities."""
     try:
         return _to_json(value)
     except ValueError:
@@ -176,11 +176,11 @@ def standard_json(value: Any) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text that a caller sent; InvalidInput says where it is malformed, or that it is too much."""
-    if len(text) > MOST_NODES and _has_too_many_nodes(text):
-        raise InvalidInput(f"the JSON has more than {MOST_NODES} values, keys and brackets; send arrays as bytes")
+    """The value of a JSON text that a caller sent; InvalidInput if it is malformed, too large or nested too deeply."""
+    if len(text) > MAX_NODES and _has_too_many_nodes(text):
+        raise InvalidInput(f"the JSON has more than {MAX_NODES} values, keys and brackets; send arrays as bytes")
     value = _parse(text)
-    if text.count("[") + text.count("{") > _DEEPEST:
+    if text.count("[") + text.count("{") > _MAX_DEPTH:
         _check_depth(value)
     return value
 
@@ -215,8 +215,8 @@ def signature(encoded: Encoded) -> tuple[Any, ...]:
 
 
 def portable(array: Array) -> Array:
-    """The same array contiguous and little-endian; TypeError for one of objects, of records, or with a mask."""
-    if array.ndim > _MOST_DIMENSIONS or not array.size:
+    """The same array, contiguous and little-endian; TypeError if it holds objects or records, or has a mask."""
+    if array.ndim > _MAX_DIMENSIONS or not array.size:
         try:
             elements(array.shape)
         except InvalidInput as error:
@@ -260,13 +260,13 @@ def raw(array: Array) -> memoryview:
 
 def elements(shape: Sequence[int]) -> int:
     """How many elements an array of this shape has; InvalidInput if no array may have it."""
-    if len(shape) > _MOST_DIMENSIONS:
-        raise InvalidInput(f"an array has at most {_MOST_DIMENSIONS} dimensions, not {len(shape)}")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise InvalidInput(f"an array has at most {_MAX_DIMENSIONS} dimensions, not {len(shape)}")
     if any(size < 0 for size in shape):
         raise InvalidInput(f"shape {list(shape)} has a negative dimension")
     count = math.prod(shape)
-    if not count and (math.prod(takewhile(bool, shape)) > _MOST_EMPTY or math.prod(filter(None, shape)) >= 1 << 31):
-        raise InvalidInput(f"shape {list(shape)} has more than {_MOST_EMPTY} rows without elements, or too long ones")
+    if not count and (math.prod(takewhile(bool, shape)) > _MAX_EMPTY_ROWS or math.prod(filter(None, shape)) >= 1 << 31):
+        raise InvalidInput(f"shape {list(shape)} has more than {_MAX_EMPTY_ROWS} or too long rows without elements")
     return count
 
 
@@ -297,7 +297,7 @@ def image_shape(height: int, width: int, channels: int) -> tuple[int, ...]:
 
 
 def from_bytes(data: bytes, kind: str = "") -> Any:
-    """An EncodedImage, text or bytes: as ``kind`` says, "image...", "bytes" or a media type; or by what ``data`` is."""
+    """An EncodedImage, text or bytes, as ``kind`` ("image...", "bytes" or a media type) or else ``data`` says."""
     if kind.startswith("image") or (not kind and _IMAGE_FILE.match(data)):
         return EncodedImage(data)
     if kind in ("bytes", "raw", "application/octet-stream"):
@@ -327,21 +327,21 @@ def lists(array: Array) -> Any:
 
 
 def _has_too_many_nodes(text: str) -> bool:
-    """True if the JSON has more than MOST_NODES commas, colons and opening brackets outside of its strings."""
-    if sum(map(text.count, ",:[{")) <= MOST_NODES:
+    """True if the JSON has more than MAX_NODES commas, colons and opening brackets outside of its strings."""
+    if sum(map(text.count, ",:[{")) <= MAX_NODES:
         return False
     unescaped = text.replace("\\\\", "").replace('\\"', "")
     nodes = (token for token in _STRING_OR_NODE.finditer(unescaped) if token.lastindex)
-    return next(islice(nodes, MOST_NODES, None), None) is not None
+    return next(islice(nodes, MAX_NODES, None), None) is not None
 
 
 def _check_depth(value: Any) -> None:
     level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         members = chain.from_iterable(one.values() if isinstance(one, dict) else one for one in level)
         if not (level := [one for one in members if isinstance(one, (dict, list))]):
             return
-    raise InvalidInput(f"the JSON is nested too deeply; it may be {_DEEPEST} deep")
+    raise InvalidInput(f"the JSON is nested too deeply; it may be {_MAX_DEPTH} deep")
 
 
 def _parse(text: str) -> Any:
@@ -465,7 +465,7 @@ def _encode_array(name: str, array: Array, arrays: list[Array] | None) -> Any:
 
 
 def _checked_text(text: str) -> str:
-    """The text; TypeError if it would not arrive equal, for JSON joins the halves of a surrogate pair."""
+    """The text; TypeError if it would not arrive equal, because JSON joins the halves of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -476,12 +476,12 @@ def _checked_text(text: str) -> str:
 
 
 def _array_of_texts(array: Array) -> Array:
-    """An array of objects that are all texts, as pandas and scikit-learn have them, as an array of texts."""
+    """Converts an array of objects that are all texts, which pandas and scikit-learn use, to an array of texts."""
     listed = array.ravel().tolist()
     if not listed or not all(isinstance(text, str) for text in listed):
         return array
     room = 4 * len(listed) * max(map(len, listed))
-    if room > max(_WIDEST_TEXTS, 16 * sum(map(len, listed))):
+    if room > max(_MAX_TEXTS_BYTES, 16 * sum(map(len, listed))):
         return array  # for one long text among short ones a list is better
     texts = np.array(listed, dtype=str)
     return texts.reshape(array.shape) if texts.tolist() == listed else array  # numpy drops NULs at a text's end

@@ -19,13 +19,13 @@ from tiny_model_server.errors import InvalidInput, Overloaded
 _FOLDER = Path(__file__).parent / "protocols"
 
 LARGE = 1 << 15
-"""Above so many bytes, an array or image is kept out of the message."""
-MOST_ITEMS = 100_000
-"""Elements of a repeated field in one request, if TMS_MAX_ITEMS does not say otherwise."""
-_FIELDS_PER_ITEM = 12  # an array of two dimensions in an item has ten
+"""Arrays and images of more bytes are kept out of the message."""
+MAX_ITEMS = 100_000
+"""Elements that a repeated field may have in one request, unless TMS_MAX_ITEMS is set."""
+_FIELDS_PER_ITEM = 12  # an item that is an array of two dimensions has ten
 _SPARE_FIELDS = 1000
-_LARGEST_NUMBERS = 1 << 25  # bytes of memory for the packed numbers of one request
-_MOST_SEARCHED = 100  # fields, in the search for trailing bytes; a request may have millions
+_MAX_NUMBER_BYTES = 1 << 25  # bytes of memory for the packed numbers of one request
+_MAX_SEARCHED = 100  # fields, in the search for trailing bytes; a request may have millions
 _VARINT, _BYTES = 0, 2  # wire types
 _FIXED_SIZES = {1: 8, 5: 4}  # bytes, by wire type
 _Kind = descriptor.FieldDescriptor
@@ -61,10 +61,10 @@ class Method(NamedTuple):
 
 
 class WithTrailingBytes(NamedTuple):
-    """A message without the bytes of its last array or image, which protobuf would copy once more and its parser twice.
+    """A message without the bytes of its last array or image, which saves copies: one when serialized, two when parsed.
 
-    They come at the end, in a second occurrence of the field that leads to them; parsers merge the two. ``owner`` is
-    the serialized rest of the array's own message, or empty for an image, whose other fields stay in the message.
+    They come at the end, in a second occurrence of the field that leads to them; parsers merge the two. ``owner`` has
+    the other fields of an array's own message, serialized; those of an image stay in the message, and it is empty.
     """
 
     message: Any
@@ -81,20 +81,20 @@ class WithTrailingBytes(NamedTuple):
 
 
 def parse_trailing(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
-    """(message, trailing bytes): the bytes of its last array or image are left out of it, if they are many and last."""
+    """(message, trailing bytes): leaves out the bytes of the last array or image, if they are many and last."""
     data, trailing = _split_trailing(data, _TRAILING_FIELDS.get(kind.DESCRIPTOR.full_name, ()))
     return kind.FromString(data), trailing
 
 
-def parse(method: Method, data: bytes, call: Any = None, most_items: int = MOST_ITEMS) -> Any:
+def parse(method: Method, data: bytes, call: Any = None, max_items: int = MAX_ITEMS) -> Any:
     """Parses a request, and sets ``call.trailing_bytes``. InvalidInput if the bytes are not such a request.
 
     Protobuf may need 40 times a request's bytes in memory. What would need too much is refused before it is parsed.
     """
     kind = method.request.DESCRIPTOR
     try:
-        if len(data) > 2 * most_items:  # fewer bytes cannot hold too much
-            _Counter(most_items).count(kind, data, 0, len(data))
+        if len(data) > 2 * max_items:  # fewer bytes cannot hold too much
+            _Counter(max_items).count(kind, data, 0, len(data))
         if call is None or call.buffers:  # a place in shared memory goes before the bytes
             return method.request.FromString(data)
         request, call.trailing_bytes = parse_trailing(method.request, data)
@@ -116,39 +116,39 @@ def _counted_fields(kind: Any) -> dict[int, tuple[str, int, Any]]:
 class _Counter:
     """Counts what a message has, from its bytes alone."""
 
-    def __init__(self, most_items: int) -> None:
-        self._most_items, self._most_fields = most_items, most_items * _FIELDS_PER_ITEM + _SPARE_FIELDS
+    def __init__(self, max_items: int) -> None:
+        self._max_items, self._max_fields = max_items, max_items * _FIELDS_PER_ITEM + _SPARE_FIELDS
         self._left: dict[str, int] = {}
 
     def count(self, kind: Any, data: bytes, begin: int, end: int) -> None:
         """InvalidInput if the message has too much, LookupError if it is malformed."""
         counted = _counted_fields(kind)
         for tag, _, at, after in _fields(data, begin, end):
-            self._take("fields", 1, self._most_fields)
+            self._take("fields", 1, self._max_fields)
             if tag & 7 != _BYTES or (tag >> 3) not in counted:
                 continue
             name, number_size, inner = counted[tag >> 3]
             if number_size:
                 numbers = int(np.count_nonzero(np.frombuffer(data, np.uint8)[at:after] < 0x80))  # ends of varints
-                self._take("packed numbers", numbers * number_size, _LARGEST_NUMBERS)
+                self._take("packed numbers", numbers * number_size, _MAX_NUMBER_BYTES)
             else:
-                self._take(name, 1, self._most_items)
+                self._take(name, 1, self._max_items)
             if inner:
                 self.count(inner, data, at, after)
 
-    def _take(self, what: str, size: int, most: int) -> None:
-        self._left[what] = left = self._left.get(what, most) - size
+    def _take(self, what: str, size: int, limit: int) -> None:
+        self._left[what] = left = self._left.get(what, limit) - size
         if left < 0:
-            raise InvalidInput(f"the request has too many {what}; TMS_MAX_ITEMS allows {self._most_items} items")
+            raise InvalidInput(f"the request has too many {what}; TMS_MAX_ITEMS allows {self._max_items} items")
 
 
 def _split_trailing(data: bytes, path: tuple[int, ...]) -> tuple[bytes, memoryview | None]:
-    """(message, trailing bytes): the field at the end of ``path`` is split off, if it is last and large."""
+    """(serialized message, trailing bytes): splits off the field at the end of ``path``, if it is last and large."""
     heads: list[bytes] = []
     begin = 0
     try:
         for number in path if len(data) > LARGE else ():
-            *_, (tag, start, at, after) = islice(_fields(data, begin, len(data)), _MOST_SEARCHED)
+            *_, (tag, start, at, after) = islice(_fields(data, begin, len(data)), _MAX_SEARCHED)
             if tag != number << 3 | _BYTES or after != len(data):
                 return data, None
             heads.append(data[begin:start])
@@ -206,10 +206,10 @@ def _prefix(field: int, size: int) -> bytes:
     return bytes((field << 3 | _BYTES,)) + varint(size)
 
 
-def serialized(answer: Any, largest: int | None = None) -> bytes:
-    """Serializes a message. Overloaded, not to be retried, if it has more than ``largest`` bytes."""
+def serialized(answer: Any, max_bytes: int | None = None) -> bytes:
+    """Serializes a message. Overloaded, not to be retried, if it has more than ``max_bytes`` bytes."""
     data: bytes = answer.SerializeToString()
-    if largest and len(data) > largest:
+    if max_bytes and len(data) > max_bytes:
         raise Overloaded(f"the answer has {len(data)} bytes, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
     return data
 

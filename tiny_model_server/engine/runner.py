@@ -40,8 +40,8 @@ log = SafeLog(logging.getLogger("tiny_model_server.worker"), {})
 
 DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
-_LARGEST_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
-_MOST_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends would take all memory
+_MAX_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
+_MAX_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends would take all memory
 _END = object()  # stands for the end of a generator
 _COLOURS = {"rgb": "COLOR_RGB", "bgr": "COLOR", "gray": "GRAYSCALE", "unchanged": "UNCHANGED"}
 """OpenCV's ways to read an image file, by image_mode."""
@@ -114,7 +114,7 @@ def _is_tensor(described: Any) -> bool:
 def _is_shape(shape: Any) -> bool:
     """True for None, and for a list of sizes that protocols can write; -1 stands for any size."""
     sizes = [] if shape is None else shape
-    return isinstance(sizes, list) and all(type(size) is int and -1 <= size < _LARGEST_SIZE for size in sizes)
+    return isinstance(sizes, list) and all(type(size) is int and -1 <= size < _MAX_SIZE for size in sizes)
 
 
 def describe(error: BaseException, path: Path) -> str:
@@ -221,10 +221,10 @@ class Runner:
         result = self._model.run(value, args)
         if type(result) is not GeneratorType:
             return result
-        listed = list(islice(result, _MOST_VALUES + 1))
+        listed = list(islice(result, _MAX_VALUES + 1))
         result.close()
-        if len(listed) > _MOST_VALUES:
-            raise ModelError(f"model {self._name!r} yields more than {_MOST_VALUES} values; call it by RunStream")
+        if len(listed) > _MAX_VALUES:
+            raise ModelError(f"model {self._name!r} yields more than {_MAX_VALUES} values; call it by RunStream")
         return next(filter(failed, listed), listed)
 
     def _outcome(self, result: Any) -> Any:

@@ -25,9 +25,9 @@ SERVICE = "nos.inference.InferenceService"
 _RESULTS = {"txt2vec": "embedding", "img2vec": "embedding", "txt2img": "image", "img2bbox": ""}
 _IMAGE_MODES = {"L": ("uint8", ()), "RGB": ("uint8", (3,)), "RGBA": ("uint8", (4,)), "I;16": ("uint16", ())}
 _NUMBERS = "b1 u1 u2 u4 u8 i1 i2 i4 i8 f2 f4 f8".split()
-_MOST_INSTRUCTIONS = 500_000  # of a pickle; an image takes about 40, and each may make an object of 100 bytes
+_MAX_INSTRUCTIONS = 500_000  # of a pickle; an image takes about 40, and each may make an object of 100 bytes
 _SPARE_BYTES = 1 << 20
-_MOST_DIMENSIONS = 8
+_MAX_DIMENSIONS = 8
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
@@ -149,12 +149,12 @@ _INSTRUCTIONS = [
 class _Counted(dict[int, Any]):
     """Instructions by their codes, which can be looked up so many times."""
 
-    left = _MOST_INSTRUCTIONS
+    left = _MAX_INSTRUCTIONS
 
     def __getitem__(self, code: int) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise InvalidInput(f"image_bytes is a pickle of more than {_MOST_INSTRUCTIONS} instructions")
+            raise InvalidInput(f"image_bytes is a pickle of more than {_MAX_INSTRUCTIONS} instructions")
         return super().__getitem__(code)
 
 
@@ -183,7 +183,7 @@ class _Unpickler(pickle._Unpickler):  # the one in Python, whose instructions ca
         raise _refusal(f"{module}.{name}"[:80])
 
 
-def _images(data: bytes, most: int = schemas.MOST_ITEMS) -> Array | list[Array]:
+def _images(data: bytes, max_images: int = schemas.MAX_ITEMS) -> Array | list[Array]:
     """The array, or list of at most so many of them, in a pickle."""
     try:
         found = _Unpickler(data).load()
@@ -193,8 +193,10 @@ def _images(data: bytes, most: int = schemas.MOST_ITEMS) -> Array | list[Array]:
         raise InvalidInput(f"image_bytes is not a pickle of an image ({type(error).__name__})") from None
     if not isinstance(found, list):
         return _array(found)
-    if not 0 < len(found) <= most:
-        raise InvalidInput(f"there are {len(found)} images; send at least one, and {most} at most (TMS_MAX_ITEMS)")
+    if not 0 < len(found) <= max_images:
+        raise InvalidInput(
+            f"there are {len(found)} images; send at least one, and {max_images} at most (TMS_MAX_ITEMS)"
+        )
     images, left = [], 2 * len(data) + _SPARE_BYTES
     for one in found:
         images.append(_array(one))
@@ -229,7 +231,7 @@ def _made(dtype: _Dtype, shape: Any, fortran: bool, data: Any) -> Array:
 
 
 def _shape(found: Any) -> tuple[int, ...]:
-    if not isinstance(found, tuple) or len(found) > _MOST_DIMENSIONS or not all(type(size) is int for size in found):
+    if not isinstance(found, tuple) or len(found) > _MAX_DIMENSIONS or not all(type(size) is int for size in found):
         raise InvalidInput("the shape of an array or an image must be a few whole numbers")
     return found
 

@@ -32,7 +32,7 @@ _TRITON_TYPES = {kind: f"TYPE_{kind}" for kind in DATATYPES.values()} | {"BYTES"
 _STATES = dict.fromkeys((State.FAILED, State.UNLOADED), "UNAVAILABLE")
 """What the protocol calls a state, where it has another name for it."""
 _ENTRY = 100  # bytes of an input in the dictionary of a row, beside its name and its elements
-_LARGEST_ENTRIES = 64 << 20  # bytes of all rows' dictionaries
+_MAX_ENTRY_BYTES = 64 << 20  # bytes of all rows' dictionaries
 
 
 def handlers(engine: Engine) -> dict[str, Callable[[Any, Call], Any]]:
@@ -67,8 +67,8 @@ class OpenInference:
     def ModelConfig(self, request: Any, call: Call) -> dict[str, Any]:
         model = self._engine.model(request.name)
         rows = int(bool(_metadata(model).get("batch")))  # a dimension that counts rows is not part of the configuration
-        most = model.loaded.options.max_batch_size if rows and model.loaded else 0
-        config: dict[str, Any] = {"name": model.name, "max_batch_size": most, "backend": "python"}
+        max_batch_size = model.loaded.options.max_batch_size if rows and model.loaded else 0
+        config: dict[str, Any] = {"name": model.name, "max_batch_size": max_batch_size, "backend": "python"}
         for field in ("input", "output"):
             config[field] = [
                 {"name": one["name"], "data_type": _TRITON_TYPES[one["datatype"]], "dims": one["shape"][rows:]}
@@ -123,11 +123,11 @@ class OpenInference:
     ) -> dict[str, Array]:
         """The outputs by name, all or those wanted: arrays of the dtypes in DATATYPES, those of objects being bytes."""
         model = self._engine.model(call.model or name)
-        most = self._engine.settings.max_items
-        values = tensors.arrays(inputs, most)
+        max_items = self._engine.settings.max_items
+        values = tensors.arrays(inputs, max_items)
         try:
             if _metadata(model).get("batch"):
-                outcomes = self._engine.run_batch(model.name, _rows(values, most), args, call)
+                outcomes = self._engine.run_batch(model.name, _rows(values, max_items), args, call)
                 answer = _stacked(list(starmap(_decoded, enumerate(outcomes))))
             else:
                 answer = codec.decode(self._engine.run(model.name, _encoded(values), args, call))
@@ -172,14 +172,14 @@ def _data(array: Array, row: int | None) -> Any:
     return listed[0] if len(listed) == 1 else listed
 
 
-def _rows(values: Mapping[str, Array], most: int) -> list[Encoded]:
+def _rows(values: Mapping[str, Array], max_items: int) -> list[Encoded]:
     counts = {name: array.shape[0] if array.ndim and array.size else 0 for name, array in values.items()}
     rows = min(counts.values())
     if not rows or rows != max(counts.values()):
         raise InvalidInput(f"the first dimension counts the rows; it must be the same in every input, not {counts}")
-    if rows > most:
-        raise InvalidInput(f"there are {rows} rows; TMS_MAX_ITEMS allows {most}")
-    if len(values) > 1 and rows * sum(len(name) + _ENTRY for name in values) > _LARGEST_ENTRIES:
+    if rows > max_items:
+        raise InvalidInput(f"there are {rows} rows; TMS_MAX_ITEMS allows {max_items}")
+    if len(values) > 1 and rows * sum(len(name) + _ENTRY for name in values) > _MAX_ENTRY_BYTES:
         raise InvalidInput(f"{rows} rows of {len(values)} inputs are too many for one request; send fewer rows")
     return [_encoded(values, row) for row in range(rows)]
 
@@ -236,7 +236,7 @@ def _metadata(model: ServedModel) -> dict[str, Any]:
 
 
 def _declared(model: ServedModel, kind: str) -> list[dict[str, Any]]:
-    """The inputs or outputs that a model's metadata declares, in the protocol's terms; one that fits most if none."""
+    """The inputs or outputs that a model declares, in the protocol's terms; if none, one that fits most models."""
     rows = [-1] if _metadata(model).get("batch") else []
     if declared := _metadata(model).get(kind):
         return [

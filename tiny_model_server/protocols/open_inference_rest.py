@@ -35,7 +35,7 @@ _ROUTES = {
 _PARTS = {"RepositoryIndex": "models", "ModelConfig": "config"}  # the field of a response that is the whole JSON
 _JSON_TYPES: dict[str, set[type]] = {"O": {str}, "b": {bool}, "i": {int}, "u": {int}, "f": {int, float}}
 """The types of elements in JSON, by the kind of numpy's dtype."""
-_MOST_DIMENSIONS = 32
+_MAX_DIMENSIONS = 32
 
 
 class Rest:
@@ -99,7 +99,7 @@ def _inputs(header: Any, binary: memoryview) -> Iterator[Tensor]:
 
 def _elements(name: str, datatype: str, data: list[Any]) -> list[Any]:
     """The elements of nested or flat lists; texts as bytes. InvalidInput if one is not of the datatype."""
-    for _ in range(_MOST_DIMENSIONS):
+    for _ in range(_MAX_DIMENSIONS):
         if list not in (kinds := set(map(type, data))):
             break
         data = list(chain.from_iterable(one if isinstance(one, list) else (one,) for one in data))

@@ -36,17 +36,17 @@ class Tensor(NamedTuple):
     """For BYTES: "str", "bytes" or "image..."; by default what each element looks like."""
 
 
-def arrays(tensors: Iterable[Tensor], most_texts: int) -> dict[str, Array]:
+def arrays(tensors: Iterable[Tensor], max_texts: int) -> dict[str, Array]:
     """The inputs by name; InvalidInput says which is malformed, or that they have more elements of BYTES."""
     found: dict[str, Array] = {}
     for tensor in tensors:
         if tensor.name in found:
             raise InvalidInput(f"there are two inputs {tensor.name[:40]!r}")
         try:
-            found[tensor.name] = array = _array(tensor, most_texts)
+            found[tensor.name] = array = _array(tensor, max_texts)
         except InvalidInput as error:
             raise InvalidInput(f"input {tensor.name[:40]!r}: {error}") from None
-        most_texts -= array.size if tensor.datatype == "BYTES" else 0
+        max_texts -= array.size if tensor.datatype == "BYTES" else 0
     if not found:
         raise InvalidInput("the request has no inputs; send at least one")
     return found
@@ -59,13 +59,13 @@ def raw(array: Array) -> bytes:
     return bytes(codec.raw(array))
 
 
-def _array(tensor: Tensor, most_texts: int) -> Array:
+def _array(tensor: Tensor, max_texts: int) -> Array:
     _, datatype, shape, data, content_type = tensor
     if datatype not in DTYPES:
         raise InvalidInput(f"datatype {datatype[:20]!r} is none of {', '.join(DTYPES)}")
     count = codec.elements(shape)
-    if datatype == "BYTES" and count > most_texts:
-        raise InvalidInput(f"{count} elements of BYTES are too many; TMS_MAX_ITEMS allows {most_texts}")
+    if datatype == "BYTES" and count > max_texts:
+        raise InvalidInput(f"{count} elements of BYTES are too many; TMS_MAX_ITEMS allows {max_texts}")
     if isinstance(data, (bytes, memoryview)):
         if datatype == "BF16":  # the upper halves of FP32
             return (codec.array_from("uint16", shape, data).astype(np.uint32) << 16).view(np.float32)
@@ -82,11 +82,11 @@ def _array(tensor: Tensor, most_texts: int) -> Array:
         raise InvalidInput(f"not all of its data are {datatype}: {error}") from None
 
 
-def _split(data: Buffer, most: int) -> list[bytes]:
-    """The elements in the raw bytes of BYTES; one more than ``most`` if there are more."""
+def _split(data: Buffer, count: int) -> list[bytes]:
+    """The elements in the raw bytes of BYTES; at most one more than ``count``."""
     elements: list[bytes] = []
     at = 0
-    while at < len(data) and len(elements) <= most:
+    while at < len(data) and len(elements) <= count:
         begin = at + 4
         at = begin + int.from_bytes(data[at:begin], "little")
         if at > len(data):
