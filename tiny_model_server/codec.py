@@ -39,7 +39,7 @@ _DTYPES = re.compile(
 _MAX_DEPTH = 200  # of nested lists and dicts; each level takes two of Python's 1000 frames
 _STRING_OR_NODE = re.compile(r'"[^"]*"?|([,:\[{])')
 _MAX_DIMENSIONS = 32
-_MAX_EMPTY_ROWS = 1 << 16  # an array of shape [1000, 0] becomes a thousand empty lists in JSON
+_MAX_EMPTY = 1 << 16  # an array of shape [1000, 0] becomes a thousand empty lists in JSON
 _SPARE_REFERENCES = 1000
 _SPARE_BYTES = 1 << 20
 _MAX_TEXTS_BYTES = 1 << 20  # of an array of texts, in which each element takes the bytes of the longest
@@ -265,8 +265,8 @@ def elements(shape: Sequence[int]) -> int:
     if any(size < 0 for size in shape):
         raise InvalidInput(f"shape {list(shape)} has a negative dimension")
     count = math.prod(shape)
-    if not count and (math.prod(takewhile(bool, shape)) > _MAX_EMPTY_ROWS or math.prod(filter(None, shape)) >= 1 << 31):
-        raise InvalidInput(f"shape {list(shape)} has more than {_MAX_EMPTY_ROWS} or too long rows without elements")
+    if not count and (math.prod(takewhile(bool, shape)) > _MAX_EMPTY or math.prod(filter(None, shape)) >= 1 << 31):
+        raise InvalidInput(f"shape {list(shape)} has more than {_MAX_EMPTY} rows without elements, or too long ones")
     return count
 
 
