@@ -369,22 +369,6 @@ def test_a_second_signal_hurries(start_server: StartServer) -> None:
         assert isinstance(call.exception(), model_client.ModelClientError)
 
 
-def test_a_reload_in_the_middle_of_a_batch_in_parts(start_server: StartServer, tmp_path: Path) -> None:
-    """The old worker answers last, when the new one has answered all that was queued."""
-    models = write_model(
-        tmp_path, "sleeps", "    def run(self, data, args):\n        time.sleep(data)\n        return data"
-    )
-    source = models / "sleeps" / "__init__.py"
-    source.write_text("import time\n" + source.read_text())
-    client = start_server(models=models, TMS_MODEL_SLEEPS_QUEUE_SIZE=16).client("sleeps", timeout=10)
-    with ThreadPoolExecutor(1) as threads:
-        items = [3] + [0] * 100
-        call = threads.submit(client.run_batch, items)
-        time.sleep(0.2)
-        client.reload_model()
-        assert call.result() == items
-
-
 def test_calls_that_are_refused_leave_no_memory(start_server: StartServer) -> None:
     server = start_server()
     client = server.client("echo")

@@ -182,12 +182,8 @@ class Batcher:
     def idle(self, worker: Worker) -> None:
         """A worker waits for work, and has handed out its results."""
         self._workers.append(worker)
-        self.has_room()
-        self._dispatch()
-
-    def has_room(self) -> None:
-        """Wakes the batches that are queued in parts: a worker has answered, also one that takes no more."""
         self._room.set()
+        self._dispatch()
 
     def remove(self, worker: Worker) -> None:
         """A worker does not take batches any more."""

@@ -154,7 +154,6 @@ class WorkerSlot:
             self._idle()
 
     def _idle(self) -> None:
-        self._batcher.has_room()
         if self._open and not self.batch and not self.retiring:
             self._batcher.idle(self)
 
