@@ -12,7 +12,7 @@ OLDEST = (3, 9)
 """The oldest Python that a worker runs on."""
 
 
-_HEADER = struct.Struct("<IQBB")  # as in worker_connection.py, which this Python may be unable to import
+_HEADER = struct.Struct("<IQIB")  # as in worker_connection.py, which this Python may be unable to import
 _MARK = 0x7E5A11ED
 
 
