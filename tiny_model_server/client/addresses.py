@@ -1,6 +1,8 @@
 """Where the servers are: checks addresses, looks up names, and makes gRPC's target of them."""
 
 import ipaddress
+import math
+import operator
 import re
 import socket
 import threading
@@ -9,13 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from reprlib import repr as short
 from typing import Any
 
-from tiny_model_server.client.credentials import Credentials
 from tiny_model_server.local_transport import LOOPBACK
 
 _DEFAULT_PORT = 50000
 _LOOKUP_AGE_S = 5.0
-_LONGEST_LABEL = 63  # of a host's name
-_HOST = re.compile(r"[^\s/:@?#,\[\]]+")
+_LABEL = r"[^\s/:@?#,\[\].]{1,63}"
+_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
 
 Pair = tuple[str, int]
 """Host and port."""
@@ -45,21 +46,20 @@ def _only(ip: Any, port: Any) -> str:
         if port is not None and "://" not in host:
             raise ValueError(f"ip={ip!r} has a port already; give it as ip, or as port={port}, or both in addresses")
         return _address(host)
-    return _address(f"[{bare}]:{_port(port)}" if ":" in bare else f"{bare}:{_port(port)}")
+    number = _DEFAULT_PORT if port is None else _port(port)
+    return _address(f"[{bare}]:{number}" if ":" in bare else f"{bare}:{number}")
 
 
 def _port(port: Any) -> int:
-    if port is None:
-        return _DEFAULT_PORT
     try:
-        number = int(port) if isinstance(port, str) else port.__index__()
-    except (AttributeError, ValueError):
+        number = operator.index(int(port) if isinstance(port, str) else port)
+    except (TypeError, ValueError):
         number = None
     if number is None or isinstance(port, bool):
         raise TypeError(f"port is a whole number, not {short(port)}")
     if not 0 < number < 65536:
         raise ValueError(f"port is from 1 to 65535, not {port}")
-    return int(number)
+    return number
 
 
 def _address(given: Any) -> str:
@@ -74,9 +74,7 @@ def _address(given: Any) -> str:
         right = host if re.search(r":\d+$", host) else f"{host}:{_DEFAULT_PORT}"
         raise ValueError(f"address {given!r} is a URL of {scheme}; write host:port, as in {right}")
     host, _ = host_and_port(address)
-    labels = host.removesuffix(".").split(".")
-    named = _HOST.fullmatch(host) and all(0 < len(label) <= _LONGEST_LABEL for label in labels)
-    if not (named or is_ip(host)):
+    if not (_HOST.fullmatch(host) or is_ip(host)):
         raise ValueError(f"address {given!r} has no valid host name; write host:port, as in localhost:{_DEFAULT_PORT}")
     return address
 
@@ -115,28 +113,17 @@ class Target:
     def __init__(self, addresses: Sequence[str]) -> None:
         """ValueError if an address is malformed."""
         self._addresses = addresses
-        self._fixed = _fixed_target(addresses)
-        self._found = ""
-        self._looked_up = 0.0
-        self._looking_up = threading.Lock()
+        self._found = _fixed_target(addresses)
+        self._look_up_after = math.inf if self._found else 0.0
 
     def current(self) -> str:
         """The target with the addresses found last. Raises OSError if no name was ever found."""
-        if self._fixed:
-            return self._fixed
         if not self._found:
             self._look_up()
-        elif time.monotonic() - self._looked_up > _LOOKUP_AGE_S and self._looking_up.acquire(blocking=False):
-            threading.Thread(target=self._look_up_again, name="lookup", daemon=True).start()
+        elif time.monotonic() > self._look_up_after:
+            self._look_up_after = time.monotonic() + _LOOKUP_AGE_S
+            threading.Thread(target=self._look_up, name="lookup", daemon=True).start()
         return self._found
-
-    def _look_up_again(self) -> None:
-        try:
-            self._look_up()
-        except OSError:
-            self._looked_up = time.monotonic()  # the last answer stays
-        finally:
-            self._looking_up.release()
 
     def _look_up(self) -> None:
         found, problem = [], None
@@ -145,9 +132,11 @@ class Target:
                 found += _resolve(*host_and_port(address))
             except OSError as error:
                 problem = OSError(f"{address} cannot be looked up: {error.strerror or error}")
-        if problem and (self._found or not found):
+        if problem and not (found or self._found):
             raise problem
-        self._found, self._looked_up = "{}:{}".format(*_family(found)), time.monotonic()
+        if not (problem and self._found):
+            self._found = "{}:{}".format(*_family(found))
+        self._look_up_after = time.monotonic() + _LOOKUP_AGE_S
 
 
 def replicas(addresses: Sequence[str]) -> list[tuple[str, str]]:
@@ -166,16 +155,8 @@ def replicas(addresses: Sequence[str]) -> list[tuple[str, str]]:
     return every
 
 
-def first_refusal(addresses: Sequence[str], credentials: Credentials) -> str | None:
-    """The first reason why TLS fails between this client and a server that is there; None if there is none."""
-    for address, name in replicas(addresses):
-        if name and (why := credentials.refusal(*host_and_port(address), name)):
-            return f"{address}: {why}"
-    return None
-
-
-def _fixed_target(addresses: Sequence[str]) -> str | None:
-    """The target of addresses that gRPC can look up itself; None if it cannot."""
+def _fixed_target(addresses: Sequence[str]) -> str:
+    """The target of addresses that gRPC can look up itself; "" if it cannot."""
     if all(address.startswith("unix:") for address in addresses):
         return "unix:" + ",".join(address.removeprefix("unix:") for address in addresses)
     if len(addresses) == 1 and addresses[0].startswith("dns://"):
@@ -183,7 +164,7 @@ def _fixed_target(addresses: Sequence[str]) -> str | None:
     pairs = [host_and_port(address) for address in addresses]
     if all(is_ip(host) for host, _ in pairs):
         return "{}:{}".format(*_family(pairs))
-    return f"dns:///{pairs[0][0]}:{pairs[0][1]}" if len(pairs) == 1 else None
+    return f"dns:///{pairs[0][0]}:{pairs[0][1]}" if len(pairs) == 1 else ""
 
 
 def _family(pairs: Iterable[Pair]) -> tuple[str, str]:

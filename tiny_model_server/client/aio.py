@@ -11,11 +11,11 @@ import grpc
 import grpc.aio
 
 from tiny_model_server.client import errors, fork_safety
+from tiny_model_server.client.call import NOT_ANSWERED, Call
 from tiny_model_server.client.calls import Request
 from tiny_model_server.client.channel import SharedChannel
 from tiny_model_server.client.daemons import daemons
-from tiny_model_server.client.local_call import NOT_ANSWERED, LocalCall
-from tiny_model_server.client.transport import Call, Transport
+from tiny_model_server.client.transport import Transport
 
 
 class AsyncTransport(Transport):
@@ -32,7 +32,7 @@ class AsyncTransport(Transport):
         call = Call(self, request, timeout, retry)
         with fork_safety.in_flight:
             await self._connect(call)
-            if (local := self._send(call)) and (answer := await local.received()) is not NOT_ANSWERED:
+            if (local := self.send(call, wait=False)) and (answer := await local.received()) is not NOT_ANSWERED:
                 return answer
             async with self._by_grpc(call) as stub:
                 call.cancel_by(stub(request, **call.options()))
@@ -55,17 +55,6 @@ class AsyncTransport(Transport):
         """Ends the calls under way, which fail with ``Cancelled``. A later call connects again."""
         await _close(self.leave())
 
-    def _send(self, call: Call) -> LocalCall | None:
-        """The call, started by the local transport; None if that would have to wait, and gRPC must make it."""
-        connections = self.local
-        if not connections or not call.request.short:
-            return None
-        if not (taken := connections.take(call.request.arrays, connect=False)):
-            connections.prepare(call.request.arrays)
-            return None
-        local = LocalCall(call, connections, taken)
-        return local if local.send() else None
-
     async def _connect(self, call: Call) -> None:
         if not self.connected:
             fork_safety.polled = True
@@ -83,7 +72,7 @@ class AsyncTransport(Transport):
         try:
             yield stub
         except grpc.aio.UsageError:  # the channel is closed
-            raise call.closed() from None
+            raise call.cancelled() from None
         except grpc.RpcError as failed:
             unanswered = failed.code() is grpc.StatusCode.DEADLINE_EXCEEDED
             error = await self._in_daemon(self.explained, call, failed) if unanswered else self.explained(call, failed)
@@ -91,7 +80,7 @@ class AsyncTransport(Transport):
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
-            raise call.closed() from None
+            raise call.cancelled() from None
         finally:
             if call.handle:
                 call.handle.cancel()

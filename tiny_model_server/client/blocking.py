@@ -10,10 +10,10 @@ from typing import Any
 import grpc
 
 from tiny_model_server.client import addresses, errors, fork_safety
+from tiny_model_server.client.call import Call, LocalCall
 from tiny_model_server.client.calls import Request
 from tiny_model_server.client.daemons import daemons
-from tiny_model_server.client.local_call import LocalCall
-from tiny_model_server.client.transport import Call, Transport
+from tiny_model_server.client.transport import Transport
 
 
 class BlockingTransport(Transport):
@@ -47,7 +47,7 @@ class BlockingTransport(Transport):
             call = Call(self, request, timeout, retry)
             with fork_safety.in_flight:
                 self.channel()
-                if local := self._send(call):
+                if local := self.send(call):
                     return local
         return self.submit(request, timeout, retry)
 
@@ -82,22 +82,16 @@ class BlockingTransport(Transport):
         with fork_safety.in_flight:
             self.channel()
             self.connect(call)
-            if not (local := self._send(call)):
-                return self._by_grpc(call)
+            if not (local := self.send(call)):
+                return self.by_grpc(call)
         call.cancel_by(local)
         try:
             return local.result()
         finally:
             call.handle = None  # it knows the call: the two would keep a shared array until the collector runs
 
-    def _send(self, call: Call) -> LocalCall | None:
-        """The call, under way by the local transport; None if gRPC is to make it."""
-        if not (connections := self.local) or not (taken := connections.take(call.request.arrays)):
-            return None
-        local = LocalCall(call, connections, taken, self._by_grpc)
-        return local if local.send() else None
-
-    def _by_grpc(self, call: Call) -> Any:
+    def by_grpc(self, call: Call) -> Any:
+        """The answer, by gRPC."""
         with self._stub(call) as stub:
             if call.outcome:
                 done = call.cancel_by(stub.future(call.request, **call.options()))
@@ -114,7 +108,7 @@ class BlockingTransport(Transport):
         try:
             yield stub
         except (grpc.FutureCancelledError, ValueError):  # grpc raises ValueError where the channel is closed
-            raise call.closed() from None
+            raise call.cancelled() from None
         except grpc.RpcError as error:
             raise self.explained(call, error) from None
         finally:

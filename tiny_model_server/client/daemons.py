@@ -4,7 +4,7 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 _MOST_THREADS = 256  # more jobs wait for a thread
@@ -36,14 +36,12 @@ class Daemons:
 def _do(work: Callable[[], Any], outcome: "Future[Any]") -> None:
     if outcome.cancelled():
         return
-    answer: Any = None
-    error: BaseException | None = None
     try:
-        answer = work()
-    except Exception as failed:
-        error = failed
+        settle = partial(outcome.set_result, work())
+    except Exception as error:
+        settle = partial(outcome.set_exception, error)
     if outcome.set_running_or_notify_cancel():
-        outcome.set_exception(error) if error else outcome.set_result(answer)
+        settle()
 
 
 @cache

@@ -1,19 +1,17 @@
-"""What the blocking and the asyncio client share: the transport of their calls, and the outcome of each call."""
+"""What the blocking and the asyncio client share: it connects, and begins and ends calls."""
 
 import threading
 import time
-from concurrent.futures import Future
 from typing import Any
 
 import grpc
 
-from tiny_model_server import tracing
 from tiny_model_server.client import addresses, arguments, errors, fork_safety
-from tiny_model_server.client.calls import Request
+from tiny_model_server.client.call import Call, LocalCall
 from tiny_model_server.client.channel import Place, SharedChannel, shared
 from tiny_model_server.client.credentials import Credentials
 from tiny_model_server.client.local import LocalConnections
-from tiny_model_server.client.stats import NOBODY, Stats
+from tiny_model_server.client.stats import Stats
 
 _SERVING = 1
 _PROBE_S = 1.0  # how long a server is asked why a call was not answered
@@ -38,11 +36,6 @@ class Transport:
         self._local_port = arguments.local_port(options)
         self._target = addresses.Target(options["addresses"])
         self._lock = threading.Lock()
-        self._probing = threading.Lock()
-        self._probed = 0.0
-        self._silence: str | None = None
-        """Why no server answered when one was last asked, at ``_probed``."""
-        self._place: Place | None = None
         self._channel: SharedChannel | None = None
         self._unused: list[SharedChannel] = []
         """Channels that are no longer used, and must be closed."""
@@ -57,7 +50,7 @@ class Transport:
         """The channel for this process, event loop and the addresses as known now."""
         place = self._now(self.library, self.loop())
         with self._lock:
-            if not self._channel or place != self._place or self._channel.stale():
+            if not self._channel or place != self._channel.place or self._channel.stale():
                 self._move(place)
             return self._channel  # type: ignore[return-value]
 
@@ -75,16 +68,30 @@ class Transport:
 
     def _move(self, place: Place) -> None:
         old, self._channel = self._channel, shared(place)
-        elsewhere, self._place = self._place is None or self._place[-2:] != place[-2:], place
-        if elsewhere:  # what there is belongs to another process or event loop
+        if not old or old.place[-2:] != place[-2:]:  # what there is belongs to another process or event loop
             self._calls.clear()
             if self.local:
                 self.local.close(calls=False)
             self.local = LocalConnections(self._local_port, dict(self.metadata)) if self._local_port else None
-        elif old and old.drop(clients=1):
+        elif old.drop(clients=1):
             self._unused.append(old)
 
-    def begin(self, call: "Call") -> Any:
+    def send(self, call: Call, *, wait: bool = True) -> LocalCall | None:
+        """The call, under way by the local transport; None if gRPC must make it.
+
+        Without ``wait``, what would block is left to gRPC, too.
+        """
+        connections, arrays = self.local, call.request.arrays
+        if not connections or not (wait or call.request.short):
+            return None
+        if taken := connections.take(arrays, connect=wait):
+            local = LocalCall(call, connections, taken)
+            return local if local.send() else None
+        if not wait:
+            connections.prepare(arrays)
+        return None
+
+    def begin(self, call: Call) -> Any:
         """Counts a call by gRPC, after ``channel()``; returns what makes it."""
         while not (channel := self._channel or self.channel()).add_call():
             self.channel()  # it was closed meanwhile
@@ -93,7 +100,7 @@ class Transport:
             self._calls.add(call)
         return channel.stub(call.request.method, call.retry)
 
-    def end(self, call: "Call") -> list[SharedChannel]:
+    def end(self, call: Call) -> list[SharedChannel]:
         """Ends what ``begin`` began; returns the channels that are to be closed."""
         with self._lock:
             ours = call in self._calls
@@ -106,7 +113,7 @@ class Transport:
         with self._lock:
             calls, self._calls = self._calls, set()
             closing, self._unused = self._unused, []
-            channel, self._channel, self._place = self._channel, None, None
+            channel, self._channel = self._channel, None
             local, self.local = self.local, None
             self.connected = False
         if local:
@@ -116,7 +123,7 @@ class Transport:
         closing += [call.channel for call in calls if call.channel.drop(calls=1)]
         return [*closing, channel] if channel and channel.drop(clients=1) else closing
 
-    def connect(self, call: "Call") -> None:
+    def connect(self, call: Call) -> None:
         """Blocks until a server is ready, at the first call."""
         if self.connected:
             return
@@ -142,19 +149,13 @@ class Transport:
             if channel.drop(clients=1):
                 channel.close()
 
-    def explained(self, call: "Call", failed: Any) -> errors.ModelClientError:
+    def explained(self, call: Call, failed: Any) -> errors.ModelClientError:
         """This client's error for gRPC's. If no server answered in time, blocks for a moment to find out why."""
-        error = call.failed(failed)
+        error = call.failed(failed.trailing_metadata(), failed.code().name, failed.details() or "no details")
         unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
-        if unanswered and (why := self._why_unanswered()):
+        if unanswered and (why := self.why_silent(timeout=_PROBE_S)):
             return self._unreachable(f"it disconnected, and did not come back within {call.timeout:g} s ({why})")
         return error
-
-    def _why_unanswered(self) -> str | None:
-        with self._probing:  # many calls may end at once, and one of them asks for all
-            if time.monotonic() - self._probed > _PROBE_S:
-                self._silence, self._probed = self.why_silent(timeout=_PROBE_S), time.monotonic()
-            return self._silence
 
     def _unreachable(self, why: str) -> errors.ModelClientError:
         details = f"no server at {', '.join(self.options['addresses'])}: {why}"
@@ -162,65 +163,6 @@ class Transport:
 
     def _check_refusal(self) -> None:
         """Raises Unauthenticated if a server is there, but TLS with it fails."""
-        if why := addresses.first_refusal(self.options["addresses"], self.credentials):
-            raise errors.from_status("UNAUTHENTICATED", why, self.model)
-
-
-class Call:
-    """One call: its request and its time limit, and what came of it."""
-
-    def __init__(
-        self,
-        transport: Transport,
-        request: Request,
-        timeout: float | None,
-        retry: bool,
-        outcome: "Future[Any] | None" = None,
-    ) -> None:
-        self.request, self.retry = request, retry
-        self.timeout: float = transport.options["timeout"] if timeout is None else timeout
-        self.begun = time.monotonic()
-        self.outcome = outcome
-        """The future that the application has, if it has one."""
-        self.handle: Any = None
-        """What cancels the call. A blocking call by gRPC has none: it ends when its channel closes."""
-        self.channel: SharedChannel
-        self._transport = transport
-        self._span, self._trace = tracing.client_span(request.method.path)
-
-    def remaining(self) -> float:
-        """Seconds until the deadline, never 0."""
-        return max(0.001, self.begun + self.timeout - time.monotonic())
-
-    def options(self) -> dict[str, Any]:
-        """Time limit and metadata, as gRPC takes them."""
-        once = () if self.retry else (("tms-retry", "no"),)
-        return {"timeout": self.remaining(), "metadata": (*self._transport.metadata, *once, *self._trace)}
-
-    def cancel_by(self, handle: Any) -> Any:
-        """Notes what cancels the call; cancelling the application's future does it, too."""
-        self.handle = handle
-        if self.outcome:
-            self.outcome.add_done_callback(lambda future: handle.cancel() if future.cancelled() else None)
-        return handle
-
-    def ended(self, trailing: Any, status: str = "OK") -> str:
-        """Counts the call, which has ended with this trailing metadata; returns the replica that answered."""
-        if self._span:
-            self._span.set_attribute("rpc.status", status)
-            self._span.end()
-        return self._transport.stats.add(self.request.method.name, time.monotonic() - self.begun, trailing, status)
-
-    def error(self, status: str, details: str, replica: str = "") -> errors.ModelClientError:
-        """The exception that the application gets."""
-        return errors.from_status(status, details, self._transport.model, replica)
-
-    def closed(self) -> errors.ModelClientError:
-        """The exception where the client was closed."""
-        return self.error("CANCELLED", "the client was closed")
-
-    def failed(self, error: Any) -> errors.ModelClientError:
-        """Counts the call, which has failed with gRPC's error; returns ours."""
-        status = error.code().name
-        replica = self.ended(error.trailing_metadata(), status)
-        return self.error(status, error.details() or "no details", "" if replica == NOBODY else replica)
+        for address, name in addresses.replicas(self.options["addresses"]):
+            if name and (why := self.credentials.refusal(*addresses.host_and_port(address), name)):
+                raise errors.from_status("UNAUTHENTICATED", f"{address}: {why}", self.model)
