@@ -173,8 +173,7 @@ with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda one: one.health_check()(timeout=10).status, both))
         assert found == [1, 1]
         for one in both:
-            assert one.drop(clients=1)
-            one.close()
+            assert one.drop(clients=1)  # closed
 """
 
 

@@ -13,7 +13,6 @@ import grpc.aio
 from tiny_model_server.client import errors, fork_safety
 from tiny_model_server.client.call import NOT_ANSWERED, Call
 from tiny_model_server.client.calls import Request
-from tiny_model_server.client.channel import SharedChannel
 from tiny_model_server.client.daemons import daemons
 from tiny_model_server.client.transport import Transport
 
@@ -53,7 +52,8 @@ class AsyncTransport(Transport):
 
     async def close(self) -> None:
         """Ends the calls under way, which fail with ``Cancelled``. A later call connects again."""
-        await _close(self.leave())
+        for closing in self.leave():
+            await closing
 
     async def _connect(self, call: Call) -> None:
         if not self.connected:
@@ -84,13 +84,8 @@ class AsyncTransport(Transport):
         finally:
             if call.handle:
                 call.handle.cancel()
-            await _close(self.end(call))
-
-
-async def _close(channels: Iterable[SharedChannel]) -> None:
-    for channel in channels:
-        for closing in channel.close():
-            await closing
+            for closing in self.end(call):
+                await closing
 
 
 async def in_order(

@@ -75,8 +75,7 @@ class BlockingTransport(Transport):
     def close(self) -> None:
         """Ends the calls under way, which fail with ``Cancelled``. A later call connects again."""
         with fork_safety.in_flight:  # a fork would leave locks held in the child
-            for channel in self.leave():
-                channel.close()
+            self.leave()
 
     def _run(self, call: Call) -> Any:
         with fork_safety.in_flight:
@@ -114,8 +113,7 @@ class BlockingTransport(Transport):
         finally:
             if call.handle:
                 call.handle.cancel()
-            for channel in self.end(call):
-                channel.close()
+            self.end(call)
 
 
 def in_order(

@@ -85,19 +85,19 @@ class SharedChannel:
             self._calls += not self._closed
             return not self._closed
 
-    def drop(self, *, clients: int = 0, calls: int = 0, retire: bool = False) -> bool:
-        """Counts clients or calls that end. Returns True once: then the caller must close the channel."""
+    def drop(self, *, clients: int = 0, calls: int = 0, retire: bool = False) -> list[Any]:
+        """Counts clients or calls that end, and closes the channel with the last; returns what ``close`` does."""
         with _lock:
             self._clients -= clients
             self._calls -= calls
             self._used = time.monotonic()
             if retire or not self._clients:
                 self._retire()
-            closing = self._retired and not self._calls and not self._closed
-            if closing:
-                self._closed = True
-                _open.discard(self)
-            return closing
+            if self._closed or self._calls or not self._retired:
+                return []
+            self._closed = True
+            _open.discard(self)
+        return self.close()
 
     def _retire(self) -> None:
         self._retired = True
@@ -121,10 +121,9 @@ class SharedChannel:
 
     def health_check(self) -> Callable[..., Any]:
         """Asks a server whether it serves: ``health_check()(timeout=1).status``. Waits for none by default."""
-        kind = schemas.message("health", "grpc.health.v1.HealthCheckRequest")
-        response = schemas.message("health", "grpc.health.v1.HealthCheckResponse")
-        check = self._channel(True).unary_unary(f"/{_HEALTH}/Check", kind.SerializeToString, response.FromString)
-        return partial(check, kind(service=LIVE_SERVICE))
+        check = schemas.methods("health", _HEALTH)["Check"]
+        stub = self._channel(True).unary_unary(check.path, check.request.SerializeToString, check.response.FromString)
+        return partial(stub, check.request(service=LIVE_SERVICE))
 
     def _channel(self, retry: bool) -> Any:
         with _lock:

@@ -48,6 +48,7 @@ class LocalConnection:
         With ``memory``, that of a ``shared_array``, the connection is for calls with this array.
         """
         self.memory = memory
+        self._generation = fork_safety.generation
         with ExitStack() as undo:
             self._socket = undo.enter_context(socket.socket(socket.AF_UNIX))
             self._socket.settimeout(_HANDSHAKE_S)
@@ -133,12 +134,14 @@ class LocalConnection:
         self.request = Segment(fds[0])
 
     def disconnect(self) -> None:
-        """Ends the connection, from any thread; a call that waits fails."""
-        with suppress(OSError):  # the other end closed first
-            self._socket.shutdown(socket.SHUT_RDWR)
+        """Ends the connection, from any thread; a call that waits fails. For a forked child, does nothing."""
+        if self._generation == fork_safety.generation:
+            with suppress(OSError):  # the other end closed first
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Closes the connection and its memory; for the thread that uses it."""
+        """Ends the connection, and closes it and its memory; for the thread that uses it."""
+        self.disconnect()
         self._socket.close()
         self.request.close()
         self.response.close()
@@ -158,9 +161,8 @@ class LocalConnections:
         self._port, self._metadata = port, metadata
         self._lock = threading.Lock()
         self._preparing = threading.Semaphore(_MOST_PREPARING)
-        self._generation = fork_safety.generation
         # An application may drop a client without closing it, as it may drop an open file.
-        weakref.finalize(self, _close, self.idle, self._generation)
+        weakref.finalize(self, _close, self.idle)
 
     def give_up(self, why: str) -> None:
         """Leaves all further calls to gRPC."""
@@ -204,7 +206,7 @@ class LocalConnections:
                 self._preparing.release()
 
         if time.monotonic() >= self.not_before and self._preparing.acquire(blocking=False):
-            daemons(self._generation).submit(connect)
+            daemons(fork_safety.generation).submit(connect)
 
     def give_back(self, connection: LocalConnection, *, usable: bool) -> None:
         """Takes a connection back after its call. Closes it if it failed, or if the call was abandoned."""
@@ -215,27 +217,21 @@ class LocalConnections:
             if usable and known and not (memory and memory.fd < 0):
                 self.idle.setdefault(memory, []).append(connection)
                 return
-        connection.disconnect()
         connection.close()
 
     def close(self, *, calls: bool = True) -> None:
         """Closes all connections. Calls in them fail, or without ``calls``, may end first."""
         with self._lock:
-            idle, busy = dict(self.idle), self.busy
-            self.idle.clear()
-            self.busy, self.closed = set(), True
-        if calls and self._generation == fork_safety.generation:
-            for connection in busy:  # the thread that waits for the answer closes it
-                connection.disconnect()
-        _close(idle, self._generation)
-
-
-def _close(idle: dict["OwnMemory | None", list[LocalConnection]], generation: int) -> None:
-    """Closes connections. In a forked child, they go on for the parent."""
-    for connection in [one for listed in idle.values() for one in listed]:
-        if generation == fork_safety.generation:
+            busy, self.busy, self.closed = self.busy, set(), True
+            _close(self.idle)
+        for connection in busy if calls else ():  # the thread that waits for the answer closes it
             connection.disconnect()
-        connection.close()
+
+
+def _close(idle: dict["OwnMemory | None", list[LocalConnection]]) -> None:
+    while idle:
+        for connection in idle.popitem()[1]:
+            connection.close()
 
 
 def shared_array(shape: int | Sequence[int], dtype: Any = np.uint8) -> Array:
@@ -268,13 +264,10 @@ class OwnMemory(Segment):
 
         In a forked child, both go on for the parent.
         """
-        ours = self._process == os.getpid()
-        if ours:
+        if self._process == os.getpid():
             self.discard()
         self.close()
         for connection in self.connections:
-            if ours:
-                connection.disconnect()
             connection.close()
 
 

@@ -37,8 +37,8 @@ class Transport:
         self._target = addresses.Target(options["addresses"])
         self._lock = threading.Lock()
         self._channel: SharedChannel | None = None
-        self._unused: list[SharedChannel] = []
-        """Channels that are no longer used, and must be closed."""
+        self._closing: list[Any] = []
+        """What ``grpc.aio`` has to await of channels that this client has left."""
         self._calls: set[Call] = set()
         """Those under way by gRPC."""
 
@@ -73,8 +73,8 @@ class Transport:
             if self.local:
                 self.local.close(calls=False)
             self.local = LocalConnections(self._local_port, dict(self.metadata)) if self._local_port else None
-        elif old.drop(clients=1):
-            self._unused.append(old)
+        else:
+            self._closing += old.drop(clients=1)
 
     def send(self, call: Call, *, wait: bool = True) -> LocalCall | None:
         """The call, under way by the local transport; None if gRPC must make it.
@@ -100,19 +100,19 @@ class Transport:
             self._calls.add(call)
         return channel.stub(call.request.method, call.retry)
 
-    def end(self, call: Call) -> list[SharedChannel]:
-        """Ends what ``begin`` began; returns the channels that are to be closed."""
+    def end(self, call: Call) -> list[Any]:
+        """Ends what ``begin`` began; returns what ``grpc.aio`` has to await."""
         with self._lock:
             ours = call in self._calls
             self._calls.discard(call)
-            unused, self._unused = self._unused, []
-        return [*unused, call.channel] if ours and call.channel.drop(calls=1) else unused
+            closing, self._closing = self._closing, []
+        return [*closing, *call.channel.drop(calls=1)] if ours else closing
 
-    def leave(self) -> list[SharedChannel]:
-        """Cancels this client's calls; returns the channels that are to be closed."""
+    def leave(self) -> list[Any]:
+        """Cancels this client's calls, and leaves its channel; returns what ``grpc.aio`` has to await."""
         with self._lock:
             calls, self._calls = self._calls, set()
-            closing, self._unused = self._unused, []
+            closing, self._closing = self._closing, []
             channel, self._channel = self._channel, None
             local, self.local = self.local, None
             self.connected = False
@@ -120,8 +120,9 @@ class Transport:
             local.close()
         for call in calls:
             call.handle.cancel() if call.handle else call.channel.drop(retire=True)
-        closing += [call.channel for call in calls if call.channel.drop(calls=1)]
-        return [*closing, channel] if channel and channel.drop(clients=1) else closing
+        for call in calls:
+            closing += call.channel.drop(calls=1)
+        return closing + channel.drop(clients=1) if channel else closing
 
     def connect(self, call: Call) -> None:
         """Blocks until a server is ready, at the first call."""
@@ -146,8 +147,7 @@ class Transport:
             silent = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
             return (error.details() or "no details") if silent else None
         finally:
-            if channel.drop(clients=1):
-                channel.close()
+            channel.drop(clients=1)
 
     def explained(self, call: Call, failed: Any) -> errors.ModelClientError:
         """This client's error for gRPC's. If no server answered in time, blocks for a moment to find out why."""
