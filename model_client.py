@@ -6,7 +6,6 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Coroutine, I
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import cache, wraps
-from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
@@ -27,6 +26,7 @@ from tiny_model_server.client.errors import (
     Unauthenticated,
 )
 from tiny_model_server.client.local import shared_array
+from tiny_model_server.client.transport import Transport
 
 __all__ = [
     "AsyncModelClient",
@@ -55,12 +55,13 @@ _T = TypeVar("_T")
 
 
 class _Calls:
-    """What a model can be asked. ``_call`` makes a call: it returns the answer, its future or its coroutine."""
+    """What a model can be asked. ``start`` makes the calls: it returns the answer, its future or its coroutine."""
 
-    model: str
+    def __init__(self, model: str, start: Callable[[calls.Request, Seconds, bool], Any]) -> None:
+        self.model, self._start = model, start
 
     def _call(self, request: calls.Request, timeout: Seconds, retry: bool = True) -> Any:
-        raise NotImplementedError
+        return self._start(request, arguments.seconds(timeout), retry)
 
     def run_image(self, image: Image, args: Args = None, timeout: Seconds = None, *, retry: bool = True) -> Any:
         """The model's answer to one image. An array HxWx1 arrives as HxW; files are decoded by the server."""
@@ -138,7 +139,7 @@ class _Calls:
 class _Client(_Calls):
     """What the blocking and the asyncio client share."""
 
-    _transport: Any
+    _transport: Transport
     _transport_class: Any
 
     def __init__(
@@ -184,10 +185,10 @@ class _Client(_Calls):
         given = dict(locals())
         if not isinstance(model, str):
             raise TypeError(f"model is the name of a model, not a {type(model).__name__}")
-        self.model = arguments.text(model)
         self._options = arguments.options(given)
         self.addresses: list[str] = self._options["addresses"]
-        self._transport = self._transport_class(self.model, self._options)
+        self._transport = transport = self._transport_class(arguments.text(model), self._options)
+        super().__init__(transport.model, transport.call)
         _reuse_freed_memory()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,21 +206,7 @@ class _Client(_Calls):
 
         A call counts for the replica that answered it in the end, "(none)" if none did.
         """
-        found: dict[str, Any] = self._transport.stats.snapshot()
-        return found
-
-    def _call(self, request: calls.Request, timeout: Seconds, retry: bool = True) -> Any:
-        return self._transport.call(request, arguments.seconds(timeout), retry)
-
-
-class _Starting(_Calls):
-    """Makes calls by a function that does not wait for the answer."""
-
-    def __init__(self, model: str, start: Callable[[calls.Request, Seconds, bool], Any]) -> None:
-        self.model, self._start = model, start
-
-    def _call(self, request: calls.Request, timeout: Seconds, retry: bool = True) -> Any:
-        return self._start(request, arguments.seconds(timeout), retry)
+        return self._transport.stats.snapshot()
 
 
 def _submitting(run: Callable[Concatenate[Any, _P], Any]) -> Callable[Concatenate[Any, _P], "Future[Any]"]:
@@ -227,7 +214,7 @@ def _submitting(run: Callable[Concatenate[Any, _P], Any]) -> Callable[Concatenat
 
     @wraps(run)
     def submit(client: "ModelClient", /, *args: _P.args, **kwargs: _P.kwargs) -> "Future[Any]":
-        future: Future[Any] = run(_Starting(client.model, client._transport.submit), *args, **kwargs)
+        future: Future[Any] = run(_Calls(client.model, client._transport.submit), *args, **kwargs)
         return future
 
     submit.__doc__ = f"Starts ``{run.__name__}``, and returns the future of its answer."
@@ -287,7 +274,7 @@ class ModelClient(_Client):
             from tqdm.auto import tqdm
 
             items = tqdm(items, desc=self.model, unit="item")
-        ahead = _Starting(self.model, self._transport.ahead)
+        ahead = _Calls(self.model, self._transport.ahead)
 
         def start(item: Any) -> Any:
             return ahead._run_any(method, item, args, timeout, retry)
@@ -339,9 +326,7 @@ class ModelClient(_Client):
     def __enter__(self) -> "ModelClient":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _on_each(self, request: calls.Request, timeout: Seconds) -> list[Any]:
@@ -406,9 +391,7 @@ class AsyncModelClient(_Client):
     async def __aenter__(self) -> "AsyncModelClient":
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self.close()
 
 
