@@ -2,12 +2,12 @@
 
 import ipaddress
 import math
-import operator
 import re
 import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from reprlib import repr as short
 from typing import Any
 
@@ -16,7 +16,7 @@ from tiny_model_server.local_transport import LOOPBACK
 _DEFAULT_PORT = 50000
 _LOOKUP_AGE_S = 5.0
 _LABEL = r"[^\s/:@?#,\[\].]{1,63}"
-_HOST = re.compile(rf"{_LABEL}(\.{_LABEL})*\.?")
+_ADDRESS = re.compile(rf"(?:\[([^\]]+)\]|({_LABEL}(?:\.{_LABEL})*\.?)):([0-9]{{1,5}})")
 
 Pair = tuple[str, int]
 """Host and port."""
@@ -27,7 +27,7 @@ def parse(ip: Any, port: Any, listed: Any, default: str) -> list[str]:
     if ip is not None or port is not None:
         if listed is not None:
             raise ValueError("give either addresses, or ip and port")
-        return [_only(ip, port)]
+        listed = [_joined(ip, port)]
     given = default if listed is None else listed
     if isinstance(given, (bytes, Mapping)) or not isinstance(given, Iterable):
         raise TypeError(f"addresses is a list of texts such as 'localhost:50000', not {short(given)}")
@@ -37,55 +37,36 @@ def parse(ip: Any, port: Any, listed: Any, default: str) -> list[str]:
     return [_address(one) for one in every]
 
 
-def _only(ip: Any, port: Any) -> str:
+def _joined(ip: Any, port: Any) -> str:
+    """The address of a host and a port; without a port, ``ip`` may be a whole address."""
     if not isinstance(ip, (str, type(None))):
         raise TypeError(f"ip is a text such as 'localhost', not {short(ip)}; a port is given as port=50000")
-    host = (ip or "localhost").strip()
-    bare = host.removeprefix("[").removesuffix("]")
-    if "://" in host or (":" in host and not is_ip(bare)):  # a whole address
-        if port is not None and "://" not in host:
-            raise ValueError(f"ip={ip!r} has a port already; give it as ip, or as port={port}, or both in addresses")
-        return _address(host)
-    number = _DEFAULT_PORT if port is None else _port(port)
-    return _address(f"[{bare}]:{number}" if ":" in bare else f"{bare}:{number}")
-
-
-def _port(port: Any) -> int:
-    try:
-        number = operator.index(int(port) if isinstance(port, str) else port)
-    except (TypeError, ValueError):
-        number = None
-    if number is None or isinstance(port, bool):
+    if isinstance(port, bool) or not isinstance(port, (Integral, str, type(None))):
         raise TypeError(f"port is a whole number, not {short(port)}")
-    if not 0 < number < 65536:
-        raise ValueError(f"port is from 1 to 65535, not {port}")
-    return number
+    host = (ip or "localhost").strip()
+    if is_ip(host) and ":" in host:
+        host = f"[{host}]"
+    if port is None:
+        return host if ":" in host and not host.endswith("]") else f"{host}:{_DEFAULT_PORT}"
+    return f"{host}:{port}"
 
 
 def _address(given: Any) -> str:
     if not isinstance(given, str):
         raise TypeError(f"an address is a text such as 'localhost:50000', not {short(given)}")
     address = given.strip()
-    if address.startswith(("unix:", "dns://")):
-        return address
-    scheme, is_url, rest = address.partition("://")
-    if is_url:
-        host = rest.partition("/")[0] or "localhost"
-        right = host if re.search(r":\d+$", host) else f"{host}:{_DEFAULT_PORT}"
-        raise ValueError(f"address {given!r} is a URL of {scheme}; write host:port, as in {right}")
-    host, _ = host_and_port(address)
-    if not (_HOST.fullmatch(host) or is_ip(host)):
-        raise ValueError(f"address {given!r} has no valid host name; write host:port, as in localhost:{_DEFAULT_PORT}")
+    if not address.startswith(("unix:", "dns://")):
+        host_and_port(address)
     return address
 
 
 def host_and_port(address: str) -> Pair:
     """The parts of "host:port" or "[::1]:port"; ValueError if it is neither."""
-    host, colon, port = address.strip().rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not (colon and host and port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    found = _ADDRESS.fullmatch(address)
+    v6, name, port = found.groups() if found else ("", "", "0")
+    if not (name or is_ip(v6)) or not 0 < int(port) < 65536:
         raise ValueError(f"address {address!r} must be host:port, as in localhost:50000 or [::1]:50000")
-    return host, int(port)
+    return name or v6, int(port)
 
 
 def is_ip(host: str) -> bool:

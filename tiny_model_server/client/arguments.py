@@ -5,6 +5,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from numbers import Real
 from reprlib import repr as short
 from typing import Any
@@ -55,14 +56,10 @@ def image(value: Any) -> Any:
 
 def batch(items: Any, call: str, one: str) -> list[Any]:
     """The items of a batch; TypeError for one item, or for what has no order."""
-    wrong = isinstance(items, (*_ONE, set, frozenset))
-    try:
-        listed = [] if wrong else list(items)
-    except TypeError:
-        wrong = True
-    if wrong:
-        raise TypeError(f"{call} takes a list, not {short(items)}; for {one}")
-    return listed
+    with suppress(TypeError):
+        if not isinstance(items, (*_ONE, set, frozenset)):
+            return list(items)
+    raise TypeError(f"{call} takes a list, not {short(items)}; for {one}")
 
 
 def images(items: Any) -> list[Any]:
