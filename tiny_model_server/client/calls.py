@@ -201,10 +201,6 @@ def _decoded(text: str, parts: Sequence[Any], source: Source) -> Any:
     return codec.decode(Encoded(text, arrays))
 
 
-def _answer(response: Any, source: Source) -> Any:
-    return _decoded(response.data, response.arrays, source)
-
-
 def _image_answer(response: Any, source: Source) -> Array:
     found = response.image
     data = _bytes(found, source)
@@ -223,7 +219,7 @@ def _info(info: Any, source: Source) -> dict[str, Any]:
 
 
 _DECODERS: dict[str, Callable[[Any, Source], Any]] = {
-    "Response": _answer,
+    "Response": lambda response, source: _decoded(response.data, response.arrays, source),
     "ImageResponse": _image_answer,
     "ModelStates": _states,
     "ModelInfo": _info,

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -169,10 +170,10 @@ class LocalConnections:
         log.warning("the local transport is not used any more: %s", why)
         self.not_before = math.inf
 
-    def take(self, arrays: Sequence[Array], *, connect: bool = True) -> LocalConnection | None:
-        """A connection for a call with these arrays; None if the server refuses it.
+    def take(self, arrays: Sequence[Array], *, wait: bool = True) -> LocalConnection | None:
+        """A connection for a call with these arrays; None if there is none.
 
-        Without ``connect``, which may wait, returns an open connection or None.
+        Without ``wait``, takes one that is open, or lets another thread connect for later calls.
         """
         memories = {_memory(array) for array in arrays}
         memory = memories.pop() if len(memories) == 1 else None
@@ -184,8 +185,16 @@ class LocalConnections:
             if idle := self.idle.get(memory):
                 self.busy.add(idle[-1])
                 return idle.pop()
-        if not connect or time.monotonic() < self.not_before:
+        if time.monotonic() < self.not_before:
             return None
+        if wait:
+            return self._connect(memory)
+        if self._preparing.acquire(blocking=False):
+            done = daemons(fork_safety.generation).submit(partial(self._prepare, memory))
+            done.add_done_callback(lambda _: self._preparing.release())
+        return None
+
+    def _connect(self, memory: "OwnMemory | None") -> LocalConnection | None:
         try:
             connection = LocalConnection(self._port, self._metadata, memory)
         except OSError:
@@ -195,18 +204,9 @@ class LocalConnections:
             self.busy.add(connection)
         return connection
 
-    def prepare(self, arrays: Sequence[Array]) -> None:
-        """Lets another thread open a connection for later calls with such arrays."""
-
-        def connect() -> None:
-            try:
-                if connection := self.take(arrays):
-                    self.give_back(connection, usable=True)
-            finally:
-                self._preparing.release()
-
-        if time.monotonic() >= self.not_before and self._preparing.acquire(blocking=False):
-            daemons(fork_safety.generation).submit(connect)
+    def _prepare(self, memory: "OwnMemory | None") -> None:
+        if connection := self._connect(memory):
+            self.give_back(connection, usable=True)
 
     def give_back(self, connection: LocalConnection, *, usable: bool) -> None:
         """Takes a connection back after its call. Closes it if it failed, or if the call was abandoned."""

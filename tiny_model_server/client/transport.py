@@ -81,15 +81,13 @@ class Transport:
 
         Without ``wait``, what would block is left to gRPC, too.
         """
-        connections, arrays = self.local, call.request.arrays
+        connections = self.local
         if not connections or not (wait or call.request.short):
             return None
-        if taken := connections.take(arrays, connect=wait):
-            local = LocalCall(call, connections, taken)
-            return local if local.send() else None
-        if not wait:
-            connections.prepare(arrays)
-        return None
+        if not (taken := connections.take(call.request.arrays, wait=wait)):
+            return None
+        local = LocalCall(call, connections, taken)
+        return local if local.send() else None
 
     def begin(self, call: Call) -> Any:
         """Counts a call by gRPC, after ``channel()``; returns what makes it."""
