@@ -36,6 +36,10 @@ class Transport:
         self._local_port = arguments.local_port(options)
         self._target = addresses.Target(options["addresses"])
         self._lock = threading.Lock()
+        self._probing = threading.Lock()
+        self._silence: str | None = None
+        """Why no server answered when one was last asked, at ``_probed``."""
+        self._probed = 0.0
         self._channel: SharedChannel | None = None
         self._closing: list[Any] = []
         """What ``grpc.aio`` has to await of channels that this client has left."""
@@ -151,9 +155,15 @@ class Transport:
         """This client's error for gRPC's. If no server answered in time, blocks for a moment to find out why."""
         error = call.failed(failed.trailing_metadata(), failed.code().name, failed.details() or "no details")
         unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
-        if unanswered and (why := self.why_silent(timeout=_PROBE_S)):
+        if unanswered and (why := self._why_unanswered()):
             return self._unreachable(f"it disconnected, and did not come back within {call.timeout:g} s ({why})")
         return error
+
+    def _why_unanswered(self) -> str | None:
+        with self._probing:  # many calls may end at once, and one of them asks for all
+            if time.monotonic() - self._probed > _PROBE_S:
+                self._silence, self._probed = self.why_silent(timeout=_PROBE_S), time.monotonic()
+            return self._silence
 
     def _unreachable(self, why: str) -> errors.ModelClientError:
         details = f"no server at {', '.join(self.options['addresses'])}: {why}"
