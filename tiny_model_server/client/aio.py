@@ -20,8 +20,6 @@ from tiny_model_server.client.transport import Transport
 class AsyncTransport(Transport):
     """Belongs to one event loop at a time."""
 
-    library = grpc.aio
-
     def loop(self) -> Any:
         """The event loop that runs."""
         return asyncio.get_running_loop()

@@ -169,7 +169,7 @@ def _pixels_or_file(given: Image) -> Array:
         given = Path(given).read_bytes()
     try:
         if not isinstance(given, (bytes, bytearray, memoryview)):
-            return codec.portable(codec.check_image(given if isinstance(given, np.ndarray) else np.asarray(given)))
+            return codec.portable(codec.check_image(np.asanyarray(given)))
         if not len(given):
             raise InvalidInput("0 bytes are not an image file")
         return np.frombuffer(given, np.uint8)

@@ -10,6 +10,7 @@ from operator import methodcaller
 from typing import Any, NamedTuple
 
 import grpc
+import grpc.aio
 
 from tiny_model_server import schemas
 from tiny_model_server.client import fork_safety
@@ -48,15 +49,13 @@ POLICIES = {"load": [_BY_LOAD, _ROUND_ROBIN], "round_robin": [_ROUND_ROBIN]}
 class Place(NamedTuple):
     """What clients must have in common to share a channel."""
 
-    library: Any
-    """``grpc`` or ``grpc.aio``."""
     target: str
     credentials: Credentials
     balancing: str = "load"
     generation: int = 0
     """Of the process: ``fork_safety.generation``."""
     loop: Any = None
-    """The event loop, for ``grpc.aio``."""
+    """The event loop, for ``grpc.aio``; None for ``grpc``."""
 
 
 class SharedChannel:
@@ -156,7 +155,7 @@ def shared(place: Place) -> SharedChannel:
 def _close_all() -> None:
     # At the interpreter's end gRPC's threads are gone, and a channel that is still open would wait for them for ever.
     for channel in list(_open):
-        if channel.place.library is grpc and channel.place.generation == fork_safety.generation:
+        if not channel.place.loop and channel.place.generation == fork_safety.generation:
             channel.close()
 
 
@@ -167,9 +166,10 @@ def open_channel(place: Place, retry: bool = True) -> Any:
     """
     credentials = place.credentials.credentials()
     options = _options(POLICIES[place.balancing], retry) + place.credentials.options(place.target)
+    library: Any = grpc.aio if place.loop else grpc
     if credentials:
-        return place.library.secure_channel(place.target, credentials, options=options)
-    return place.library.insecure_channel(place.target, options=options)
+        return library.secure_channel(place.target, credentials, options=options)
+    return library.insecure_channel(place.target, options=options)
 
 
 def _options(policy: list[dict[str, Any]], retry: bool) -> list[tuple[str, Any]]:

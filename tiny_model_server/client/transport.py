@@ -20,8 +20,6 @@ _PROBE_S = 1.0  # how long a server is asked why a call was not answered
 class Transport:
     """Carries one client's calls: by the local transport, or by a gRPC channel that it shares with other clients."""
 
-    library: Any = grpc
-
     def __init__(self, model: str, options: dict[str, Any]) -> None:
         """Connects to nothing yet. ValueError or OSError if certificates cannot be used."""
         self.model, self.options = model, options
@@ -52,13 +50,13 @@ class Transport:
 
     def channel(self) -> SharedChannel:
         """The channel for this process, event loop and the addresses as known now."""
-        place = self._now(self.library, self.loop())
+        place = self._now(self.loop())
         with self._lock:
             if not self._channel or place != self._channel.place or self._channel.stale():
                 self._move(place)
             return self._channel  # type: ignore[return-value]
 
-    def _now(self, library: Any, loop: Any) -> Place:
+    def _now(self, loop: Any) -> Place:
         if fork_safety.unusable:
             raise RuntimeError(
                 "this process was forked while its parent was in a call, or after it used AsyncModelClient, so gRPC "
@@ -68,7 +66,7 @@ class Transport:
             target = self._target.current()
         except OSError as error:
             raise self._unreachable(str(error)) from None
-        return Place(library, target, self.credentials, self.options["balancing"], fork_safety.generation, loop)
+        return Place(target, self.credentials, self.options["balancing"], fork_safety.generation, loop)
 
     def _move(self, place: Place) -> None:
         old, self._channel = self._channel, shared(place)
@@ -142,7 +140,7 @@ class Transport:
 
     def why_silent(self, **options: Any) -> str | None:
         """Asks for a server's health, and blocks. Returns gRPC's reason why no server answers; None if one does."""
-        channel = shared(self._now(grpc, None))  # that of the blocking clients, which asyncio has for a moment
+        channel = shared(self._now(None))  # that of the blocking clients, which asyncio has for a moment
         try:
             return None if channel.health_check()(**options).status == _SERVING else "it is not serving"
         except grpc.RpcError as error:
