@@ -75,7 +75,6 @@ class LocalCall:
     def __init__(self, call: Call, connections: LocalConnections, connection: LocalConnection) -> None:
         self._call, self._connections, self._connection = call, connections, connection
         self._trailing = (("tms-replica", connection.server),)
-        self._generation = fork_safety.generation
         self._cancelled = False
 
     def send(self) -> bool:
@@ -103,7 +102,7 @@ class LocalCall:
             if answer.code:
                 raise call.failed(self._trailing, status, answer.body.decode())
             call.ended(self._trailing)
-            return call.request.decode(call.request.method.response.FromString(answer.body), answer.arrays)
+            return call.request.decode(call.request.method.response.FromString(answer.body), connection.response)
         except TimeoutError:
             raise call.failed(self._trailing, "DEADLINE_EXCEEDED", "Deadline Exceeded") from None
         except OSError as error:
@@ -139,7 +138,7 @@ class LocalCall:
     def result(self) -> Any:
         """The answer, or the error raised; gRPC makes the call if need be. For blocking clients."""
         with fork_safety.in_flight:
-            if self._generation != fork_safety.generation:
+            if self._connection.generation != fork_safety.generation:
                 raise self._call.cancelled("it was begun before a fork")
             answer = self.receive()
             return self._call.transport.by_grpc(self._call) if answer is NOT_ANSWERED else answer
@@ -147,5 +146,5 @@ class LocalCall:
     def cancel(self) -> None:
         """Ends the call, from any thread; in a forked child, it is the parent's."""
         self._cancelled = True
-        if self._generation == fork_safety.generation:
+        if self._connection.generation == fork_safety.generation:
             self._connections.give_back(self._connection, usable=False)

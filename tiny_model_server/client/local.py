@@ -33,11 +33,10 @@ _HANDSHAKE_S = 2.0
 
 
 class Answer(NamedTuple):
-    """What came of a call: gRPC's number of its status, the message or the error's text, the arrays' memory."""
+    """What came of a call: the number of its status, and the message or the error's text."""
 
     code: int
     body: bytes
-    arrays: Segment
 
 
 class LocalConnection:
@@ -49,7 +48,7 @@ class LocalConnection:
         With ``memory``, that of a ``shared_array``, the connection is for calls with this array.
         """
         self.memory = memory
-        self._generation = fork_safety.generation
+        self.generation = fork_safety.generation
         with ExitStack() as undo:
             self._socket = undo.enter_context(socket.socket(socket.AF_UNIX))
             self._socket.settimeout(_HANDSHAKE_S)
@@ -123,7 +122,7 @@ class LocalConnection:
             self._socket.settimeout(None)
         if renewed:
             self._renew()
-        return Answer(code, body, self.response)
+        return Answer(code, body)
 
     def _renew(self) -> None:
         """Takes a new request buffer, because a model has retained what lies in the old one."""
@@ -136,7 +135,7 @@ class LocalConnection:
 
     def disconnect(self) -> None:
         """Ends the connection, from any thread; a call that waits fails. For a forked child, does nothing."""
-        if self._generation == fork_safety.generation:
+        if self.generation == fork_safety.generation:
             with suppress(OSError):  # the other end closed first
                 self._socket.shutdown(socket.SHUT_RDWR)
 

@@ -119,9 +119,9 @@ class Transport:
         if local:
             local.close()
         for call in calls:
-            call.handle.cancel() if call.handle else call.channel.drop(retire=True)
-        for call in calls:
-            closing += call.channel.drop(calls=1)
+            if call.handle:
+                call.handle.cancel()
+            closing += call.channel.drop(calls=1, retire=not call.handle)
         return closing + channel.drop(clients=1) if channel else closing
 
     def connect(self, call: Call) -> None:
