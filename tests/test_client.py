@@ -168,8 +168,8 @@ from tiny_model_server.client.credentials import Credentials
 end = time.monotonic() + 6
 with ThreadPoolExecutor(2) as threads:
     while time.monotonic() < end:
-        places = [channel.Place(sys.argv[1], Credentials(), generation=number) for number in range(2)]
-        both = [channel.shared(place) for place in places]
+        keys = [channel.ChannelKey(sys.argv[1], Credentials(), generation=number) for number in range(2)]
+        both = [channel.shared(key) for key in keys]
         found = list(threads.map(lambda one: one.health_check()(timeout=10).status, both))
         assert found == [1, 1]
         for one in both:

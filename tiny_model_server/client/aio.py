@@ -55,7 +55,7 @@ class AsyncTransport(Transport):
 
     async def _connect(self, call: Call) -> None:
         if not self.connected:
-            fork_safety.polled = True
+            fork_safety.asyncio_used = True
             await self._in_daemon(self.connect, call)
         self.channel()
 

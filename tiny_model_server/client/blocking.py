@@ -42,7 +42,7 @@ class BlockingTransport(Transport):
         return daemons(fork_safety.generation).submit(partial(self._run, call), outcome)
 
     def ahead(self, request: Request, timeout: float | None, retry: bool) -> "Future[Any] | LocalCall":
-        """Like ``submit``. By the local transport, no thread waits until the application asks for the answer."""
+        """Like ``submit``. The local transport needs no thread for it."""
         if self.connected and self.local:
             call = Call(self, request, timeout, retry)
             with fork_safety.in_flight:
@@ -95,7 +95,7 @@ class BlockingTransport(Transport):
             if call.outcome:
                 done = call.cancel_by(stub.future(call.request, **call.options()))
                 response = done.result()
-            else:  # which is quicker, but ends only with its channel
+            else:  # faster, but only closing the channel cancels it
                 response, done = stub.with_call(call.request, **call.options())
         call.ended(done.trailing_metadata())
         return call.request.decode(*response)

@@ -46,7 +46,7 @@ POLICIES = {"load": [_BY_LOAD, _ROUND_ROBIN], "round_robin": [_ROUND_ROBIN]}
 """How calls are balanced: by the load that replicas report, or in turns."""
 
 
-class Place(NamedTuple):
+class ChannelKey(NamedTuple):
     """What clients must have in common to share a channel."""
 
     target: str
@@ -59,15 +59,15 @@ class Place(NamedTuple):
 
 
 class SharedChannel:
-    """The channel of all clients at one place. It is closed with its last client.
+    """The channel of all clients with one key. It is closed with its last client.
 
     A channel that is retired takes no more clients or calls: it is closed when the calls in it have ended.
     Whether calls are retried is a property of a gRPC channel, so calls that are not to be repeated have a second one,
     which the first of them opens.
     """
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, key: ChannelKey) -> None:
+        self.key = key
         self._clients = self._calls = 0
         self._used = time.monotonic()
         self._retired = self._closed = False
@@ -100,8 +100,8 @@ class SharedChannel:
 
     def _retire(self) -> None:
         self._retired = True
-        if _shared.get(self.place) is self:
-            del _shared[self.place]
+        if _shared.get(self.key) is self:
+            del _shared[self.key]
 
     def close(self) -> list[Any]:
         """Closes the channel; calls in it are cancelled. Returns what ``grpc.aio`` has to await."""
@@ -127,49 +127,49 @@ class SharedChannel:
     def _channel(self, retry: bool) -> Any:
         with _lock:
             if retry not in self._channels:
-                self._channels[retry] = open_channel(self.place, retry)
+                self._channels[retry] = open_channel(self.key, retry)
             return self._channels[retry]
 
 
 _lock = threading.Lock()
-_shared: dict[Place, SharedChannel] = {}
+_shared: dict[ChannelKey, SharedChannel] = {}
 """The channels that new clients join."""
 _open: set[SharedChannel] = set()
 """All channels. Those of another process or event loop stay here, because they must not be closed in this one."""
 
 
-def shared(place: Place) -> SharedChannel:
-    """The channel at a place, which counts the caller as a client."""
+def shared(key: ChannelKey) -> SharedChannel:
+    """The channel with this key, which counts the caller as a client."""
     with _lock:
-        found = _shared.get(place)
+        found = _shared.get(key)
         if found and found.stale():
             found._retire()
-        if place not in _shared:
-            _shared[place] = SharedChannel(place)
-            _open.add(_shared[place])
-        _shared[place]._clients += 1
-        return _shared[place]
+        if key not in _shared:
+            _shared[key] = SharedChannel(key)
+            _open.add(_shared[key])
+        _shared[key]._clients += 1
+        return _shared[key]
 
 
 @atexit.register
 def _close_all() -> None:
     # At the interpreter's end gRPC's threads are gone, and a channel that is still open would wait for them for ever.
     for channel in list(_open):
-        if not channel.place.loop and channel.place.generation == fork_safety.generation:
+        if not channel.key.loop and channel.key.generation == fork_safety.generation:
             channel.close()
 
 
-def open_channel(place: Place, retry: bool = True) -> Any:
+def open_channel(key: ChannelKey, retry: bool = True) -> Any:
     """A new channel that balances over the target's healthy addresses.
 
     Without ``retry`` only calls that no server has begun are tried again.
     """
-    credentials = place.credentials.credentials()
-    options = _options(POLICIES[place.balancing], retry) + place.credentials.options(place.target)
-    library: Any = grpc.aio if place.loop else grpc
+    credentials = key.credentials.credentials()
+    options = _options(POLICIES[key.balancing], retry) + key.credentials.options(key.target)
+    library: Any = grpc.aio if key.loop else grpc
     if credentials:
-        return library.secure_channel(place.target, credentials, options=options)
-    return library.insecure_channel(place.target, options=options)
+        return library.secure_channel(key.target, credentials, options=options)
+    return library.insecure_channel(key.target, options=options)
 
 
 def _options(policy: list[dict[str, Any]], retry: bool) -> list[tuple[str, Any]]:

@@ -15,7 +15,7 @@ _in_flight = 0
 _forking = False
 generation = 0
 """Counts the forks that led to this process. Connections of an earlier generation must not be used."""
-polled = False
+asyncio_used = False
 """True once gRPC's asyncio was used: it always has a thread in gRPC, so a fork is never safe."""
 unusable = False
 """True in a child that was forked while calls were under way, or after asyncio was used."""
@@ -24,7 +24,7 @@ unusable = False
 class _InFlight:
     def __enter__(self) -> None:
         global _in_flight
-        with _lock:  # which is quicker than by the condition
+        with _lock:  # faster than through the condition
             while _forking:
                 _changed.wait()
             _in_flight += 1
@@ -45,7 +45,7 @@ def _before() -> None:
     global _forking
     _changed.acquire()
     _forking = True
-    if not polled:
+    if not asyncio_used:
         _changed.wait_for(lambda: _in_flight == 0, _PATIENCE_S)
 
 
@@ -58,7 +58,7 @@ def _after_in_parent() -> None:
 
 def _after_in_child() -> None:
     global _changed, _forking, _in_flight, _lock, generation, unusable
-    unusable = unusable or polled or _in_flight > 0
+    unusable = unusable or asyncio_used or _in_flight > 0
     _lock, _forking, _in_flight, generation = threading.RLock(), False, 0, generation + 1
     _changed = threading.Condition(_lock)
 

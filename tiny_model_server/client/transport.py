@@ -8,7 +8,7 @@ import grpc
 
 from tiny_model_server.client import addresses, arguments, errors, fork_safety
 from tiny_model_server.client.call import Call, LocalCall
-from tiny_model_server.client.channel import Place, SharedChannel, shared
+from tiny_model_server.client.channel import ChannelKey, SharedChannel, shared
 from tiny_model_server.client.credentials import Credentials
 from tiny_model_server.client.local import LocalConnections
 from tiny_model_server.client.stats import Stats
@@ -50,13 +50,13 @@ class Transport:
 
     def channel(self) -> SharedChannel:
         """The channel for this process, event loop and the addresses as known now."""
-        place = self._now(self.loop())
+        key = self._key(self.loop())
         with self._lock:
-            if not self._channel or place != self._channel.place or self._channel.stale():
-                self._move(place)
+            if not self._channel or key != self._channel.key or self._channel.stale():
+                self._move(key)
             return self._channel  # type: ignore[return-value]
 
-    def _now(self, loop: Any) -> Place:
+    def _key(self, loop: Any) -> ChannelKey:
         if fork_safety.unusable:
             raise RuntimeError(
                 "this process was forked while its parent was in a call, or after it used AsyncModelClient, so gRPC "
@@ -66,11 +66,14 @@ class Transport:
             target = self._target.current()
         except OSError as error:
             raise self._unreachable(str(error)) from None
-        return Place(target, self.credentials, self.options["balancing"], fork_safety.generation, loop)
+        return ChannelKey(target, self.credentials, self.options["balancing"], fork_safety.generation, loop)
 
-    def _move(self, place: Place) -> None:
-        old, self._channel = self._channel, shared(place)
-        if not old or old.place[-2:] != place[-2:]:  # what there is belongs to another process or event loop
+    def _move(self, key: ChannelKey) -> None:
+        old, self._channel = self._channel, shared(key)
+        if not old or (old.key.generation, old.key.loop) != (
+            key.generation,
+            key.loop,
+        ):  # after a fork, or in another loop
             self._calls.clear()
             if self.local:
                 self.local.close(calls=False)
@@ -140,7 +143,7 @@ class Transport:
 
     def why_silent(self, **options: Any) -> str | None:
         """Asks for a server's health, and blocks. Returns gRPC's reason why no server answers; None if one does."""
-        channel = shared(self._now(None))  # that of the blocking clients, which asyncio has for a moment
+        channel = shared(self._key(None))  # that of blocking clients; asyncio's borrow it
         try:
             return None if channel.health_check()(**options).status == _SERVING else "it is not serving"
         except grpc.RpcError as error:
