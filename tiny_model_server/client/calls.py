@@ -92,7 +92,7 @@ def text(method: str, model: str, value: str, args: Args) -> Request:
 def image(method: str, model: str, value: Image, args: Args) -> Request:
     """A request with one image; TypeError, ValueError or ``InvalidInput`` for what is not an image."""
     request = ask(method, model=model, args=_args(args), accept_arrays=True)
-    request.parts = _put_images(lambda: request.message.image, [value])
+    request.parts = [_put_image(request.message.image, value)]
     return request
 
 
@@ -113,7 +113,7 @@ def text_batch(model: str, texts: Iterable[str], args: Args, return_exceptions: 
 def image_batch(model: str, images: Iterable[Image], args: Args, return_exceptions: bool) -> Request:
     """A request with several images; see ``image``."""
     request = ask("RunBatchImage", model=model, args=_args(args), accept_arrays=True)
-    request.parts = _put_images(request.message.images.add, arguments.images(images))
+    request.parts = [_put_image(request.message.images.add(), one) for one in arguments.images(images)]
     return _batch(request, model, return_exceptions)
 
 
@@ -147,19 +147,15 @@ def _args(args: Args) -> str:
     return codec.args_json(args)
 
 
-def _put_images(new: Callable[[], Any], images: Iterable[Image]) -> list[tuple[Any, Array]]:
-    """Describes each image in a new part of a message; returns the parts with the bytes to send."""
-    parts = []
-    for one in images:
-        array = _pixels_or_file(one)
-        part = new()
-        if array.ndim == 1:
-            part.encoded = True
-        else:
-            part.height, part.width, part.channels = (*array.shape, 1)[:3]
-            part.dtype = codec.dtype_name(array.dtype)
-        parts.append((part, array))
-    return parts
+def _put_image(part: Any, image: Image) -> tuple[Any, Array]:
+    """Puts an image into its part of a message, except for its bytes."""
+    array = _pixels_or_file(image)
+    if array.ndim == 1:
+        part.encoded = True
+    else:
+        part.height, part.width, part.channels = (*array.shape, 1)[:3]
+        part.dtype = codec.dtype_name(array.dtype)
+    return part, array
 
 
 def _pixels_or_file(given: Image) -> Array:
