@@ -86,8 +86,10 @@ class LocalCall:
             self._connections.give_up(f"memory cannot be shared: {error}")
             self.cancel()
             return False
-        with suppress(OSError):  # ``receive`` reports it
+        try:
             connection.send(call.request.method.path.encode(), message, call.remaining(), call.retry)
+        except OSError:
+            pass  # ``receive`` reports it
         return True
 
     def receive(self) -> Any:

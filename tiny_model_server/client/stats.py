@@ -18,7 +18,7 @@ class Stats:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self._counts: dict[str, dict[str, int]] = defaultdict(lambda: {"calls": 0, "failed": 0, "retries": 0})
         self._latencies: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=_LATENCIES))
 
     def add(self, method: str, seconds: float, trailing: Any, status: str) -> str:
