@@ -1,4 +1,4 @@
-"""What the blocking and the asyncio client share: it connects, and begins and ends calls."""
+"""Connects a client, and begins and ends its calls: what the blocking and the asyncio client share."""
 
 import threading
 import time
