@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -667,6 +668,19 @@ def test_what_is_not_to_be_repeated(start_server: Callable[..., Server], tmp_pat
         with pytest.raises(model_client.ServerUnavailable):
             calling.result()
     assert log.read_text() == "x"
+
+
+def test_a_call_that_goes_on_by_grpc_leaves_the_connection_to_others(start_server: Callable[..., Server]) -> None:
+    server = start_server(models=only("worker"), TMS_MODEL_WORKER_QUEUE_SIZE=1, TMS_MODEL_WORKER_MAX_BATCH_SIZE=1)
+    client, other = server.client("worker", timeout=10), server.client("worker")
+    client.run(1)
+    with ThreadPoolExecutor(2) as threads:
+        slow = [threads.submit(other.run, number, {"sleep": 0.5}) for number in range(2)]
+        wait_for(lambda: other.model_info()[0]["queue_depth"], "a full queue")
+        with contextlib.suppress(model_client.Overloaded):
+            client.run(1)  # refused here, then repeated by gRPC
+        assert [call.result()["item"] for call in slow] == [0, 1]
+    assert client.run(1, retry=False)["item"] == 1
 
 
 def test_memory_that_cannot_be_shared(server: Server, tmp_path: Path) -> None:

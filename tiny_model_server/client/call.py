@@ -75,7 +75,7 @@ class LocalCall:
     def __init__(self, call: Call, connections: LocalConnections, connection: LocalConnection) -> None:
         self._call, self._connections, self._connection = call, connections, connection
         self._trailing = (("tms-replica", connection.server),)
-        self._cancelled = False
+        self._cancelled = self._over = False
 
     def send(self) -> bool:
         """Sends the request; False if memory cannot be shared."""
@@ -114,6 +114,7 @@ class LocalCall:
                 return NOT_ANSWERED
             raise call.failed(self._trailing, "UNAVAILABLE", f"the server disconnected: {error}") from None
         finally:
+            self._over = True
             self._connections.give_back(connection, usable=usable)
 
     async def received(self) -> Any:
@@ -142,11 +143,13 @@ class LocalCall:
         with fork_safety.in_flight:
             if self._connection.generation != fork_safety.generation:
                 raise self._call.cancelled("it was begun before a fork")
-            answer = self.receive()
-            return self._call.transport.by_grpc(self._call) if answer is NOT_ANSWERED else answer
+            if (answer := self.receive()) is not NOT_ANSWERED:
+                return answer
+            self._call.handle = None  # this one cannot cancel it any more
+            return self._call.transport.by_grpc(self._call)
 
     def cancel(self) -> None:
         """Ends the call, from any thread; in a forked child, it is the parent's."""
         self._cancelled = True
-        if self._connection.generation == fork_safety.generation:
+        if self._connection.generation == fork_safety.generation and not self._over:  # it may carry another call then
             self._connections.give_back(self._connection, usable=False)
