@@ -309,6 +309,23 @@ def test_reload_under_load_fails_nothing(start_server: StartServer) -> None:
     assert len({answer["pid"] for _, answer in load.answers}) == 8
 
 
+def test_a_reload_takes_files_of_the_same_second_and_size(start_server: StartServer, tmp_path: Path) -> None:
+    """Python would take its compiled code for current."""
+    body = "    def run(self, data, args):\n        from .part import ANSWER\n        return [{!r}, ANSWER]"
+    server = start_server(models=write_model(tmp_path, "one", body.format("old")), ready=False)
+    files = [tmp_path / "one" / name for name in ("__init__.py", "part.py")]
+    files[1].write_text("ANSWER = 'old'\n")
+    with server.client("one") as client:
+        client.load_model()
+        assert client.run(1) == ["old", "old"]
+        for file in files:
+            times = file.stat()
+            file.write_text(file.read_text().replace("'old'", "'new'"))
+            os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+        client.reload_model()
+        assert client.run(1) == ["new", "new"]
+
+
 def test_files_that_change_reload_their_model(start_server: StartServer, tmp_path: Path) -> None:
     write_model(tmp_path, "one", ANSWERS.format("old"))
     server = start_server(models=tmp_path, TMS_RELOAD=1)
