@@ -72,7 +72,7 @@ def serve(settings: Settings) -> int:
     engine = Engine(settings)
     few = max(2, int(cpus()) // 2)  # to each call belong a caller and a worker, which need cores too
     seconds = settings.busy_poll_us / 1e6 if cpus() >= 2 else 0
-    selector = BusyPollingSelector(seconds, lambda: 0 < engine.calls <= few)
+    selector = BusyPollingSelector(seconds, lambda: engine.calls <= few)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
         return ending.leave(runner.run(_serve(engine, settings)))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import select
 import socket
 import sys
 import threading
@@ -69,7 +70,10 @@ class Slot:
     def serve(self) -> None:
         """Runs batches until the front closes the socket, or has ended."""
         try:
-            while message := self._connection.receive():
+            poll = select.poll()
+            poll.register(self._connection.socket, select.POLLIN)
+            # A thread that waits in recv is woken in vain whenever the front takes an answer.
+            while poll.poll() and (message := self._connection.receive()):
                 self._serve(*message)
         except EOFError:
             pass
