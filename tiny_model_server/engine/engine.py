@@ -170,17 +170,23 @@ class Engine:
     async def _run_stage(self, name: str, values: list[Encoded], run: Run, json_only: bool) -> list[Outcome]:
         over: asyncio.Future[Run] = asyncio.get_running_loop().create_future()
         buffers = self._buffers.take()
-        part = Run(name, place(values, buffers), run.args, run.call, over.set_result, json_only)
-        part.finished = self._answer
+
+        def done(part: Run) -> None:
+            if not over.done():  # the call may have been cancelled in the same moment
+                over.set_result(part)
+
         try:
+            part = Run(name, place(values, buffers), run.args, run.call, done, json_only)
+            part.finished = self._answer
             self._start(part)
-            await over
+            try:
+                await over
+            finally:
+                part.cancel(Cancelled("the call was cancelled"))
             if part.error:
                 raise part.error
             return part.outcomes
         finally:
-            part.done = lambda part: None
-            part.cancel(Cancelled("the call was cancelled"))
             self._buffers.give_back(buffers)
 
     def _spawn(self, run: Run, work: Coroutine[Any, Any, None]) -> None:
@@ -227,6 +233,8 @@ class Engine:
                 log.info("model %s loaded in %.1f s", model.name, time.monotonic() - started)
             except ServerError:
                 pass  # its state and the log give the reason; the others serve
+            except Exception:  # of the server itself; the others serve
+                log.exception("model %s: it could not be loaded", model.name)
 
     async def load(self, name: str, workers: int = 0) -> ServedModel:
         """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
@@ -289,6 +297,7 @@ class Engine:
         self, name: str, values: Sequence[Encoded], args: Mapping[str, Any], call: Call, *, json_only: bool = False
     ) -> list[Outcome]:
         """One outcome an input, in order: the model's answer, or the error of that input alone."""
+        self.model(call.model or name)  # ModelNotFound comes before arrays are copied
         text, buffers = self.check_batch(values, args), self._buffers.take()
         answered: queue.SimpleQueue[Run] = queue.SimpleQueue()
         try:
@@ -313,6 +322,7 @@ class Engine:
 
     def run_stream(self, name: str, value: Encoded, args: Mapping[str, Any], call: Call) -> Iterator[Encoded]:
         """What the model yields for one input, as it comes. Leaving the iterator ends the model's work on it."""
+        self.model(call.model or name)
         text, buffers = self.check_batch([value], args), self._buffers.take()
         try:
             stream = Stream(self.settings.stream_idle_s)

@@ -138,6 +138,8 @@ class ServedModel:
         self._stopped = True
         self.batcher.close(Stopping("the server is stopping"), drain=True)
         await self._end(self._pools, grace_s, drain=grace_s > 0)
+        if self._loading:
+            await asyncio.wait([self._loading])
         self.batcher.close(Stopping("the server stopped before the model could answer"), drain=False)
 
     @property

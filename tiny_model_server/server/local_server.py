@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import socket
 import struct
 import time
@@ -68,6 +69,7 @@ class LocalServer:
             await asyncio.sleep(_LOOK_S)
         for connection in list(self.connections):
             connection.close()
+        self.threads.shutdown(wait=False)
 
     def _accept(self) -> None:
         try:
@@ -143,6 +145,8 @@ class _Connection:
     def _share_memory(self) -> None:
         header, fds, flags, _ = socket.recv_fds(self._socket, HELLO.size, 1)
         if flags & socket.MSG_CTRUNC:
+            for fd in fds:
+                os.close(fd)
             raise OSError("no descriptor is free for the caller's own memory")
         self._buffers = SharedBuffers(fds[0], caller_owned=True) if fds else SharedBuffers()
         if fds and not sealed(self._buffers.request):
@@ -263,7 +267,6 @@ class _Connection:
         """Answers a request that is large, or that waits for more than a model."""
         buffers, largest = call.buffers, self._server.largest
         assert buffers
-        buffers.holders += 1
 
         def work() -> bytes:
             request = schemas.parse(method, message, call, self._engine.settings.max_items)
@@ -277,6 +280,7 @@ class _Connection:
                 self._send(0, future.result())
 
         future = self._server.threads.submit(work)
+        buffers.holders += 1  # only now: it may have failed
         future.add_done_callback(lambda _: self._loop.call_soon_threadsafe(over))
 
     def _answer(self, work: native.Work, run: Run) -> None:
