@@ -46,9 +46,9 @@ LAYERS = [
     ["server"],
 ]
 """Each file may import what stands in a line before its own."""
-MOST_LINES = 8020
+MOST_LINES = 9400
 MOST_LINES_OF_A_FILE = 400
-MOST_LINES_OF_THE_WAY = 2070
+MOST_LINES_OF_THE_WAY = 2250
 WAY_OF_A_REQUEST = [
     "server/grpc_server.py",
     "protocols/native.py",
