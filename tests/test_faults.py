@@ -20,10 +20,13 @@ import psutil
 import pytest
 
 import model_client
-from tests.conftest import Server, only, shared_memory, wait_for
-from tiny_model_server import schemas
-from tiny_model_server.engine import busy_polling, placement
-from tiny_model_server.settings import parse_devices
+from tests.conftest import Server, only, running_engine, shared_memory, wait_for
+from tiny_model_server import codec, schemas
+from tiny_model_server.engine import busy_polling, engine, placement
+from tiny_model_server.engine.buffers import place
+from tiny_model_server.engine.call import Call
+from tiny_model_server.errors import Overloaded
+from tiny_model_server.settings import Settings, parse_devices
 
 StartServer = Callable[..., Server]
 
@@ -117,6 +120,30 @@ def test_a_full_queue_is_refused_at_once_with_a_time_to_come_back(start_server: 
         trailing = dict(caught.value.trailing_metadata())
         assert 500 < int(trailing["grpc-retry-pushback-ms"]) < 5000
         assert all(future.result() for future in accepted)
+
+
+def test_a_full_queue_refuses_a_large_array_before_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path, "slow", "    def run(self, data, args):\n        __import__('time').sleep(1)")
+    monkeypatch.setenv("TMS_MODEL_SLOW_QUEUE_SIZE", "1")
+    copied: list[int] = []
+    monkeypatch.setattr(engine, "place", lambda *given: copied.append(1) or place(*given))
+    with running_engine(Settings(models_dir=folder)) as running, ThreadPoolExecutor(2) as threads:
+        model = running.wait(running.load("slow"))
+
+        def call(size: int) -> Any:
+            return running.run("slow", codec.encode(np.zeros(size, np.uint8)), {}, Call())
+
+        accepted = [threads.submit(call, 1)]
+        wait_for(lambda: copied and not model.batcher.depth, "a busy worker")
+        accepted.append(threads.submit(call, 1))
+        wait_for(lambda: model.batcher.depth == 1, "a full queue")
+        before = len(copied)
+        with pytest.raises(Overloaded, match="the queue is full: 1 of 1"):
+            call(2 << 20)
+        assert len(copied) == before
+        assert [future.result() for future in accepted]
 
 
 def test_a_deadline_that_cannot_be_met_is_refused_on_arrival(start_server: StartServer) -> None:

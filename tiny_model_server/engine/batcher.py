@@ -137,16 +137,20 @@ class Batcher:
         """
         if self.closed:
             raise copy(self.closed)  # one object would keep the frames of all that raise it
+        self.check_room(len(items) + spare)
         wait_s, deadline = self._wait_s(), items[0].deadline
-        if not self._fit(len(items) + spare):
-            message = f"the queue is full: {self.depth} of {self.queue_size} items are waiting"
-            raise Overloaded(message, retry_after_ms=max(1, int(wait_s * 1000)))
         if deadline is not None and self.depth and items[0].enqueued + wait_s > deadline:
             raise DeadlineExceeded(f"{self.depth} items are waiting, which takes about {wait_s:.2f} s")
         for item in items:
             self._groups.setdefault(item.key, deque()).append(item)
         self.depth += len(items)
         self._dispatch()
+
+    def check_room(self, count: int) -> None:
+        """Overloaded if the queue has no room for so many items."""
+        if not self._fit(count):
+            message = f"the queue is full: {self.depth} of {self.queue_size} items are waiting"
+            raise Overloaded(message, retry_after_ms=max(1, int(self._wait_s() * 1000)))
 
     async def put_in_parts(self, items: Sequence[Item]) -> None:
         """Queues many items, a quarter of a queue at a time, and leaves a quarter of it to others.

@@ -40,6 +40,7 @@ log = logging.getLogger("tiny_model_server.engine")
 
 _LOADS_AT_ONCE = 4
 _LARGEST_ARGS = 256 << 20  # bytes, counted for each item of a request
+_LARGE = 1 << 20  # bytes of arrays; to copy fewer costs less than to ask the loop
 _T = TypeVar("_T")
 
 
@@ -297,8 +298,9 @@ class Engine:
         self, name: str, values: Sequence[Encoded], args: Mapping[str, Any], call: Call, *, json_only: bool = False
     ) -> list[Outcome]:
         """One outcome an input, in order: the model's answer, or the error of that input alone."""
-        self.model(call.model or name)  # ModelNotFound comes before arrays are copied
-        text, buffers = self.check_batch(values, args), self._buffers.take()
+        model, text = self.model(call.model or name), self.check_batch(values, args)
+        self._check_room(model, values)
+        buffers = self._buffers.take()
         answered: queue.SimpleQueue[Run] = queue.SimpleQueue()
         try:
             response = (call.buffers or buffers) if len(values) == 1 else None
@@ -322,8 +324,9 @@ class Engine:
 
     def run_stream(self, name: str, value: Encoded, args: Mapping[str, Any], call: Call) -> Iterator[Encoded]:
         """What the model yields for one input, as it comes. Leaving the iterator ends the model's work on it."""
-        self.model(call.model or name)
-        text, buffers = self.check_batch([value], args), self._buffers.take()
+        model, text = self.model(call.model or name), self.check_batch([value], args)
+        self._check_room(model, [value])
+        buffers = self._buffers.take()
         try:
             stream = Stream(self.settings.stream_idle_s)
             values = place([value], buffers)
@@ -398,6 +401,15 @@ class Engine:
         """PermissionDenied if a call would bring back a model that was unloaded, and may not."""
         if self.started and not self.settings.lazy and model.state is State.UNLOADED:
             self.access.authorize(call)
+
+    def _check_room(self, model: ServedModel, values: Sequence[Encoded]) -> None:
+        """Overloaded if the queue is full; asked before large arrays are copied."""
+
+        async def check() -> None:
+            model.batcher.check_room(1)
+
+        if sum(array.nbytes for value in values if not value.shared for array in value.arrays) > _LARGE:
+            self.wait(check())
 
     def _begin_from_thread(self, run: Run) -> None:
         def cancel() -> None:
