@@ -38,7 +38,7 @@ LAYERS = [
     ["protocols"],
     ["server.tls"],
     ["server.grpc_call"],
-    ["server.admission", "server.forms"],
+    ["server.admission", "server.forms", "server.events"],
     ["server.health"],
     ["server.grpc_server", "server.local_server", "server.http_server", "server.http_app", "server.reload"],
     ["cli"],

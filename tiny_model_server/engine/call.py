@@ -86,6 +86,15 @@ class Run:
         self._waiting = len(items)
         return items
 
+    async def next_values(self) -> list[Outcome]:
+        """What the model has yielded since the last time, at least one value; nothing after the last. An error ends it.
+
+        For the loop, and a run with a stream.
+        """
+        assert self.stream
+        values = await self.stream.get()
+        return values or [outcome for outcome in self.outcomes if isinstance(outcome, ServerError)]
+
     def finish(self, outcomes: list[Outcome]) -> None:
         """Reports the outcomes, unless that was done before."""
         if not self.outcomes:

@@ -9,8 +9,9 @@ import itertools
 import logging
 import queue
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -166,6 +167,8 @@ class Engine:
                 results = await self._run_stage(stage, values, run, json_only)
                 for index, result in zip(alive, results, strict=True):
                     outcomes[index] = result
+        if run.stream and isinstance(outcomes[0], Encoded):
+            run.stream.put(outcomes[0], lambda: None)
         run.finish(outcomes)
 
     async def _run_stage(self, name: str, values: list[Encoded], run: Run, json_only: bool) -> list[Outcome]:
@@ -290,9 +293,7 @@ class Engine:
         ``json_only`` asks for JSON alone, arrays in it being nested lists.
         """
         (outcome,) = self.run_batch(name, [value], args, call, json_only=json_only)
-        if isinstance(outcome, ServerError):
-            raise outcome
-        return outcome
+        return _or_raise(outcome)
 
     def run_batch(
         self, name: str, values: Sequence[Encoded], args: Mapping[str, Any], call: Call, *, json_only: bool = False
@@ -324,22 +325,31 @@ class Engine:
 
     def run_stream(self, name: str, value: Encoded, args: Mapping[str, Any], call: Call) -> Iterator[Encoded]:
         """What the model yields for one input, as it comes. Leaving the iterator ends the model's work on it."""
+        with self.streaming(name, value, args, call) as run:
+            while found := self.wait(run.next_values(), call.deadline):
+                yield from map(_or_raise, found)
+
+    async def stream_values(self, run: Run) -> AsyncGenerator[Encoded, None]:
+        """The same of a run that is ``streaming``, for a loop that is not the engine's: no thread waits."""
+        while found := await asyncio.wrap_future(self.submit(run.next_values())):
+            for outcome in found:
+                yield _or_raise(outcome)
+
+    @contextmanager
+    def streaming(
+        self, name: str, value: Encoded, args: Mapping[str, Any], call: Call, *, json_only: bool = False
+    ) -> Iterator[Run]:
+        """Begins a run whose values are read from its stream. The end of the block ends the model's work on it."""
         model, text = self.model(call.model or name), self.check_batch([value], args)
         self._check_room(model, [value])
         buffers = self._buffers.take()
         try:
             stream = Stream(self.settings.stream_idle_s)
             values = place([value], buffers)
-            run = Run(call.model or name, values, text, call, lambda run: stream.end(), stream=stream)
+            run = Run(call.model or name, values, text, call, lambda run: stream.end(), json_only, stream=stream)
             self._begin_from_thread(run)
             try:
-                while found := self.wait(stream.get(), call.deadline):
-                    for outcome in found:
-                        if isinstance(outcome, ServerError):
-                            raise outcome
-                        yield outcome
-                if isinstance(outcome := run.outcomes[0], ServerError):
-                    raise outcome
+                yield run
             finally:
                 self._on_loop(run.cancel, Cancelled("the caller disconnected"))
                 call.trailing["endpoint-load-metrics-bin"] = run.report
@@ -440,6 +450,12 @@ class Engine:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError:  # the loop is closed
             raise Stopping("the server is stopping") from None
+
+
+def _or_raise(outcome: Outcome) -> Encoded:
+    if isinstance(outcome, ServerError):
+        raise outcome
+    return outcome
 
 
 def _remaining(deadline: float | None) -> float | None:

@@ -8,13 +8,13 @@ import asyncio
 import math
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager, suppress
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -27,13 +27,16 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from tiny_model_server import access, codec
-from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import Cancelled, PermissionDenied, ServerError, Stopping
 from tiny_model_server.protocols.open_inference_rest import Rest
+from tiny_model_server.server import events
+from tiny_model_server.server.events import send_events
 from tiny_model_server.server.forms import read_input, view
 from tiny_model_server.settings import Settings
 
+_T = TypeVar("_T")
 _PAGE = Path(__file__).with_name("page.html")
 _STATUS = {
     "INVALID_ARGUMENT": 400,
@@ -136,10 +139,13 @@ class Web:
         change, name = getattr(self._engine, action), request.path_params["name"]
         return await self._in_thread(request, lambda body, call: _json(self._engine.wait(change(name)).describe()))
 
-    async def _run(self, request: Request) -> Response:
+    async def _run(self, request: Request) -> Any:
         self._admit(request)
         name, content_type = request.path_params["name"], request.headers.get("content-type", "")
         self._check_input(request, name)
+
+        if events.MEDIA_TYPE in request.headers.get("accept", ""):
+            return self._stream(request, name, content_type)
 
         def run(body: bytearray, call: Call) -> Response:
             data, args = read_input(content_type, body)
@@ -151,6 +157,40 @@ class Web:
             return _json({"ms": 1000 * (time.monotonic() - begun), "answer": view(value)})
 
         return await self._in_thread(request, run)
+
+    def _stream(self, request: Request, name: str, content_type: str) -> Any:
+        def begin(body: bytearray, call: Call) -> AbstractContextManager[Run]:
+            data, args = read_input(content_type, body)
+            return self._engine.streaming(name, codec.encode(data), args, call, json_only=True)
+
+        return self.event_stream(request, begin, events.value_events, events.error_event)
+
+    def event_stream(
+        self,
+        request: Request,
+        begin: Callable[[bytearray, Call], AbstractContextManager[Run]],
+        convert: Callable[[AsyncIterator[str]], AsyncGenerator[str, None]],
+        failed: Callable[[ServerError], str],
+    ) -> Any:
+        """The response that sends what a model yields as server-sent events; see ``events``.
+
+        ``begin(body, call)`` is called in a thread and returns ``engine.streaming(...)``, to be asked for JSON only.
+        ``convert`` makes the events of the values' JSON texts, ``failed`` the last one of an error.
+        """
+
+        async def send_all(send: Send) -> str:
+            async with self._arrived(request, None) as (body, call):
+                with ExitStack() as stack:
+                    run = await self._thread(lambda: stack.enter_context(begin(body, call)))
+                    async with aclosing(self._engine.stream_values(run)) as values:
+                        made = convert(value.text async for value in values)
+                        return await send_events(made, failed, send, self._engine.settings.stream_idle_s)
+
+        async def respond(scope: Scope, receive: Receive, send: Send) -> None:
+            last = await send_all(send)  # after which a caller that reads nothing holds nothing but the last text
+            await send({"type": "http.response.body", "body": last.encode()})
+
+        return respond
 
     async def _open_inference(self, request: Request) -> Response:
         method, fields = self._rest.find("POST" if request.method == "POST" else "GET", request.scope["path"])
@@ -207,13 +247,22 @@ class Web:
 
     async def _in_thread(self, request: Request, work: Callable[[bytearray, Call], Response]) -> Response:
         """Runs ``work(body, call)`` in a thread and returns its result. The call ends if the caller disconnects."""
+        async with self._arrived(request, _TIMEOUT_S) as (body, call):
+            return await self._thread(lambda: work(body, call))
+
+    async def _thread(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    @asynccontextmanager
+    async def _arrived(self, request: Request, timeout_s: float | None) -> AsyncIterator[tuple[bytearray, Call]]:
+        """A request's body, and its call, which ends if the caller disconnects."""
         ended: Future[None] = Future()
         async with self._body(request) as body:
-            call = _call(request, ended)
+            call = _call(request, ended, timeout_s)
             disconnected = asyncio.ensure_future(_disconnected(request))
             disconnected.add_done_callback(lambda _: ended.cancel())
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._threads, work, body, call)
+                yield body, call
             finally:
                 disconnected.cancel()
                 call.on_end = lambda callback: False  # else the call and what it registered would keep each other alive
@@ -261,7 +310,7 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _call(request: Request, ended: "Future[None]") -> Call:
+def _call(request: Request, ended: "Future[None]", timeout_s: float | None = _TIMEOUT_S) -> Call:
     """What the engine must know of a request. The call ends when ``ended`` is done."""
 
     def on_end(callback: Callable[[], None]) -> bool:
@@ -272,7 +321,8 @@ def _call(request: Request, ended: "Future[None]") -> Call:
 
     host, port = request.client or ("", 0)
     peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
-    return Call(time.monotonic() + _TIMEOUT_S, peer, dict(request.headers), on_end)
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    return Call(deadline, peer, dict(request.headers), on_end)
 
 
 def _has_length(headers: Mapping[str, str]) -> bool:
