@@ -27,8 +27,9 @@ class ModelInterface(ABC):
     """Processes that run this model."""
     max_workers: ClassVar[int] = 0
     """On Ray, where their number follows the load: the most there may be. 0: always ``workers``."""
-    concurrency: ClassVar[int] = 1
-    """Threads in each worker that call ``run`` at once; for models that wait on the network."""
+    concurrency: ClassVar[int | None] = None
+    """How many calls each worker runs at once: in threads, or on its event loop if ``run`` is ``async``; for models
+    that wait on the network. None means 16 if ``run`` is ``async`` and there is no ``run_batch``, else 1."""
     timeout_s: ClassVar[float] = 60
     """Longest time that one batch may take, in seconds; past it the worker is killed and replaced."""
     load_timeout_s: ClassVar[float] = 300
@@ -60,6 +61,9 @@ class ModelInterface(ABC):
         the caller's dict, empty if there is none. The answer may be anything that JSON can hold, with numpy arrays and
         scalars anywhere in it. Raise ``InvalidInput("why")`` for the caller's mistake; any other exception is
         reported as the model's. A generator streams what it yields to callers of ``run_stream``; others get the list.
+
+        ``async def run``, which may be an async generator, runs on the worker's event loop. It is cancelled when its
+        caller disconnects, or after ``timeout_s``. ``run_batch``, ``warmup`` and ``close`` may be ``async``, too.
         """
 
     def run_batch(self, items: Sequence[Any], args: dict[str, Any]) -> Sequence[Any]:
@@ -73,16 +77,19 @@ class ModelInterface(ABC):
         """The shape that ``run`` wants, or None when any will do."""
         return None
 
-    def warmup(self) -> None:
-        """Runs once after ``__init__`` and before the first request; by default it runs ``example``."""
-        if self.example is not None:
-            self.run(self.example, {})
+    def warmup(self) -> Any:
+        """Runs once after ``__init__`` and before the first request; by default it runs ``example``.
 
-    def close(self) -> None:  # noqa: B027 - to do nothing is right for most
+        What it returns is awaited if that is possible, and not used.
+        """
+        return None if self.example is None else self.run(self.example, {})
+
+    def close(self) -> Any:
         """Runs when the worker is stopped, for 10 seconds at most.
 
-        The worker ends then, with all threads and processes that the model has left running.
+        The worker ends then, with all tasks, threads and processes that the model has left running.
         """
+        return None
 
 
 class Pipeline(ModelInterface):

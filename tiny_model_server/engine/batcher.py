@@ -37,14 +37,18 @@ class Item:
     attempts: int = 0
     enqueued: float = field(default_factory=time.monotonic)
     begun: float = 0.0
+    abandoned: Callable[[], None] | None = None
+    """Called when there is an outcome while a worker is still at work on the item."""
     outcome: Outcome | None = None
 
     def resolve(self, outcome: Outcome) -> None:
         """Sets the outcome, unless there is one already."""
         if self.outcome is None:
-            self.outcome, done = outcome, self.done
+            self.outcome, done, abandoned = outcome, self.done, self.abandoned
             del self.done  # an item and the run to which it belongs would keep each other alive
             done(self)
+            if abandoned:
+                abandoned()
 
     @property
     def buffers(self) -> set[SharedBuffers]:

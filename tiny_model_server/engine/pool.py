@@ -135,7 +135,7 @@ class Pool:
         try:
             loaded = await process.load()
             if not loaded.stages:
-                process.serve(loaded.options, self._batcher, self._metrics)
+                process.serve(loaded, self._batcher, self._metrics)
             begun = time.monotonic()
             if started.done():
                 self._changed(None)

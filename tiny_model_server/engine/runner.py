@@ -7,6 +7,7 @@ and ``type`` recognizes what it returns, because ``isinstance`` would run the mo
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import logging
 import os
@@ -14,16 +15,17 @@ import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import GeneratorType
+from types import AsyncGeneratorType, CoroutineType, GeneratorType
 from typing import Any
 
 import numpy as np
 
 from model_interface import ModelInterface, Pipeline
 from tiny_model_server import PLUGIN, codec
-from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
+from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.settings import ModelOptions
 
 
@@ -40,6 +42,8 @@ log = SafeLog(logging.getLogger("tiny_model_server.worker"), {})
 
 DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
+ASYNC_CONCURRENCY = 16
+"""concurrency of a plug-in whose run is a coroutine, that has no run_batch of its own and names none."""
 _MAX_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
 _MAX_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends would take all memory
 _END = object()  # stands for the end of a generator
@@ -65,26 +69,52 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
 
 
 def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
-    """What the class declares: options (a batch size of None is resolved here), metadata, example, stages.
+    """What the class declares: options (those of None are resolved here), metadata, example, stages, if it is async.
 
     All values are of Python's own classes: to unpickle one of the model's, the front would have to import the model.
     """
     options = {name: getattr(plugin, name, None) for name in ModelOptions.__dataclass_fields__ if name != "args"}
+    batches = plugin.run_batch is not ModelInterface.run_batch
     if options["max_batch_size"] is None:
-        options["max_batch_size"] = 1 if plugin.run_batch is ModelInterface.run_batch else DEFAULT_BATCH
+        options["max_batch_size"] = DEFAULT_BATCH if batches else 1
+    if options["concurrency"] is None:
+        options["concurrency"] = 1 if batches or not _is_async(plugin.run) else ASYNC_CONCURRENCY
     stages = plugin.stages if issubclass(plugin, Pipeline) else ()
     facts: dict[str, Any] = json.loads(json.dumps({"options": options, "stages": stages}, default=str))
     return facts | {
+        "is_async": is_async(plugin),
         "metadata": _checked_metadata(codec.parse_json(codec.json_only(plugin.metadata)) or {}),
         "example": None if plugin.example is None else codec.encode(plugin.example),
     }
 
 
-def construct(plugin: type[ModelInterface], options: ModelOptions, threads: int) -> tuple[ModelInterface, Any]:
-    """The model, ready to run, and its input shape: a list, or None for any."""
+def is_async(plugin: type[ModelInterface]) -> bool:
+    """Whether the model needs an event loop: one of its methods is a coroutine or an async generator."""
+    return any(_is_async(getattr(plugin, name)) for name in ("run", "run_batch", "warmup", "close"))
+
+
+def _is_async(method: Any) -> bool:
+    return inspect.iscoroutinefunction(method) or inspect.isasyncgenfunction(method)
+
+
+def call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What the function returns; of a generator, the first value. An async model has ``EventLoop.call`` for that."""
+    result = function(*arguments)
+    return next(result, None) if type(result) is GeneratorType else result
+
+
+def construct(
+    plugin: type[ModelInterface], options: ModelOptions, threads: int, call: Callable[..., Any] = call_directly
+) -> tuple[ModelInterface, Any]:
+    """The model, ready to run, and its input shape: a list, or None for any. ``call`` calls what may be async."""
     plugin.threads = threads
-    model = plugin(**options.args)
-    model.warmup()
+    model = call(partial(plugin, **options.args))
+    answer = call(model.warmup)
+    if plugin.warmup is ModelInterface.warmup:
+        try:
+            codec.encode(answer)
+        except Exception as error:
+            raise TypeError(f"the answer to its example cannot be encoded: {message_of(error)}") from error
     shape = model.get_input_shape()
     input_shape = None if shape is None else [int(size) for size in shape]
     if not _is_shape(input_shape):
@@ -138,18 +168,41 @@ def attempt(function: Callable[..., Any], *arguments: Any) -> Any:
     except BaseException as error:
         return error
     finally:
-        if os.getpid() != pid:  # a process that the model has forked must not answer in the worker's place
-            log.error("a process that the model has forked returned from the model's code: let it end by os._exit()")
-            os._exit(1)
+        end_if_forked(pid)
+
+
+def end_if_forked(pid: int) -> None:
+    """Ends this process if it is not ``pid``: one that the model has forked must not answer in the worker's place."""
+    if os.getpid() != pid:
+        log.error("a process that the model has forked returned from the model's code: let it end by os._exit()")
+        os._exit(1)
+
+
+class Calls:
+    """Takes what a model's methods return as their results. ``event_loop.AsyncCalls`` awaits it instead."""
+
+    cancelled = False
+    """True from the moment when nobody wants the batch any more; only an async model notices it."""
+
+    def __call__(self, result: Any) -> Any:
+        """The result of one method, which may be a generator."""
+        if type(result) in (CoroutineType, AsyncGeneratorType):
+            raise ModelError(f"the model returned {type(result).__name__}: declare its run with 'async def'")
+        return result
+
+    def all(self, results: list[Any]) -> list[Any]:
+        """The results of a batch."""
+        return results
 
 
 class Runner:
-    """Runs batches on one model; slots share it."""
+    """Runs batches on one model, in one slot."""
 
-    def __init__(self, name: str, model: ModelInterface, options: ModelOptions) -> None:
+    def __init__(self, name: str, model: ModelInterface, options: ModelOptions, calls: Calls) -> None:
         self._name = name
         self._model = model
         self._options = options
+        self._finished = calls
 
     def run(self, items: Sequence[codec.Encoded | ServerError], args_json: str) -> list[Any]:
         """One outcome an item, in order: the model's value, or a ServerError. InvalidInput if the args are wrong."""
@@ -166,7 +219,7 @@ class Runner:
 
     def stream(self, item: codec.Encoded | ServerError, args_json: str) -> Generator[Any, None, None]:
         """What the model yields for one item, or its only answer. A ServerError comes last if it fails."""
-        result = attempt(lambda: self._model.run(self._decode(item), codec.parse_args(args_json)))
+        result = attempt(lambda: self._finished(self._model.run(self._decode(item), codec.parse_args(args_json))))
         if type(result) is not GeneratorType:
             yield self._outcome(result)
             return
@@ -191,6 +244,8 @@ class Runner:
         if not failed(results):
             return list(results)
         reason = message_of(results, named=True)
+        if type(results) is Cancelled:
+            return [results] * len(values)
         if type(results) is ModelError:  # of _run_batch
             log.error("%s", results)
             return [results] * len(values)
@@ -203,7 +258,7 @@ class Runner:
 
     def _run_batch(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
         """One result a value. ModelError if run_batch returns anything else."""
-        results = self._model.run_batch(values, args)
+        results = self._finished(self._model.run_batch(values, args))
         name, count = f"run_batch of model {self._name!r}", len(values)
         try:
             if isinstance(results, (str, bytes, Mapping, AbstractSet)):  # iterable, but not one result an item
@@ -214,11 +269,11 @@ class Runner:
         if len(listed) != count:
             size = len(listed) if len(listed) < count else f"more than {count}"
             raise ModelError(f"{name} returned {size} results for {count} items")
-        return listed
+        return self._finished.all(listed)
 
     def _run_one(self, value: Any, args: dict[str, Any]) -> Any:
         """The model's answer; of a generator all values, or the first error among them."""
-        result = self._model.run(value, args)
+        result = self._finished(self._model.run(value, args))
         if type(result) is not GeneratorType:
             return result
         listed = list(islice(result, _MAX_VALUES + 1))
@@ -230,7 +285,7 @@ class Runner:
     def _outcome(self, result: Any) -> Any:
         """A result, or the ServerError for an exception. The model may have returned it instead of raising it."""
         kind = type(result)
-        if not failed(result) or kind is ModelError:
+        if not failed(result) or kind in (ModelError, Cancelled):
             return result
         if issubclass(kind, InvalidInput):  # the model's own class of it may have any behaviour
             return InvalidInput(message_of(result))

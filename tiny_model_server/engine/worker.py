@@ -24,14 +24,17 @@ import numpy as np
 
 from tiny_model_server import codec, custom_metrics, logs
 from tiny_model_server.engine.runner import (
+    Calls,
     Runner,
     attempt,
+    call_directly,
     construct,
     declared,
     describe,
     encode_outcome,
     failed,
     import_plugin,
+    is_async,
     log,
 )
 from tiny_model_server.engine.worker_connection import WorkerConnection
@@ -61,10 +64,12 @@ class Slot:
     Arrays come in shared buffers. They go into the item's response buffer or, if it has none, into the slot's own.
     """
 
-    def __init__(self, end: int, response: int, runner: Runner) -> None:
+    def __init__(self, end: int, response: int, model: tuple[str, Any, Any], loop: Any) -> None:
+        """``model`` is (name, model, options); ``loop`` the EventLoop of an async one, or None."""
         self._connection = WorkerConnection(socket.socket(fileno=end))
         self._response = Segment(response)
-        self._runner = runner
+        self._calls: Calls = loop.calls(self._connection) if loop else Calls()
+        self._runner = Runner(*model, self._calls)
         self._buffers: dict[int, _Buffers] = {}
 
     def serve(self) -> None:
@@ -84,6 +89,9 @@ class Slot:
             self._connection.close()
 
     def _serve(self, message: Any, fds: list[int]) -> None:
+        if message is False:  # it cancels a batch that has just ended
+            return
+        self._calls.cancelled = False
         args, items, streams, fresh, closed = message
         for (name, owned), request, response in zip(fresh, fds[::2], fds[1::2]):
             self._buffers[name] = _Buffers(Segment(request), Segment(response), owned)
@@ -198,19 +206,47 @@ def _serve(control: WorkerConnection) -> None:
     plugin = load(import_plugin, name, path)
     control.send(("declared", load(declared, plugin) | {"pid": os.getpid()}))
     (options, threads), _ = _receive(control)
-    model, input_shape = load(construct, plugin, options, threads)
+    loop = _event_loop() if is_async(plugin) else None
+    call = loop.call if loop else call_directly
+    model, input_shape = load(construct, plugin, options, threads, call)
     control.send(("ready", input_shape))
     _, fds = _receive(control)
-    runner = Runner(name, model, options)
-    slots = [Slot(end, response, runner) for end, response in zip(fds[::2], fds[1::2])]
+    slots = [Slot(end, response, (name, model, options), loop) for end, response in zip(fds[::2], fds[1::2])]
+    if loop:
+        _serve_beside(loop, slots)
+    else:
+        _serve_all(slots)
+    _end_in(_CLOSE_S, f"close() of model {name!r}")
+    call(model.close)
+
+
+def _serve_all(slots: Sequence[Slot]) -> None:
+    """Serves each slot in a thread, the first one in this thread, until the front has closed all."""
     others = [threading.Thread(target=slot.serve) for slot in slots[1:]]
     for thread in others:
         thread.start()
     slots[0].serve()  # in the main thread, which some libraries need
     for thread in others:
         thread.join()
-    _end_in(_CLOSE_S, f"close() of model {name!r}")
-    model.close()
+
+
+def _event_loop() -> Any:
+    from tiny_model_server.engine.event_loop import EventLoop  # the other models need no asyncio
+
+    return EventLoop()
+
+
+def _serve_beside(loop: Any, slots: Sequence[Slot]) -> None:
+    """Serves the slots in other threads, while an async model's loop runs in the main one."""
+
+    def serve() -> None:
+        try:
+            _serve_all(slots)
+        finally:
+            loop.stop()
+
+    threading.Thread(target=serve).start()
+    loop.run()
 
 
 def _receive(connection: WorkerConnection) -> tuple[Any, list[int]]:

@@ -49,13 +49,17 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a worker reported of its model: options in force, input shape (None for any), metadata, example, stages."""
+    """What a worker reported of its model: options in force, input shape (None for any), metadata, example, stages.
+
+    ``is_async``: it runs on an event loop, so that its calls can be cancelled.
+    """
 
     options: ModelOptions
     input_shape: list[int] | None
     metadata: dict[str, Any]
     example: Encoded | None
     stages: list[str]
+    is_async: bool = False
 
 
 class Misplaced(Exception):
@@ -93,7 +97,8 @@ class WorkerProcess:
             declared = await self._receive("declared", options.load_timeout_s)
             self.pid = declared["pid"]
             options = ModelOptions().declared(declared["options"]).with_overrides(plugin.overrides)
-            loaded = Loaded(options, None, declared["metadata"], declared["example"], declared["stages"])
+            facts = {name: declared[name] for name in ("metadata", "example", "stages", "is_async")}
+            loaded = Loaded(options, None, **facts)
             if loaded.stages:
                 return loaded
             if _placement(self._index, options) != self._placement:
@@ -109,11 +114,12 @@ class WorkerProcess:
                 raise
             raise ModelUnavailable(await self._end_of_loading(error)) from None
 
-    def serve(self, options: ModelOptions, batcher: Batcher, metrics: ModelMetrics) -> None:
+    def serve(self, loaded: Loaded, batcher: Batcher, metrics: ModelMetrics) -> None:
         """Gives the worker its slots, which take batches from now on. OSError if descriptors are missing."""
+        name, options = self._plugin.name, loaded.options
         try:
             for _ in range(options.concurrency):
-                self.slots.append(WorkerSlot(self._plugin.name, options, batcher, metrics, self.kill))
+                self.slots.append(WorkerSlot(name, options, batcher, metrics, self.kill, cancels=loaded.is_async))
             self._control.send("slots", [fd for slot in self.slots for fd in (slot.theirs.fileno(), slot.response)])
         finally:
             for slot in self.slots:

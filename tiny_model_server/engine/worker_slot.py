@@ -21,18 +21,28 @@ from tiny_model_server.shared_memory import Place, SharedBuffers, read_arrays, u
 log = logging.getLogger("tiny_model_server.worker_slot")
 
 _RETRY_AFTER_MS = 100
+_CANCEL_S = 1.0  # that a batch has to end when it is cancelled after timeout_s; then its worker is killed
 
 
 class WorkerSlot:
     """One of the batches that a worker process can run at once."""
 
     def __init__(
-        self, name: str, options: ModelOptions, batcher: Batcher, metrics: ModelMetrics, kill: Callable[[], None]
+        self,
+        name: str,
+        options: ModelOptions,
+        batcher: Batcher,
+        metrics: ModelMetrics,
+        kill: Callable[[], None],
+        *,
+        cancels: bool,
     ) -> None:
         """Opens a connection, of which ``theirs`` is the worker's end, and a response buffer. OSError if it cannot.
 
-        ``kill`` kills the worker process; its supervisor answers what it holds then.
+        ``kill`` kills the worker process; its supervisor answers what it holds then. ``cancels``: a batch can be
+        cancelled while it runs.
         """
+        self._cancels = cancels
         self._name, self._options, self._batcher, self._metrics, self._kill = name, options, batcher, metrics, kill
         self.most = options.max_batch_size
         self._loop = asyncio.get_running_loop()
@@ -63,6 +73,7 @@ class WorkerSlot:
         self._held = [buffers for item in batch for buffers in item.buffers]
         for item in batch:
             item.begun = now
+            item.abandoned = self._abandoned if self._cancels else None
         for buffers in self._held:
             buffers.holders += 1
         self._metrics.started([now - item.enqueued for item in batch])
@@ -173,30 +184,41 @@ class WorkerSlot:
         stream, value = item.stream, self._outcome(message, item)
         assert stream
         if item.expired(time.monotonic()):
-            return self._resume()
+            return self._resume(item)
         idle_s = stream.idle_s
         self._limit(idle_s, partial(self._not_read, item, idle_s))
-        stream.put(value, self._resume)
+        stream.put(value, partial(self._resume, item))
         if isinstance(value, ServerError):
             item.resolve(value)
 
     def _not_read(self, item: Item, idle_s: float) -> None:
         item.resolve(DeadlineExceeded(f"the caller read nothing of its stream for {idle_s:g} s (TMS_STREAM_IDLE_S)"))
 
-    def _resume(self) -> None:
-        if self._open and self.batch:
+    def _resume(self, item: Item) -> None:
+        if self._open and item in self.batch:
             self._limit(self._options.timeout_s, self._on_timeout)
-            try:
-                self._connection.send(not self.batch[0].expired(time.monotonic()))
-            except OSError:
-                self._broken()
+            self._send_whether_wanted(not item.expired(time.monotonic()))
+
+    def _send_whether_wanted(self, wanted: bool) -> None:
+        try:
+            self._connection.send(wanted)
+        except OSError:
+            self._broken()
+
+    def _abandoned(self) -> None:
+        """Cancels the batch in the worker, if nobody waits for any of its items."""
+        if self._open and self.batch and all(item.outcome is not None for item in self.batch):
+            self._send_whether_wanted(False)
 
     def _on_timeout(self) -> None:
+        if self._cancels:
+            self._limit(_CANCEL_S, self._broken)  # which the outcomes of a batch that can be cancelled prevent
         for item in self.batch:
             item.resolve(
                 DeadlineExceeded(f"model {self._name!r} took longer than its timeout_s={self._options.timeout_s:g}")
             )
-        self._broken()
+        if not self._cancels:
+            self._broken()
 
     def _broken(self) -> None:
         """The worker can be of no more use. Its supervisor answers what it holds, when it has ended."""
@@ -206,6 +228,8 @@ class WorkerSlot:
     def _take_batch(self, retained: "set[int] | frozenset[int]" = frozenset()) -> list[Item]:
         batch, held = self.batch, self._held
         self.batch, self._held = [], []
+        for item in batch if self._cancels else ():
+            item.abandoned = None
         for buffers in held:
             buffers.retained |= buffers.name in retained
             buffers.release()
