@@ -72,7 +72,7 @@ class _Calls:
         return self._call(calls.text("RunText", self.model, text, args), timeout, retry)
 
     def run(self, data: Any, args: Args = None, timeout: Seconds = None, *, retry: bool = True) -> Any:
-        """The model's answer to any value: JSON values, with numpy arrays of any dtype and rank, and bytes, in it."""
+        """The model's answer to any value: JSON values with arrays, bytes, tensors and more in it (docs/client.md)."""
         return self._call(calls.value("Run", self.model, data, args), timeout, retry)
 
     def run_image_to_image(

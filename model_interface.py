@@ -58,9 +58,10 @@ class ModelInterface(ABC):
         """Returns the answer to one input.
 
         ``data`` is an image (ndarray, HxW or HxWxC), a text (str) or any tree of JSON values with arrays; ``args`` is
-        the caller's dict, empty if there is none. The answer may be anything that JSON can hold, with numpy arrays and
-        scalars anywhere in it. Raise ``InvalidInput("why")`` for the caller's mistake; any other exception is
-        reported as the model's. A generator streams what it yields to callers of ``run_stream``; others get the list.
+        the caller's dict, empty if there is none. The answer may be anything that JSON can hold, with numpy arrays,
+        tensors, images, tables, dataclasses and more anywhere in it (docs/client.md lists them). Raise
+        ``InvalidInput("why")`` for the caller's mistake; any other exception is reported as the model's. A generator
+        streams what it yields to callers of ``run_stream``; others get the list.
 
         ``async def run``, which may be an async generator, runs on the worker's event loop. It is cancelled when its
         caller disconnects, or after ``timeout_s``. ``run_batch``, ``warmup`` and ``close`` may be ``async``, too.

@@ -90,12 +90,11 @@ def test_json_only_is_lists() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({1, 2}, "cannot serialize set at the top: send sorted(value), a list"),
+        ({1, object()}, "cannot serialize object at ["),
         ({"a": [0, object()]}, "cannot serialize object at .a[1]: "),
         ({(1, 2): 0}, "a key of type tuple"),
-        ({"x": np.array([object()])}, "an array of dtype object at .x: "),
-        (np.zeros(2, [("a", "i4")]), "cannot serialize an array of dtype"),
-        (3j, "cannot serialize complex at the top"),
+        ({"x": np.array([object()])}, "object at .x[0]: "),
+        (np.zeros(2, "V4"), "cannot serialize an array of dtype"),
     ],
 )
 def test_what_cannot_be_serialized_says_where(value: Any, message: str) -> None:

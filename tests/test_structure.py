@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 
 LAYERS = [
     ["errors"],
+    ["conversions"],
     ["budget", "codec", "logs", "custom_metrics", "settings", "tracing", "ending", "local_transport"],
     ["shared_memory", "image_files", "access"],
     ["schemas"],
@@ -60,7 +61,7 @@ TOP = {"model_client", "model_interface", "server"}
 ORDER = {
     name if name in TOP else f"tiny_model_server.{name}": rank for rank, layer in enumerate(LAYERS) for name in layer
 }
-CLIENT_NEEDS = {"errors", "codec", "shared_memory", "local_transport", "schemas", "tracing"} | {
+CLIENT_NEEDS = {"errors", "conversions", "codec", "shared_memory", "local_transport", "schemas", "tracing"} | {
     f"client.{path.stem}" for path in (ROOT / "tiny_model_server" / "client").glob("[a-z]*.py")
 }
 SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]

@@ -5,7 +5,7 @@ An encoded value is one JSON text and a list of arrays. In the text, ``{"$array"
 "-inf") is a number that JSON lacks; ``{"$dict": {...}}`` holds a dict whose own keys begin with "$".
 
 A value arrives equal, or ``encode`` raises TypeError. Two things change as they do in JSON: tuples become lists, and
-keys of dicts become text.
+keys of dicts become text. What JSON and numpy lack, ``conversions`` turns into what they have.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import chain, islice, takewhile
 from typing import Any, NamedTuple, Union
 
 import numpy as np
 
+from tiny_model_server.conversions import CannotSerialize, convert, convert_array
 from tiny_model_server.errors import InvalidInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -42,7 +44,6 @@ _MAX_DIMENSIONS = 32
 _MAX_EMPTY = 1 << 16  # an array of shape [1000, 0] becomes a thousand empty lists in JSON
 _SPARE_REFERENCES = 1000
 _SPARE_BYTES = 1 << 20
-_MAX_TEXTS_BYTES = 1 << 20  # of an array of texts, in which each element takes the bytes of the longest
 _SURROGATE_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 _ARRAY_REFERENCE = re.compile(r'"\$array":\s*(\d{1,9})\b')
 _IMAGE_FILE = re.compile(
@@ -57,23 +58,12 @@ _IMAGE_FILE = re.compile(
 """How files of these kinds begin; each has bytes that a text does not."""
 _PLAIN: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
 """How to get the plain value of a subclass, such as an enum: its own str(), int() or float() may return another."""
-_INSTEAD = {
-    "_value_": "send its .value or its .name",
-    "isdisjoint": "send sorted(value), a list",
-    "isoformat": "send value.isoformat()",
-    "__fspath__": "send str(value)",
-    "__dataclass_fields__": "send dataclasses.asdict(value)",
-    "__array__": "send np.asarray(value)",
-}
-"""Attributes by which a value is recognized: what to send in its place."""
 _INSTEAD_OF_ARRAY = {
-    "V": "send a dict of its columns: {name: array[name] for name in array.dtype.names}",
     "f": "send array.astype(np.float64)",
     "c": "send array.astype(np.complex128)",
-    "O": "send array.tolist(), or array.astype(float) if it holds numbers",
-    "T": "send array.astype(str)",
 }
-"""The same by the kind of an array's dtype."""
+"""What to send in place of an array, by the kind of its dtype."""
+_CONVERTED = "OTV"  # the kinds of dtypes of objects, of numpy's variable-width texts, and of records and bfloat16
 
 
 class EncodedImage(bytes):
@@ -101,22 +91,13 @@ class Encoded(NamedTuple):
     """(SharedBuffers, places) if the arrays are ``Placed`` there, where workers can map them."""
 
 
-class CannotSerialize(TypeError):
-    """(what, instead): a value cannot be encoded; each level above it adds where it is."""
-
-    path = ""
-
-    def __str__(self) -> str:
-        return f"cannot serialize {self.args[0]} at {self.path or 'the top'}: {self.args[1]}"
-
-
 def encode(value: Any) -> Encoded:
-    """Encodes a tree of JSON values, arrays, numpy scalars, bytes and encoded images.
+    """Encodes a tree of JSON values, arrays, numpy scalars, bytes, encoded images, and what can be converted to these.
 
     Raises TypeError that says what cannot be serialized, where it is, and what to send in its place.
     """
     arrays: list[Array] = []
-    if isinstance(value, np.ndarray):
+    if issubclass(type(value), np.ndarray) and value.dtype.kind not in _CONVERTED:
         return Encoded(ARRAY, [portable(value)])
     return Encoded(_json_text(value, arrays, _to_json), arrays)
 
@@ -216,6 +197,13 @@ def signature(encoded: Encoded) -> tuple[Any, ...]:
 
 def portable(array: Array) -> Array:
     """The same array, contiguous and little-endian; TypeError if it holds objects or records, or has a mask."""
+    array = _plain(array)
+    array = np.asarray(array, _portable_dtype(array.dtype))
+    return array if array.flags.c_contiguous else np.array(array, order="C")
+
+
+def _plain(array: Array) -> Array:
+    """The array without a mask; TypeError if it masks anything, or has too many dimensions or rows without elements."""
     if array.ndim > _MAX_DIMENSIONS or not array.size:
         try:
             elements(array.shape)
@@ -225,10 +213,7 @@ def portable(array: Array) -> Array:
         if np.ma.is_masked(array):
             raise CannotSerialize("a masked array", "send array.filled(VALUE), or data and mask in a dict")
         array = np.ma.getdata(array)
-    if array.dtype.kind == "O":
-        array = _array_of_texts(array)
-    array = np.asarray(array, _portable_dtype(array.dtype))
-    return array if array.flags.c_contiguous else np.array(array, order="C")
+    return array
 
 
 @lru_cache(256)  # numpy is slow to make or to name a dtype
@@ -396,19 +381,19 @@ def _json_text(value: Any, arrays: list[Array] | None, to_text: Callable[[Any], 
 
 def _encode(value: Any, arrays: list[Array] | None) -> Any:
     """The value as JSON with references to ``arrays``; where these are None, arrays are lists."""
-    kind = type(value)
+    kind = type(value)  # isinstance would ask the value for its __class__, which may be a model's code
     if kind is str:
         return value if value.isascii() else _checked_text(value)
     if value is None or kind is int or kind is bool:
         return value
     if kind is float:
         return value if math.isfinite(value) else {"$float": str(value)}
-    if isinstance(value, (list, tuple)):
+    if issubclass(kind, (list, tuple)):
         kinds = set(map(type, value))
         if kinds <= {int, bool} or (kinds == {float} and all(map(math.isfinite, value))):
             return value
         return list(_encode_members(enumerate(value), arrays).values())
-    if isinstance(value, Mapping):
+    if issubclass(kind, Mapping):
         return _encode_dict(value, arrays)
     return _encode_other(value, arrays)
 
@@ -433,26 +418,29 @@ def _encode_dict(value: Mapping[Any, Any], arrays: list[Array] | None) -> Any:
 
 
 def _encode_other(value: Any, arrays: list[Array] | None) -> Any:
-    kind = type(value).__name__
-    if isinstance(value, np.ndarray):
+    kind = type(value)
+    if issubclass(kind, np.ndarray):
+        if value.dtype.kind in _CONVERTED:
+            value = convert_array(_plain(value))
+            if not isinstance(value, np.ndarray):
+                return _encode(value, arrays)
         return _encode_array("$array", portable(value), arrays)
-    if isinstance(value, memoryview):
+    if issubclass(kind, memoryview):
         if value.format != "B" or value.ndim != 1:
             raise CannotSerialize("a memoryview of other things than bytes", "send np.asarray(view)")
-        value = value.tobytes()
-    if isinstance(value, (bytes, bytearray)):
-        name = "$image" if isinstance(value, EncodedImage) else "$bytes"
+        return _encode(value.tobytes(), arrays)
+    if issubclass(kind, (bytes, bytearray)):
+        name = "$image" if issubclass(kind, EncodedImage) else "$bytes"
         return _encode_array(name, np.frombuffer(value, np.uint8), arrays)
-    if isinstance(value, (np.bool_, np.integer, np.floating)):
-        number = float(value) if isinstance(value, np.floating) else value.item()
+    if issubclass(kind, (np.bool_, np.integer, np.floating)) and not issubclass(kind, np.timedelta64):
+        number = float(value) if issubclass(kind, np.floating) else value.item()
         if number != value and not np.isnan(value):
-            raise CannotSerialize(f"{kind} with more digits than a float", "send float(value)")
+            raise CannotSerialize(f"{kind.__name__} with more digits than a float", "send float(value)")
         return _encode(number, arrays)
     for base, plain in _PLAIN.items():
-        if isinstance(value, base):
+        if issubclass(kind, base):
             return _encode(plain(value), arrays)
-    instead = (advice for name, advice in _INSTEAD.items() if hasattr(value, name))
-    raise CannotSerialize(kind, next(instead, "JSON values and numpy arrays can be sent"))
+    return _encode(convert(value), arrays)
 
 
 def _encode_array(name: str, array: Array, arrays: list[Array] | None) -> Any:
@@ -475,21 +463,13 @@ def _checked_text(text: str) -> str:
     return text
 
 
-def _array_of_texts(array: Array) -> Array:
-    """Converts an array of objects that are all texts, which pandas and scikit-learn use, to an array of texts."""
-    listed = array.ravel().tolist()
-    if not listed or not all(isinstance(text, str) for text in listed):
-        return array
-    room = 4 * len(listed) * max(map(len, listed))
-    if room > max(_MAX_TEXTS_BYTES, 16 * sum(map(len, listed))):
-        return array  # for one long text among short ones a list is better
-    texts = np.array(listed, dtype=str)
-    return texts.reshape(array.shape) if texts.tolist() == listed else array  # numpy drops NULs at a text's end
-
-
 def _key(key: Any) -> Any:
-    if isinstance(key, str):
+    kind = type(key)
+    if issubclass(kind, str):
         return _encode(key, None)
-    if key is None or isinstance(key, (bool, int, float, np.bool_, np.integer, np.floating)):
+    if key is None or issubclass(kind, (bool, int, float, np.bool_, np.integer, np.floating)):
         return json.dumps(_encode(key, None))
-    raise CannotSerialize(f"a key of type {type(key).__name__}", "use a text")
+    with suppress(CannotSerialize):
+        if isinstance(found := convert(key), (str, int, float)):
+            return _key(found)
+    raise CannotSerialize(f"a key of type {kind.__name__}", "use a text")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tiny_model_server import local_transport, tracing
+from tiny_model_server import conversions, local_transport, tracing
 from tiny_model_server.client import addresses, channel
 
 log = logging.getLogger("tiny_model_server.client")
@@ -57,7 +57,7 @@ def image(value: Any) -> Any:
 def batch(items: Any, call: str, one: str) -> list[Any]:
     """The items of a batch; TypeError for one item, or for what has no order."""
     with suppress(TypeError):
-        if not isinstance(items, (*_ONE, set, frozenset)):
+        if not (isinstance(items, (*_ONE, set, frozenset)) or conversions.is_table(items)):
             return list(items)
     raise TypeError(f"{call} takes a list, not {short(items)}; for {one}")
 
@@ -74,7 +74,7 @@ def images(items: Any) -> list[Any]:
 
 def stream(items: Any) -> Any:
     """What ``map`` may take items from, one after the other; TypeError for one item."""
-    if isinstance(items, _ONE):
+    if isinstance(items, _ONE) or conversions.is_table(items):
         raise TypeError(f"map takes a list or another iterable of items, not {short(items)}")
     return items
 

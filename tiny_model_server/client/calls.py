@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from tiny_model_server import codec, local_transport, schemas
+from tiny_model_server import codec, conversions, local_transport, schemas
 from tiny_model_server.client import arguments, errors
 from tiny_model_server.codec import Array, Encoded
 from tiny_model_server.errors import CODES, InvalidInput
@@ -131,6 +131,8 @@ def method_for(item: Any) -> str:
         return "run_text"
     if isinstance(item, (bytes, os.PathLike)) or (isinstance(item, np.ndarray) and item.ndim in (2, 3)):
         return "run_image"
+    if conversions.is_image(item):
+        return "run_image"
     return "run"
 
 
@@ -165,7 +167,7 @@ def _pixels_or_file(given: Image) -> Array:
         given = Path(given).read_bytes()
     try:
         if not isinstance(given, (bytes, bytearray, memoryview)):
-            return codec.portable(codec.check_image(np.asanyarray(given)))
+            return codec.portable(codec.check_image(conversions.as_array(given)))
         if not len(given):
             raise InvalidInput("0 bytes are not an image file")
         return np.frombuffer(given, np.uint8)

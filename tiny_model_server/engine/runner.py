@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from model_interface import ModelInterface, Pipeline
-from tiny_model_server import PLUGIN, codec
+from tiny_model_server import PLUGIN, codec, conversions
 from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.settings import ModelOptions
 
@@ -261,7 +261,8 @@ class Runner:
         results = self._finished(self._model.run_batch(values, args))
         name, count = f"run_batch of model {self._name!r}", len(values)
         try:
-            if isinstance(results, (str, bytes, Mapping, AbstractSet)):  # iterable, but not one result an item
+            # iterable, but not one result an item
+            if isinstance(results, (str, bytes, Mapping, AbstractSet)) or conversions.is_table(results):
                 raise TypeError(f"not {type(results).__name__}")
             listed = list(islice(results, count + 1))  # it may never end
         except BaseException as error:
