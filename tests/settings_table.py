@@ -1,9 +1,9 @@
 """The tables in docs/settings.md: ``python -m tests.settings_table`` prints them from the code."""
 
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from typing import Any
 
-from tiny_model_server.settings import MODEL_PREFIX, PREFIX, ModelOptions, Settings
+from tiny_model_server.settings import MODEL_PREFIX, PREFIX, ModelOptions, Settings, default_text
 
 HEAD = "| variable | default | meaning |\n| --- | --- | --- |"
 
@@ -22,10 +22,7 @@ def _table(prefix: str, kind: type[Any]) -> str:
 
 
 def _default(item: "Field[Any]") -> str:
-    value = {} if item.default is MISSING else item.default
-    if isinstance(value, tuple):
-        value = ",".join(value)
-    text = str(int(value)) if isinstance(value, bool) else "" if value is None else str(value)
+    text = default_text(item)
     return f"`{text}`" if text else ""
 
 

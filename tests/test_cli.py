@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import pytest
 import model_client
 from tests import settings_table
 from tests.conftest import MODELS, ROOT, Server, only, shared_memory, wait_for
+from tests.test_faults import ANSWERS, write_model
 from tiny_model_server.settings import RENAMED, ModelOptions, Settings, SettingsError, model_overrides, renamed
 
 BROKEN = ROOT / "tests" / "broken_models"
@@ -86,16 +89,97 @@ def test_strict_makes_it_fatal() -> None:
 def test_check_and_list() -> None:
     good = run("check", "declares")
     assert good.returncode == 0, good.stderr
-    assert "loaded and warmed up; input shape [224, 224, 3]" in good.stdout
-    assert "answers its example with" in run("check", "example", TMS_MODELS_DIR="models").stdout
+    assert re.fullmatch(r"declares  READY  +\d+\.\d s  batch \d+ +no example, so run\(\) was not .*\n", good.stdout)
+    checked = run("check", "example", "edges", TMS_MODELS_DIR="models").stdout.splitlines()
+    assert [line.split()[:2] for line in checked] == [["example", "READY"], ["edges", "READY"], ["2", "models:"]]
+    assert "answers its example with uint8[" in checked[1]
     bad = run("check", "raises_in_init", TMS_MODELS_DIR=BROKEN)
     assert bad.returncode == 1
+    assert re.match(r"raises_in_init  FAILED .* FileNotFoundError: weights.pt", bad.stdout)
     assert "FileNotFoundError: weights.pt" in bad.stderr
-    assert "there is no model 'nobody'" in run("check", "nobody").stderr
-    listed = run("list", TMS_MODELS_DIR=BROKEN)
+    listed = run("list", "--models", str(BROKEN))
     assert listed.returncode == 0
     assert "bad name" in listed.stdout
     assert "cannot be loaded: a model's name" in listed.stdout
+
+
+def test_check_of_all_models_and_of_paths(tmp_path: Path) -> None:
+    for name, answer in {"one": "1", "two": "2 / 0"}.items():
+        write_model(tmp_path, name, ANSWERS.format("") + f"\n    def run(self, data, args): return {answer}"
+                    "\n    example = 1")  # fmt: skip
+    checked = run("check", "--models", str(tmp_path))
+    assert checked.returncode == 1
+    lines = checked.stdout.splitlines()
+    assert re.match(r"one  READY .* answers its example with 1$", lines[0])
+    assert re.match(r"two  FAILED .* ZeroDivisionError", lines[1])
+    assert lines[2] == "2 models: 1 ready, 1 failed"
+    by_path = run("check", f"{tmp_path}/one/", TMS_MODELS_DIR="/no/such/folder")
+    assert by_path.returncode == 0, by_path.stderr
+    assert by_path.stdout.startswith("one  READY")
+
+
+def test_a_pipeline_is_checked_with_its_stages(tmp_path: Path) -> None:
+    write_model(tmp_path, "first", ANSWERS.format("done"))
+    (tmp_path / "line").mkdir()
+    (tmp_path / "line" / "__init__.py").write_text(
+        "from model_interface import Pipeline\n\n\nclass Model(Pipeline):\n    stages = ['first']\n    example = 'x'\n"
+    )
+    checked = run("check", "line", "--models", str(tmp_path))
+    assert checked.returncode == 0, checked.stderr
+    assert "answers its example with 'done'" in checked.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "nobody"], "there is no model 'nobody'"),
+        (["check", "./tests"], "./tests is not a model's folder: it has no __init__.py"),
+        (["check", "--models", "docs"], "there is no model in .*/docs; make one: tiny-model-server new NAME"),
+        (
+            ["check", "--models", "/no/such"],
+            "must be a readable folder: .*; make a first model in it: tiny-m",
+        ),
+        (["--prot", "1"], "unknown: --prot; did you mean --port[?]; see serve --help"),
+        (["chekc"], "invalid choice: 'chekc' .*check"),
+        (["--port", "many"], "error: --port='many' must be a whole number from 0 to 65535"),
+        (["--strict=maybe"], "error: --strict='maybe' must be 0 or 1"),
+        (["serve", "--token", "geheim\u00df"], "error: --token must be printable ASCII"),
+        (["new", "9x"], "'9x' cannot be the name of a model: a model's name is a letter"),
+        (["new", "x", "--kind", "fortran"], "invalid choice: 'fortran' .*text"),
+        (["new", "example", "--models", "models"], "models/example exists already; nothing was changed"),
+        (["new", "optical-flow", "--models", "models"], "'optical_flow' has the same settings TMS_MODEL_OPTICAL_FLOW_"),
+        (["new", "x", "--models", "README.md"], "README.md.* exists already|Not a directory"),
+        (["dockerfile", "--models", "/no/such"], "there is no folder /no/such; make a first model in it"),
+        (["dockerfile", "--models", "/usr"], "/usr is not below this folder, in which the image is to be built"),
+        (["dockerfile", "--models", "models", "--wheel", "gone.whl"], "there is no wheel gone.whl"),
+    ],
+)
+def test_a_wrong_argument_is_named(arguments: list[str], message: str) -> None:
+    ran = run(*arguments)
+    assert ran.returncode == 2
+    assert re.search(message, ran.stderr), ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_flag_beside_every_setting(start_server: Callable[..., Server]) -> None:
+    printed = run("serve", "--help").stdout
+    words = " ".join(printed.split())
+    for item in fields(Settings):
+        assert f"--{item.name.replace('_', '-')} " in words
+        assert " ".join(item.metadata["doc"].split()) in words
+    command = [sys.executable, "server.py", "--max-items", "7", "--models", str(only("echo")), "--reload", "--lazy=0"]
+    server = start_server(MODELS, command=command, TMS_MAX_ITEMS=5, TMS_RELOAD=0)
+    found = server.wait_for_log("settings: .*").group()
+    assert "TMS_MAX_ITEMS=7 " in found
+    assert "TMS_RELOAD=True TMS_DRAIN" in found
+    assert "TMS_LAZY=False" in found
+    server.wait_for_log("serving 1 models")
+
+
+def test_an_empty_models_folder_is_served_with_a_warning(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    server = start_server(models=tmp_path)
+    server.wait_for_log(f"WARNING .*there is no model in {tmp_path} yet; make one: tiny-model-server new NAME")
+    assert server.client().list_models() == []
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,9 @@ class Reader:
                 self.run([sys.executable, "-W", "error", "-c", text])
 
     def command(self, line: str) -> None:
-        if line.endswith(SERVE):
-            self.serve(**dict(setting.split("=") for setting in line.removesuffix(SERVE).split()))
+        before, serves, flags = line.partition(SERVE)
+        if serves and (not flags or flags.startswith((" serve", " --"))):
+            self.serve(*flags.split(), **dict(setting.split("=") for setting in before.split()))
         elif line.startswith(("npm", "node")) and not shutil.which("npm"):
             pass  # test_node.py reports that it is missing
         elif line not in ELSEWHERE:
@@ -86,11 +87,12 @@ class Reader:
         if printed := re.findall(r"print\(.*\)  # (.*)", command[-1]):
             assert ran.stdout.splitlines() == printed
 
-    def serve(self, **settings: str) -> None:
+    def serve(self, *flags: str, **settings: str) -> None:
         self.stop()
         ca = self.folder / "ca.pem" if "TMS_TLS_CERT" in settings else None
         for _ in range(5):  # the docs' port may be what another process's connection happens to have
-            self.server = subprocess.Popen([sys.executable, "server.py"], cwd=self.folder, env=self.env | settings)
+            command = [sys.executable, "server.py", *flags]
+            self.server = subprocess.Popen(command, cwd=self.folder, env=self.env | settings)
             with ModelClient("", "localhost", 50000, ca=ca, token=settings.get("TMS_TOKEN", "")) as client:
                 while self.server.poll() is None:
                     try:

@@ -480,11 +480,11 @@ def test_models_in_turns_fail_no_call(start_server: StartServer, tmp_path: Path,
 
 ENDS = """
 import sys, threading, time
-from tiny_model_server import cli
+from tiny_model_server import cli, serve
 from tiny_model_server.engine import engine
 def spin():
     while True: pass
-cli._STOP_WORKERS_S = cli._STOP_REST_S = 1.0
+serve._STOP_WORKERS_S = serve._STOP_REST_S = 1.0
 {before}
 sys.exit(cli.main([]))
 """

@@ -190,7 +190,7 @@ def test_what_is_wrong_with_a_model_is_reported_when_it_loads(tmp_path: Path, ca
     code = f"from model_interface import ModelInterface\nclass Model(ModelInterface):\n    {line}\n"
     write(tmp_path, "odd", code + "    def run(self, data, args): return data\n")
     ran = run(sys.executable, ROOT / "server.py", "check", "odd", cwd=tmp_path, TMS_MODELS_DIR=str(tmp_path))
-    assert re.search(f"error: model 'odd' could not be loaded: .*{why}", ran.stderr), ran.stderr
+    assert re.search(f"^odd  FAILED .*{why}", ran.stdout), ran.stdout + ran.stderr
 
 
 def test_a_model_may_set_options_to_none(start_server: StartServer, tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ LAYERS = [
     ["server.admission", "server.forms", "server.events"],
     ["server.health"],
     ["server.grpc_server", "server.local_server", "server.http_server", "server.http_app", "server.reload"],
+    ["serve", "checks", "scaffold"],
     ["cli"],
     ["__main__"],
     ["server"],
@@ -65,7 +66,7 @@ CLIENT_NEEDS = {"errors", "conversions", "codec", "shared_memory", "local_transp
     f"client.{path.stem}" for path in (ROOT / "tiny_model_server" / "client").glob("[a-z]*.py")
 }
 SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]
-SOURCES += sorted((ROOT / "tiny_model_server").rglob("*.py"))
+SOURCES += [path for path in sorted((ROOT / "tiny_model_server").rglob("*.py")) if "templates" not in path.parts]
 
 
 def module_of(path: Path) -> str:

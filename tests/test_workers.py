@@ -1,6 +1,5 @@
 """Workers as processes: what models start, leave behind and break, and what the server itself may lack."""
 
-import json
 import os
 import resource
 import shutil
@@ -686,15 +685,17 @@ def test_a_python_that_cannot_be_started_is_named(tmp_path: Path, broken: str) -
 
 
 @pytest.mark.timeout(400)
-def test_an_installed_server_leaves_a_models_own_packages_to_it(wheel: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_installed_server_leaves_a_models_own_packages_to_it(
+    wheel: Path,  # noqa: F811
+    start_server: StartServer,
+    tmp_path: Path,
+) -> None:
     programs = environment(tmp_path / "venv", f"{wheel}[server]")
     version = ".".join(map(str, sys.version_info[:2]))
     write(tmp_path / "models", "own", WHERE.replace('"array": data, ', ""))
     own_interpreter(tmp_path / "models" / "own", version, "numpy<2.3" if version >= "3.10" else "numpy<2")
-    ran = run(programs / "tiny-model-server", "check", "own", cwd=tmp_path)
-    assert ran.returncode == 0, ran.stderr
-    answer = json.loads(ran.stdout.splitlines()[-1].partition("with ")[2].replace("'", '"').replace("True", "true")
-                        .replace("False", "false"))  # fmt: skip
+    server = start_server(tmp_path / "models", command=[programs / "tiny-model-server"], cwd=tmp_path)
+    answer = server.client("own", timeout=60).run("text")
     assert answer["same"]
     assert not answer["leaks"]
     assert answer["where"][0].startswith(("2.2.", "1."))

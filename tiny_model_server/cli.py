@@ -1,227 +1,135 @@
-"""The life of a server process: settings, load, serve, drain, stop; and the commands ``check`` and ``list``."""
+"""The command line: its commands, and a flag beside every setting."""
 
 import argparse
-import asyncio
-import json
+import difflib
 import logging
-import os
-import signal
-import socket
 import sys
-import threading
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Collection
+from dataclasses import fields, replace
+from pathlib import Path
 
-import grpc
-
-from tiny_model_server import __version__, codec, ending, local_transport, logs, schemas
-from tiny_model_server.engine import children
-from tiny_model_server.engine.busy_polling import BusyPollingSelector
-from tiny_model_server.engine.call import Call
-from tiny_model_server.engine.engine import Engine
-from tiny_model_server.engine.placement import cpus, keep_memory, keep_to_one_core
-from tiny_model_server.engine.repository import State, discover
-from tiny_model_server.errors import ServerError
-from tiny_model_server.server import tls
-from tiny_model_server.server.grpc_server import GrpcServer
-from tiny_model_server.server.health import SERVICE as HEALTH_SERVICE
-from tiny_model_server.server.http_app import Web
-from tiny_model_server.server.http_server import HttpServer
-from tiny_model_server.server.local_server import LocalServer
-from tiny_model_server.server.reload import watch
-from tiny_model_server.settings import Settings, SettingsError, renamed
+from tiny_model_server import __version__, checks, logs, scaffold, serve
+from tiny_model_server.settings import PREFIX, Settings, SettingsError, default_text, flag_of, renamed
 
 log = logging.getLogger("tiny_model_server")
 
-_STOP_WORKERS_S = 5.0
-_STOP_REST_S = 5.0
-_HEALTH_S = 2.0
+_GROUPS = {
+    "host": "where it listens",
+    "protocols": "what it serves",
+    "log_level": "log",
+    "max_message_mb": "limits",
+    "local_transport": "speed",
+    "strict": "start, change and stop",
+    "max_image_pixels": "limits",
+    "tls_cert": "security",
+    "mesh_capacity_mb": "orchestrators",
+    "token": "security",
+}
+"""The settings with which a group begins in the help."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 good, 1 a model failed, 2 a wrong setting or argument."""
-    parser = argparse.ArgumentParser(prog="server.py", description="Serves every model folder over gRPC.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("serve", help="load every model and serve (what happens without a command)")
-    check = commands.add_parser("check", help="load, warm up and run one model, without serving")
-    check.add_argument("name")
-    commands.add_parser("list", help="print the models that are found")
-    commands.add_parser("health", help="exit with 0 if the server on this host has all its models ready")
-    parser.add_argument("--version", action="version", version=__version__)
-    options = parser.parse_args(arguments)
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    flags = {name: value for name, value in vars(options).items() if name.startswith(PREFIX)}
     try:
-        settings = Settings.from_env()
+        settings = Settings.from_env(flags=flags)
+        if options.command == "check" and settings.log_level == "info":  # its lines are the report
+            settings = replace(settings, log_level="warning")
         logs.configure(settings.log_level, settings.log_format)
         for warning in renamed():
             log.warning(warning)
-        if options.command == "check":
-            return check_model(settings, options.name)
-        return {"list": list_models, "health": health}.get(options.command, serve)(settings)
+        return _run(settings, options)
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def serve(settings: Settings) -> int:
-    """Serves until SIGTERM, SIGINT or StopServer; a second signal hurries the stop."""
-    log.info("settings: %s", settings.describe())
-    keep_memory()
-    children.adopt_orphans()
-    if settings.one_core:
-        keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
-    engine = Engine(settings)
-    few = max(2, int(cpus()) // 2)  # to each call belong a caller and a worker, which need cores too
-    seconds = settings.busy_poll_us / 1e6 if cpus() >= 2 else 0
-    selector = BusyPollingSelector(seconds, lambda: engine.calls <= few)
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
-        return ending.leave(runner.run(_serve(engine, settings)))
+def program() -> str:
+    """How the user has called this program, for messages that say what to call next."""
+    ways = {"server.py": "python server.py", "__main__.py": "python -m tiny_model_server"}
+    return ways.get(Path(sys.argv[0]).name, "tiny-model-server")
 
 
-async def _serve(engine: Engine, settings: Settings) -> int:
-    await engine.use_loop()
-    loop, hurry, stopped = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
-    grpc_server = GrpcServer(engine, settings)
-    http = None
-    if settings.http_port is not None:
-        http = HttpServer(Web(engine, settings), settings, engine.inflight.limit // 2)
-    engine.access.ports = frozenset([grpc_server.port, *([http.port] if http else [])])
-    local = _open_local(engine, settings, grpc_server)
-
-    def obey() -> None:
-        if engine.stop_requested.is_set():
-            hurry.set()
-            ending.within(_STOP_WORKERS_S + _STOP_REST_S)
-            grpc_server.stop(0)
-            if http:
-                http.stop(0)
-        engine.stop_requested.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, obey)
-    loop.add_signal_handler(signal.SIGCHLD, children.reap)
-    grpc_server.start()
-    if local:
-        local.start()
-    if http:
-        http.start()
-    host = settings.host.strip("[]")
-    host = f"[{host}]" if ":" in host else host
-    log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port,
-             f", HTTP on {host}:{http.port}" if http else "", os.getpid())  # fmt: skip
-    log.info("protocols: %s", ", ".join(settings.protocols))
-    log.info("who may stop the server and change its models: %s", engine.access.who_may())
-    loading = asyncio.create_task(_load(engine, settings, stopped))
-    await engine.stop_requested.wait()
-    stopped.set()
-    log.info("stopping")
-    ending.within(settings.drain_delay_s + settings.grace_s + _STOP_WORKERS_S + _STOP_REST_S)
-    grpc_server.refuse_health()
-    with suppress(TimeoutError):
-        await asyncio.wait_for(hurry.wait(), settings.drain_delay_s)
-    grace_s = 0 if hurry.is_set() else settings.grace_s
-    ended = grpc_server.stop(grace_s)
-    if http:
-        http.stop(grace_s)
-    if local:
-        await local.stop(grace_s)
-    await asyncio.to_thread(ended.wait)
-    if http:
-        await asyncio.to_thread(http.join, grace_s + _STOP_WORKERS_S)
-    await engine.stop(0 if hurry.is_set() else _STOP_WORKERS_S)
-    failed = await loading
-    for number in (signal.SIGTERM, signal.SIGINT):  # another one would end the process with another code
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_IGN)
-    log.info("stopped")
-    return 1 if failed else 0
+def _run(settings: Settings, options: argparse.Namespace) -> int:
+    match options.command:
+        case "check":
+            return checks.check_models(settings, options.target)
+        case "list":
+            return checks.list_models(settings)
+        case "health":
+            return checks.health(settings)
+        case "new":
+            return scaffold.new_model(settings.models_dir, options.name, options.kind, program())
+        case "dockerfile":
+            return scaffold.dockerfile(settings.models_dir, options.wheel)
+        case "proto":
+            return scaffold.proto()
+        case _:
+            return serve.serve(settings)
 
 
-def _open_local(engine: Engine, settings: Settings, grpc_server: GrpcServer) -> LocalServer | None:
-    """The local transport, where it may be: for loopback callers of a server without TLS."""
-    on_loopback = settings.host in ("0.0.0.0", "::", "[::]", *local_transport.LOOPBACK)
-    wanted = settings.local_transport and "native" in settings.protocols and not settings.tls_cert
-    if not (wanted and on_loopback and local_transport.available()):
-        return None
-    try:
-        return LocalServer(engine, grpc_server.port, grpc_server.replica)
-    except OSError as error:
-        log.warning("no local transport for clients on this host: %s", error)
-        return None
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """The options; the command is ``serve`` if the arguments begin with none."""
+    first = arguments[0] if arguments else ""
+    if first[:1] in ("", "-") and first not in ("-h", "--help", "--version"):
+        arguments = ["serve", *arguments]
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flags = [flag_of(PREFIX + item.name) for item in fields(Settings)]
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], ["--models", *flags], 1)
+        parser.error(
+            f"unknown: {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}; see {options.command} --help"
+        )
+    return options
 
 
-async def _load(engine: Engine, settings: Settings, stopped: threading.Event) -> bool:
-    """Loads the models. Returns True if the server is to end because one has failed."""
-    await engine.start()
-    if stopped.is_set():
-        return False
-    bad = [model.name for model in engine.models() if model.state is State.FAILED]
-    good = len(engine.models()) - len(bad)
-    log.info("serving %d models%s", good, f"; FAILED: {', '.join(bad)}" if bad else "")
-    if settings.reload:
-        threading.Thread(target=watch, args=(engine, settings.models_dir, stopped), name="reload").start()
-    if not engine.models():
-        log.warning("there is no model folder in %s", settings.models_dir.resolve())
-    if bad and settings.strict:
-        log.error("TMS_STRICT=1: stopping, because not every model could be loaded")
-        engine.request_stop()
-        return True
-    return False
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program(), description="Serves every model folder by gRPC and HTTP.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
+    def add(name: str, does: str, *shown: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=does, description=does, allow_abbrev=False)
+        _add_flags(command, shown)
+        return command
 
-def check_model(settings: Settings, name: str) -> int:
-    """Loads and warms up one model and, if it has an ``example``, sends that through a worker and prints the answer."""
-    return asyncio.run(_check_model(Engine(replace(settings, strict=True)), name))
-
-
-async def _check_model(engine: Engine, name: str) -> int:
-    await engine.use_loop()
-    try:
-        model = engine.model(name)
-        await model.load()
-        assert model.loaded
-        print(f"{name}: loaded and warmed up; input shape {model.loaded.input_shape}, {model.loaded.options}")
-        if model.loaded.example is None:
-            print(f"{name}: has no example, so nothing was run; give the class one to have it checked")
-        else:
-            answer = await asyncio.to_thread(engine.run, name, model.loaded.example, {}, Call())
-            print(f"{name}: answers its example with {codec.decode(answer)!r}")
-        return 0
-    except ServerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    finally:
-        await engine.stop(_STOP_WORKERS_S)
-
-
-def list_models(settings: Settings) -> int:
-    """Prints the model folders, and what is wrong with those that cannot be loaded."""
-    for name, path, reason in discover(settings.models_dir):
-        print(f"{name}\t{path}{f'  (cannot be loaded: {reason})' if reason else ''}")
-    return 0
-
-
-def health(settings: Settings) -> int:
-    """Asks the server of these settings whether it is ready: 0 if it is, 1 if not. For containers' health checks."""
-    address = f"unix:{settings.socket}" if settings.socket else _grpc_address(settings)
-    check = schemas.methods("health", HEALTH_SERVICE)["Check"]
-    try:
-        with tls.own_channel(settings, address, _HEALTH_S) as channel:
-            ask = channel.unary_unary(check.path, check.request.SerializeToString, check.response.FromString)
-            ready = ask(check.request(), timeout=_HEALTH_S).status == check.response.SERVING
-    except (OSError, grpc.RpcError) as error:
-        why = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else error
-        print(f"not ready by gRPC at {address}: {why}", file=sys.stderr)
-        return 1
-    print(json.dumps({"ready": ready}))
-    return 0 if ready else 1
-
-
-def _grpc_address(settings: Settings) -> str:
-    """Where a process on this host finds the server; SettingsError if the settings do not say."""
-    if not settings.port:
-        raise SettingsError("TMS_PORT=0 takes a free port; for the health command, name one, or set TMS_SOCKET")
-    host = settings.host.strip("[]")
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1" if socket.has_dualstack_ipv6() else "127.0.0.1"}.get(
-        host, host
+    server = add("serve", "load every model and serve (what happens without a command)", *Settings.__dataclass_fields__)
+    server.usage = f"{program()} [serve] [--SETTING VALUE ...]"
+    server.epilog = (
+        "A flag wins over the environment variable of its name: --http-port over TMS_HTTP_PORT. "
+        "Tokens belong into the environment, because all users of the host can read flags."
     )
-    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
+    check = add("check", "load, warm up and run models without serving, and print a line for each", "models_dir")
+    check.add_argument("target", nargs="*", help="a model's name, or the path of its folder; none: all models")
+    add("list", "print the models that are found", "models_dir")
+    add("health", "exit with 0 if the server on this host has all its models ready", "host", "port", "socket")
+    new = add("new", "make the folder of a new model, which `check` passes at once", "models_dir")
+    new.add_argument("name", help="the name of the model and of its folder")
+    new.add_argument("--kind", choices=scaffold.kinds(), default="text", help="what the model begins as (text)")
+    docker = add("dockerfile", "print a Dockerfile for the models folder", "models_dir")
+    docker.add_argument("--wheel", type=Path, help="a wheel of the server to install instead of the released one")
+    add("proto", "print server.proto, the contract of the server's own gRPC calls")
+    return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser, shown: Collection[str]) -> None:
+    """Adds a flag for each setting. The help lists those of ``shown``."""
+    title, groups = "", {}
+    for item in fields(Settings):
+        if (title := _GROUPS.get(item.name, title)) not in groups:
+            groups[title] = parser.add_argument_group(title)
+        variable = PREFIX + item.name.upper()
+        default = f" ({text})" if (text := default_text(item)) else ""
+        flag = isinstance(item.default, bool)
+        groups[title].add_argument(
+            *(["--models"] if item.name == "models_dir" else []),
+            flag_of(variable),
+            dest=variable,
+            metavar="0|1" if flag else "VALUE",
+            default=argparse.SUPPRESS,
+            nargs="?" if flag else None,
+            const="1" if flag else None,
+            help=item.metadata["doc"] + default if item.name in shown else argparse.SUPPRESS,
+        )

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -162,16 +162,20 @@ class Settings:
     admin_token: str = _env("", _token, "token to stop the server or change its models; if set, everybody needs it")
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str] = os.environ) -> Settings:
-        """Reads the environment; SettingsError for a value that is not allowed or a variable that does not exist."""
+    def from_env(cls, env: Mapping[str, str] = os.environ, flags: Mapping[str, str] = {}) -> Settings:
+        """Reads the environment; SettingsError for a value that is not allowed or a variable that does not exist.
+
+        ``flags`` are variables that the command line sets; they win, and errors name the flag.
+        """
         links = service_links(env)
         old = {new: env[name] for name, new in RENAMED.items() if name in env}
         env = old | {name: value for name, value in env.items() if name not in links and name not in RENAMED}
+        env |= flags
         known = {PREFIX + item.name.upper() for item in fields(cls)}
         for name in sorted(env.keys() - known - _CLIENT):
             if name.startswith(PREFIX) and not name.startswith(MODEL_PREFIX):
                 raise SettingsError(f"{name} is not a setting of the server; there are {', '.join(sorted(known))}")
-        given = _values(cls, PREFIX, env)
+        given = _values(cls, PREFIX, env, flags)
         if "modzy" in given.get("protocols", ()) and _MODZY_PORT in env:
             given.setdefault("port", _parsed(_MODZY_PORT, env[_MODZY_PORT], cls.__dataclass_fields__["port"]))
         return cls(**given)
@@ -264,10 +268,25 @@ def model_prefix(name: str) -> str:
     return f"{MODEL_PREFIX}{re.sub(r'[^A-Z0-9]', '_', name.upper())}_"
 
 
-def _values(cls: Any, prefix: str, env: Mapping[str, str]) -> dict[str, Any]:
+def flag_of(variable: str) -> str:
+    """--http-port for TMS_HTTP_PORT."""
+    return "--" + variable.removeprefix(PREFIX).lower().replace("_", "-")
+
+
+def default_text(item: Field[Any]) -> str:
+    """The default of a field as a variable would set it; "" if it is empty."""
+    value = {} if item.default is MISSING else item.default
+    if isinstance(value, tuple):
+        value = ",".join(value)
+    return str(int(value)) if isinstance(value, bool) else "" if value is None else str(value)
+
+
+def _values(cls: Any, prefix: str, env: Mapping[str, str], flags: Mapping[str, str] = {}) -> dict[str, Any]:
     """The values of those fields of a dataclass that the environment sets."""
-    variables = {prefix + item.name.upper(): item for item in fields(cls)}
-    return {item.name: _parsed(name, env[name], item) for name, item in variables.items() if name in env}
+    found = {prefix + item.name.upper(): item for item in fields(cls) if prefix + item.name.upper() in env}
+    return {
+        item.name: _parsed(flag_of(name) if name in flags else name, env[name], item) for name, item in found.items()
+    }
 
 
 def _parsed(variable: str, text: str, item: Field[Any]) -> Any:

@@ -321,7 +321,8 @@ def discover(folder: Path) -> list[tuple[str, Path, str]]:
     try:
         paths = sorted(folder.resolve().iterdir())
     except (OSError, RuntimeError) as error:  # RuntimeError: links that point to each other
-        raise SettingsError(f"TMS_MODELS_DIR={str(folder)!r} must be a readable folder: {error}") from None
+        hint = "; make a first model in it: tiny-model-server new NAME" if type(error) is FileNotFoundError else ""
+        raise SettingsError(f"TMS_MODELS_DIR={str(folder)!r} must be a readable folder: {error}{hint}") from None
     found: list[tuple[str, Path, str]] = []
     prefixes: dict[str, str] = {}
     for path in paths:
@@ -331,13 +332,16 @@ def discover(folder: Path) -> list[tuple[str, Path, str]]:
             if problem != _FILE:
                 log.warning("%s is no model: %s", printable(str(path)), problem)
             continue
-        reason = ""
-        if not _NAME.fullmatch(path.name):
-            reason = "a model's name is a letter, then up to 63 letters, digits, _ and -"
-        elif (other := prefixes.setdefault(model_prefix(path.name), path.name)) != path.name:
+        reason = name_problem(path.name)
+        if not reason and (other := prefixes.setdefault(model_prefix(path.name), path.name)) != path.name:
             reason = f"its settings {model_prefix(path.name)}* would be those of model {other!r} too"
         found.append((printable(path.name), path, reason))
     return found
+
+
+def name_problem(name: str) -> str:
+    """Why a model folder cannot have this name; "" if it can."""
+    return "" if _NAME.fullmatch(name) else "a model's name is a letter, then up to 63 letters, digits, _ and -"
 
 
 _FILE = "it is a file"
