@@ -54,7 +54,7 @@ class ModelInterface(ABC):
     """An input to run once before the model counts as ready (see ``warmup``)."""
 
     @abstractmethod
-    def run(self, data: Any, args: dict[str, Any]) -> Any:
+    def run(self, data: Any, args: Any) -> Any:
         """Returns the answer to one input.
 
         ``data`` is an image (ndarray, HxW or HxWxC), a text (str) or any tree of JSON values with arrays; ``args`` is
@@ -65,9 +65,11 @@ class ModelInterface(ABC):
 
         ``async def run``, which may be an async generator, runs on the worker's event loop. It is cancelled when its
         caller disconnects, or after ``timeout_s``. ``run_batch``, ``warmup`` and ``close`` may be ``async``, too.
+
+        What ``data`` and ``args`` are annotated with (a pydantic model, a dataclass, ...) is checked before it runs.
         """
 
-    def run_batch(self, items: Sequence[Any], args: dict[str, Any]) -> Sequence[Any]:
+    def run_batch(self, items: list[Any], args: Any) -> Sequence[Any]:
         """Returns one result for each item, in order. An exception in an item's place fails that item alone.
 
         If this raises, the items are run one by one instead.
@@ -103,6 +105,6 @@ class Pipeline(ModelInterface):
     stages: ClassVar[Sequence[str]] = ()
     """Names of model folders, in order."""
 
-    def run(self, data: Any, args: dict[str, Any]) -> Any:
+    def run(self, data: Any, args: Any) -> Any:
         """Never called: the server runs the stages."""
         raise NotImplementedError

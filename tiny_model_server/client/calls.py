@@ -212,7 +212,7 @@ def _states(response: Any, source: Source) -> list[dict[str, str]]:
 
 def _info(info: Any, source: Source) -> dict[str, Any]:
     found = {field.name: getattr(info, field.name) for field in info.DESCRIPTOR.fields}
-    found |= {name: json.loads(found[name]) for name in ("input_shape", "metadata")}
+    found |= {name: json.loads(found[name] or "{}") for name in ("input_shape", "metadata", "schema")}
     return found | {name: list(found[name]) for name in ("worker_pids", "stages")}
 
 

@@ -170,6 +170,7 @@ class ServedModel:
             "input_shape": loaded.input_shape if loaded else None,
             "metadata": loaded.metadata if loaded else {},
             "stages": self.stages,
+            "schema": loaded.schema if loaded else {},
         }
 
     async def _start(self) -> None:

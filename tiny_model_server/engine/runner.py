@@ -25,6 +25,7 @@ import numpy as np
 
 from model_interface import ModelInterface, Pipeline
 from tiny_model_server import PLUGIN, codec, conversions
+from tiny_model_server.engine.annotations import Types
 from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.settings import ModelOptions
 
@@ -68,8 +69,8 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
     return plugin
 
 
-def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
-    """What the class declares: options (those of None are resolved here), metadata, example, stages, if it is async.
+def declared(plugin: type[ModelInterface], types: Types) -> dict[str, Any]:
+    """What the class declares: options (those of None are resolved here), metadata, example, schema, stages, if async.
 
     All values are of Python's own classes: to unpickle one of the model's, the front would have to import the model.
     """
@@ -81,9 +82,11 @@ def declared(plugin: type[ModelInterface]) -> dict[str, Any]:
         options["concurrency"] = 1 if batches or not _is_async(plugin.run) else ASYNC_CONCURRENCY
     stages = plugin.stages if issubclass(plugin, Pipeline) else ()
     facts: dict[str, Any] = json.loads(json.dumps({"options": options, "stages": stages}, default=str))
+    metadata = _checked_metadata(codec.parse_json(codec.json_only(plugin.metadata)) or {})
     return facts | {
         "is_async": is_async(plugin),
-        "metadata": _checked_metadata(codec.parse_json(codec.json_only(plugin.metadata)) or {}),
+        "metadata": types.metadata | metadata,
+        "schema": types.schema,
         "example": None if plugin.example is None else codec.encode(plugin.example),
     }
 
@@ -104,12 +107,16 @@ def call_directly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def construct(
-    plugin: type[ModelInterface], options: ModelOptions, threads: int, call: Callable[..., Any] = call_directly
+    plugin: type[ModelInterface],
+    options: ModelOptions,
+    threads: int,
+    types: Types,
+    call: Callable[..., Any] = call_directly,
 ) -> tuple[ModelInterface, Any]:
     """The model, ready to run, and its input shape: a list, or None for any. ``call`` calls what may be async."""
     plugin.threads = threads
     model = call(partial(plugin, **options.args))
-    answer = call(model.warmup)
+    answer = call(_warm_up, model, types)
     if plugin.warmup is ModelInterface.warmup:
         try:
             codec.encode(answer)
@@ -120,6 +127,17 @@ def construct(
     if not _is_shape(input_shape):
         raise ValueError(f"get_input_shape() must return whole numbers from -1, not {input_shape}")
     return model, input_shape
+
+
+def _warm_up(model: ModelInterface, types: Types) -> Any:
+    """Runs warmup(). Without one of its own, a model that has types gets its example as it would get a caller's."""
+    if not types.checks or model.example is None or type(model).warmup is not ModelInterface.warmup:
+        return model.warmup()
+    try:
+        data, args = types.data(codec.decode(codec.encode(model.example))), types.args({})
+    except InvalidInput as error:
+        raise TypeError(f"its example does not fit the annotations of run: {error}") from None
+    return model.run(data, args)
 
 
 def _checked_metadata(metadata: Any) -> dict[str, Any]:
@@ -198,15 +216,18 @@ class Calls:
 class Runner:
     """Runs batches on one model, in one slot."""
 
-    def __init__(self, name: str, model: ModelInterface, options: ModelOptions, calls: Calls) -> None:
+    def __init__(self, name: str, model: ModelInterface, options: ModelOptions, types: Types, calls: Calls) -> None:
         self._name = name
         self._model = model
         self._options = options
+        self._types = types
         self._finished = calls
 
     def run(self, items: Sequence[codec.Encoded | ServerError], args_json: str) -> list[Any]:
-        """One outcome an item, in order: the model's value, or a ServerError. InvalidInput if the args are wrong."""
-        args = codec.parse_args(args_json)
+        """One outcome an item, in order: the model's value, or a ServerError."""
+        args = attempt(self._args, args_json)
+        if failed(args):
+            return [self._outcome(args)] * len(items)
         outcomes = [attempt(self._decode, item) for item in items]
         groups: dict[Any, list[int]] = {}
         for index, value in enumerate(outcomes):
@@ -219,7 +240,7 @@ class Runner:
 
     def stream(self, item: codec.Encoded | ServerError, args_json: str) -> Generator[Any, None, None]:
         """What the model yields for one item, or its only answer. A ServerError comes last if it fails."""
-        result = attempt(lambda: self._finished(self._model.run(self._decode(item), codec.parse_args(args_json))))
+        result = attempt(lambda: self._finished(self._model.run(self._decode(item), self._args(args_json))))
         if type(result) is not GeneratorType:
             yield self._outcome(result)
             return
@@ -293,10 +314,13 @@ class Runner:
         log.error("model %s raised", self._name, exc_info=result)
         return ModelError(f"model {self._name!r} raised {message_of(result, named=True)}")
 
+    def _args(self, args_json: str) -> Any:
+        return self._types.args(codec.parse_args(args_json))
+
     def _decode(self, item: codec.Encoded | ServerError) -> Any:
         if isinstance(item, ServerError):  # it could not be read
             raise item
-        return codec.decode(item, self._decode_image)
+        return self._types.data(codec.decode(item, self._decode_image))
 
     def _decode_image(self, data: bytes) -> Any:
         try:

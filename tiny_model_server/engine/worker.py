@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from tiny_model_server import codec, custom_metrics, logs
+from tiny_model_server.engine.annotations import types_of
 from tiny_model_server.engine.runner import (
     Calls,
     Runner,
@@ -64,8 +65,8 @@ class Slot:
     Arrays come in shared buffers. They go into the item's response buffer or, if it has none, into the slot's own.
     """
 
-    def __init__(self, end: int, response: int, model: tuple[str, Any, Any], loop: Any) -> None:
-        """``model`` is (name, model, options); ``loop`` the EventLoop of an async one, or None."""
+    def __init__(self, end: int, response: int, model: tuple[str, Any, Any, Any], loop: Any) -> None:
+        """``model`` is (name, model, options, types); ``loop`` the EventLoop of an async one, or None."""
         self._connection = WorkerConnection(socket.socket(fileno=end))
         self._response = Segment(response)
         self._calls: Calls = loop.calls(self._connection) if loop else Calls()
@@ -204,14 +205,17 @@ def _serve(control: WorkerConnection) -> None:
         return result
 
     plugin = load(import_plugin, name, path)
-    control.send(("declared", load(declared, plugin) | {"pid": os.getpid()}))
+    types = load(types_of, plugin)
+    for problem in types.problems:
+        log.warning("model %s: %s", name, problem)
+    control.send(("declared", load(declared, plugin, types) | {"pid": os.getpid()}))
     (options, threads), _ = _receive(control)
     loop = _event_loop() if is_async(plugin) else None
     call = loop.call if loop else call_directly
-    model, input_shape = load(construct, plugin, options, threads, call)
+    model, input_shape = load(construct, plugin, options, threads, types, call)
     control.send(("ready", input_shape))
     _, fds = _receive(control)
-    slots = [Slot(end, response, (name, model, options), loop) for end, response in zip(fds[::2], fds[1::2])]
+    slots = [Slot(end, response, (name, model, options, types), loop) for end, response in zip(fds[::2], fds[1::2])]
     if loop:
         _serve_beside(loop, slots)
     else:

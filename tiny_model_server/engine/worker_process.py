@@ -51,6 +51,7 @@ class Plugin:
 class Loaded:
     """What a worker reported of its model: options in force, input shape (None for any), metadata, example, stages.
 
+    ``schema``: the JSON schemas of "data", "args" and "answer".
     ``is_async``: it runs on an event loop, so that its calls can be cancelled.
     """
 
@@ -59,6 +60,7 @@ class Loaded:
     metadata: dict[str, Any]
     example: Encoded | None
     stages: list[str]
+    schema: dict[str, Any]
     is_async: bool = False
 
 
@@ -97,7 +99,7 @@ class WorkerProcess:
             declared = await self._receive("declared", options.load_timeout_s)
             self.pid = declared["pid"]
             options = ModelOptions().declared(declared["options"]).with_overrides(plugin.overrides)
-            facts = {name: declared[name] for name in ("metadata", "example", "stages", "is_async")}
+            facts = {name: declared[name] for name in ("metadata", "example", "stages", "schema", "is_async")}
             loaded = Loaded(options, None, **facts)
             if loaded.stages:
                 return loaded

@@ -267,7 +267,7 @@ def _json(value: Any) -> dict[str, Any]:
 
 def _info(model: ServedModel) -> dict[str, Any]:
     facts = model.describe()
-    return facts | {name: json.dumps(facts[name]) for name in ("input_shape", "metadata")}
+    return facts | {name: json.dumps(facts[name]) for name in ("input_shape", "metadata", "schema")}
 
 
 def _trails(array: Array, call: Call) -> bool:

@@ -1,0 +1,296 @@
+"""Typed models: what the annotations of ``run`` check, what the model gets, and what callers can read of it."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model_client import InvalidInput, ModelFailed
+from tests.conftest import Server
+
+MODELS = {
+    "boxes": """
+        from dataclasses import dataclass, field
+        from enum import Enum
+        from typing import Literal, Optional, Union
+
+        class Colour(Enum):
+            RED = "red"
+            BLUE = "blue"
+
+        @dataclass
+        class Box:
+            width: float
+            inner: "list[Box]" = field(default_factory=list)
+
+        @dataclass
+        class Request:
+            boxes: list[Box]
+            colour: Colour = Colour.RED
+            mode: Literal["fast", "good"] = "fast"
+            name: Optional[str] = None
+            either: Union[int, Box] = 3
+
+            def __post_init__(self):
+                if len(self.boxes) > 3:
+                    raise ValueError("at most 3 boxes")
+
+        @dataclass
+        class Options:
+            top: int = 5
+
+        class Model(ModelInterface):
+            example = {"boxes": [{"width": 1}]}
+
+            def run(self, data: Request, args: Options) -> list[Box]:
+                return [type(data).__name__, len(data.boxes), data.colour.name, args.top]
+    """,
+    "validated": """
+        from pydantic import BaseModel, Field, field_validator
+
+        class Box(BaseModel):
+            width: float = Field(gt=0)
+
+        class Request(BaseModel):
+            boxes: list[Box]
+
+            @field_validator("boxes")
+            @classmethod
+            def few(cls, boxes):
+                if len(boxes) == 7:
+                    raise RuntimeError("seven")
+                assert len(boxes) < 5, "too many"
+                return boxes
+
+        class Options(BaseModel):
+            top: int = 5
+
+        class Answer(BaseModel):
+            total: float
+
+        class Model(ModelInterface):
+            example = {"boxes": []}
+
+            def run(self, data: Request, args: Options) -> Answer:
+                return {"total": sum(box.width for box in data.boxes) + args.top}
+    """,
+    "version1": """
+        from typing import Any
+        from pydantic.v1 import BaseModel
+
+        class Request(BaseModel):
+            width: float
+
+        class Model(ModelInterface):
+            def run(self, data: Request, args: Any):
+                return [type(data).__name__, data.width]
+    """,
+    "batch": """
+        from typing import TypedDict
+
+        class Item(TypedDict):
+            text: str
+
+        class Options(TypedDict, total=False):
+            upper: bool
+
+        class Model(ModelInterface):
+            max_wait_ms = 200
+
+            def run(self, data, args):
+                return "alone"
+
+            def run_batch(self, items: list[Item], args: Options):
+                return [[item["text"], len(items), args] for item in items]
+    """,
+    "image": """
+        from typing import Annotated, Any
+
+        class Model(ModelInterface):
+            def run(self, image: Annotated[np.ndarray, np.uint8, (None, None, 3)], args: dict[str, Any]) -> np.ndarray:
+                return image.shape
+    """,
+    "two_arrays": """
+        from typing import Annotated, TypedDict
+        from numpy.typing import NDArray
+
+        class Pair(TypedDict):
+            left: Annotated[NDArray[np.float32], (None,)]
+            right: Annotated[NDArray[np.int64], (2, None)]
+
+        class Model(ModelInterface):
+            def run(self, data: Pair, args) -> NDArray[np.float32]:
+                return data["left"] * data["right"].sum()
+    """,
+    "text": """
+        class Model(ModelInterface):
+            def run(self, data: str, args: dict) -> str:
+                return data.upper()
+    """,
+    "untyped": """
+        from __future__ import annotations
+        from typing import TYPE_CHECKING, Any
+
+        if TYPE_CHECKING:
+            from nowhere import Nobody
+
+        class Model(ModelInterface):
+            def run(self, data: Nobody, args: dict[str, Any]) -> Nobody:
+                return [type(data).__name__, args]
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("models")
+    for name, text in MODELS.items():
+        write(folder, name, text)
+    server = Server(folder)
+    yield server
+    server.kill()
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    (folder / name).mkdir()
+    lines = [line[8:] for line in text.splitlines()]
+    future = [line for line in lines if "__future__" in line]
+    rest = [line for line in lines if line not in future]
+    text = "\n".join([*future, "import numpy as np", "from model_interface import ModelInterface", *rest])
+    (folder / name / "__init__.py").write_text(text)
+
+
+def refusal(server: Server, model: str, data: Any, args: dict[str, Any]) -> str:
+    with pytest.raises(InvalidInput) as error:
+        server.client(model).run(data, args)
+    return str(error.value)
+
+
+IMAGE = np.zeros((4, 5, 3), np.uint8)
+
+
+def test_run_gets_objects_with_their_defaults(typed: Server) -> None:
+    client = typed.client("boxes")
+    assert client.run({"boxes": [{"width": 1, "inner": [{"width": 2.5}]}]}) == ["Request", 1, "RED", 5]
+    assert client.run({"boxes": [], "colour": "blue"}, {"top": 7}) == ["Request", 0, "BLUE", 7]
+    assert typed.client("validated").run({"boxes": [{"width": "2.5"}]}) == {"total": 7.5}
+    assert typed.client("version1").run({"width": 2}) == ["Request", 2.0]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("boxes", "a", r"data: must be an object \(Request\), not a text"),
+        ("boxes", IMAGE, r"data: must be an object \(Request\), not an array of uint8 of shape \[4, 5, 3\]"),
+        ("boxes", {}, r"data.boxes: is missing; it must be a list"),
+        ("boxes", {"boxes": [{"width": 1}, {"width": "3"}]}, r"data.boxes.1.width: must be a number, not a text"),
+        ("boxes", {"boxes": [{"width": True}]}, r"data.boxes.0.width: must be a number, not True"),
+        (
+            "boxes",
+            {"boxes": [{"width": 1, "inner": [None]}]},
+            r"data.boxes.0.inner.0: must be an object \(Box\), not nu",
+        ),
+        ("boxes", {"boxes": [], "color": "red"}, r"data.color: there is no such field; did you mean colour\?"),
+        ("boxes", {"boxes": [], "colour": "green"}, r"data.colour: must be one of 'red', 'blue'"),
+        ("boxes", {"boxes": [], "mode": "slow"}, r"data.mode: must be one of 'fast', 'good'"),
+        ("boxes", {"boxes": [], "name": 3}, r"data.name: must be a text or null, not 3"),
+        ("boxes", {"boxes": [], "either": {"width": None}}, r"data.either.width: must be a number, not null"),
+        ("boxes", {"boxes": [], "either": 2.5}, r"data.either: must be a whole number or Box, not 2.5"),
+        ("boxes", {"boxes": [{"width": 1}] * 4}, r"data: at most 3 boxes"),
+        ("validated", {"boxes": [{"width": 1}, {"width": -1}]}, r"data.boxes.1.width: Input should be greater than 0"),
+        ("validated", {"boxes": [{"width": 1}] * 5}, r"data.boxes: Assertion failed, too many"),
+        ("validated", "a", r"data: Input should be a valid dictionary or instance of Request"),
+        ("version1", {}, r"data.width: field required"),
+        ("text", IMAGE, r"data: must be a text, not an array of uint8 of shape \[4, 5, 3\]"),
+        ("image", "a", r"data: must be an array of uint8 of shape \[any, any, 3\], not a text"),
+        ("image", {"image": IMAGE}, r"data: must be an array of uint8 of shape \[any, any, 3\], not an object"),
+        ("image", [[[1, 2, 300]]], r"data: must be an array, or a nested list of numbers that are uint8"),
+        ("image", [[1, 2, 3]], r"data: must be .* \[any, any, 3\], not an array of uint8 of shape \[1, 3\]"),
+        (
+            "two_arrays",
+            {"left": np.zeros(2, np.float32), "right": np.zeros((3, 1), int)},
+            r"data.right: must be .*\[2, ",
+        ),
+    ],
+)
+def test_wrong_input_names_the_field(typed: Server, model: str, data: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        typed.client(model).run(data)
+
+
+def test_wrong_args_fail_the_call(typed: Server) -> None:
+    none: dict[str, Any] = {"boxes": []}
+    assert "args.top: must be a whole number, not a text" in refusal(typed, "boxes", none, {"top": "3"})
+    assert "args.topp: there is no such field; did you mean top?" in refusal(typed, "boxes", none, {"topp": 3})
+    assert "args.top: Input should be a valid integer" in refusal(typed, "validated", none, {"top": "x"})
+    with pytest.raises(InvalidInput, match=r"args\.upper: must be true or false, not 3"):
+        typed.client("batch").run_batch([{"text": "a"}, {"text": "b"}], {"upper": 3})
+
+
+def test_in_a_batch_only_the_wrong_item_fails(typed: Server) -> None:
+    first, wrong, last = typed.client("batch").run_batch(
+        [{"text": "a"}, {"text": 3}, {"text": "c"}], {"upper": True}, return_exceptions=True
+    )
+    assert (first, last) == (["a", 2, {"upper": True}], ["c", 2, {"upper": True}])
+    assert isinstance(wrong, InvalidInput)
+    assert "data.text: must be a text, not 3" in str(wrong)
+
+
+def test_arrays_are_checked_before_they_queue_and_lists_become_arrays(typed: Server) -> None:
+    client = typed.client("image")
+    assert client.run(IMAGE) == [4, 5, 3]
+    assert client.run([[[1, 2, 3]]]) == [1, 1, 3]
+    with pytest.raises(InvalidInput, match=r"the model takes uint8 of shape \[-1, -1, 3\]"):
+        client.run(IMAGE.astype(float))
+
+
+def test_the_fault_of_a_validator_is_the_models(typed: Server) -> None:
+    with pytest.raises(ModelFailed, match="seven"):
+        typed.client("validated").run({"boxes": [{"width": 1}] * 7})
+    assert typed.client("validated").run({"boxes": []}) == {"total": 5}
+
+
+def test_what_is_not_understood_is_not_checked(typed: Server) -> None:
+    assert typed.client("untyped").run("a", {"anything": 1}) == ["str", {"anything": 1}]
+    (line,) = [line for line in typed.log if "model untyped:" in line]
+    assert "WARNING" in line
+    assert "name 'Nobody' is not defined" in line
+    assert not [line for line in typed.log if "WARNING" in line and "untyped" not in line]
+
+
+def test_callers_see_json_schemas(typed: Server) -> None:
+    (info,) = typed.client("boxes").model_info()
+    data, args, answer = (info["schema"][name] for name in ("data", "args", "answer"))
+    assert data["required"] == ["boxes"]
+    assert data["properties"]["boxes"] == {"type": "array", "items": {"$ref": "#/$defs/Box"}}
+    assert data["$defs"]["Box"]["properties"]["inner"]["items"] == {"$ref": "#/$defs/Box"}
+    assert data["properties"]["colour"] == {"enum": ["red", "blue"]}
+    assert args["properties"] == {"top": {"type": "integer", "default": 5}}
+    assert answer["type"] == "array"
+    (info,) = typed.client("validated").model_info()
+    assert info["schema"]["data"]["$defs"]["Box"]["properties"]["width"]["exclusiveMinimum"] == 0
+    assert info["schema"]["answer"]["properties"]["total"]["type"] == "number"
+    (info,) = typed.client("image").model_info()
+    image = {"type": "array", "x-dtype": "uint8", "x-shape": [-1, -1, 3]}
+    assert info["schema"] == {"data": image, "args": {}, "answer": {"type": "array"}}
+    (info,) = typed.client("untyped").model_info()
+    assert info["schema"] == {}
+    assert {model["name"]: model["schema"] for model in get(typed, "/models")["models"]}["image"]["data"] == image
+
+
+def test_open_inference_describes_typed_arrays(typed: Server) -> None:
+    (described,) = get(typed, "/v2/models/image")["inputs"]
+    assert described == {"name": "input", "datatype": "UINT8", "shape": [-1, -1, 3]}
+    found = get(typed, "/v2/models/two_arrays")
+    left = {"name": "left", "datatype": "FP32", "shape": [-1]}
+    assert found["inputs"] == [left, {"name": "right", "datatype": "INT64", "shape": [2, -1]}]
+    assert found["outputs"] == [{"name": "output", "datatype": "FP32", "shape": [-1]}]
+
+
+def get(server: Server, path: str) -> Any:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}{path}", timeout=10) as response:
+        return json.load(response)
