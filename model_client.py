@@ -164,7 +164,8 @@ class _Client(_Calls):
 
         Args:
             model: the model's name; may stay empty for calls that need none.
-            ip: host of the only server (with ``port``; "localhost" and 50000 if just one of them is given).
+            ip: host of the only server (with ``port``; "localhost" and 50000 if just one of them is given), or its
+                whole address, such as "host:port".
             port: see ``ip``.
             addresses: of every server, as a list or separated by commas: "host:port", where the host may be a name that
                 stands for many; "unix:/path"; or one "dns://nameserver/host:port". Without it and ``ip`` and ``port``,
@@ -266,14 +267,13 @@ class ModelClient(_Client):
         Items are taken as places become free, so they may be a camera's frames without end. Each is called by
         ``method`` ("run_image", "run_text", "run", "run_image_to_image"); without it texts by run_text, arrays of two
         or three dimensions, paths and bytes by run_image, all else by run. An error is raised in its item's turn, or,
-        with ``return_exceptions``, yielded. ``progress`` shows a bar on stderr (needs tqdm).
+        with ``return_exceptions``, yielded. ``progress`` shows a bar on stderr (needs tqdm: the extra
+        "progress").
         """
         in_flight = arguments.count("in_flight", in_flight, 1)
         timeout, items = arguments.seconds(timeout), arguments.stream(items)
         if progress:
-            from tqdm.auto import tqdm
-
-            items = tqdm(items, desc=self.model, unit="item")
+            items = arguments.progress(items, self.model)
         ahead = _Calls(self.model, self._transport.ahead)
 
         def start(item: Any) -> Any:
@@ -373,11 +373,14 @@ class AsyncModelClient(_Client):
         method: str | None = None,
         in_flight: int = _IN_FLIGHT,
         return_exceptions: bool = False,
+        progress: bool = False,
         retry: bool = True,
     ) -> AsyncIterator[Any]:
         """One answer an item, in order, as ``ModelClient.map``; the items may come from an async iterator."""
         in_flight = arguments.count("in_flight", in_flight, 1)
         timeout, items = arguments.seconds(timeout), arguments.stream(items)
+        if progress:
+            items = arguments.progress(items, self.model)
 
         def start(item: Any) -> Any:
             return self._run_any(method, item, args, timeout, retry)

@@ -97,9 +97,13 @@ def _conversion(kind: type) -> Callable[[Any], Any]:
 
 
 def _refuse(value: Any) -> Any:
-    names = _named(type(value))
+    kind = type(value)
+    default = "send JSON values, numpy arrays, or a dict of its parts"
+    if hasattr(kind, "__next__"):  # it may never end, and reading it uses it up
+        default = "send list(value)"
+    names = _named(kind)
     advice = (advice for name, advice in _INSTEAD.items() if name in names)
-    raise CannotSerialize(type(value).__name__, next(advice, "send JSON values, numpy arrays, or a dict of its parts"))
+    raise CannotSerialize(kind.__name__, next(advice, default))
 
 
 def _of_tensor(tensor: Any) -> Array:
@@ -206,19 +210,13 @@ _BY_ATTRIBUTE: dict[str, Callable[[Any], Any]] = {
     "__array__": np.asarray,  # TensorFlow, JAX, pandas, xarray, polars
     "__dlpack__": np.from_dlpack,
 }
-_ITERATE = "send list(value)"
 _INSTEAD = {
     "scipy._spbase": "send value.toarray(), or a dict of data, indices, indptr and shape",
     "scipy.spmatrix": "send value.toarray(), or a dict of data, indices, indptr and shape",
-    "builtins.generator": _ITERATE,
-    "builtins.map": _ITERATE,
-    "builtins.filter": _ITERATE,
-    "builtins.zip": _ITERATE,
-    "builtins.enumerate": _ITERATE,
     "builtins.dict_items": "send dict(value) or list(value)",
     "builtins.coroutine": "send what it returns: await value",
     "builtins.async_generator": "send [one async for one in value]",
     "builtins.function": "call it, and send what it returns",
     "builtins.method": "call it, and send what it returns",
 }
-"""What to send in place of values that may be large, used up by reading, or a mistake."""
+"""What to send in place of values that may become large, or are there by mistake."""

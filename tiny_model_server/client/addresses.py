@@ -46,6 +46,10 @@ def _joined(ip: Any, port: Any) -> str:
     host = (ip or "localhost").strip()
     if is_ip(host) and ":" in host:
         host = f"[{host}]"
+    if port is not None and (_ADDRESS.fullmatch(host) or host.startswith(("unix:", "dns://"))):
+        if host.endswith(f":{port}"):
+            return host
+        raise ValueError(f"{host!r} is a whole address; leave out port={port}, or give the host alone")
     if port is None:
         return host if ":" in host and not host.endswith("]") else f"{host}:{_DEFAULT_PORT}"
     return f"{host}:{port}"

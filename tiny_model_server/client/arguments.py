@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Mapping
 from contextlib import suppress
 from numbers import Real
 from reprlib import repr as short
@@ -77,6 +77,15 @@ def stream(items: Any) -> Any:
     if isinstance(items, _ONE) or conversions.is_table(items):
         raise TypeError(f"map takes a list or another iterable of items, not {short(items)}")
     return items
+
+
+def progress(items: Any, name: str) -> Any:
+    """The same items, with a bar on stderr that counts them; ImportError if tqdm is missing."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError("progress=True needs tqdm: pip install 'tiny-model-server[progress]'", name="tqdm") from error
+    return tqdm(aiter(items) if isinstance(items, AsyncIterable) else items, desc=name, unit="item")
 
 
 def seconds(timeout: Any, default: float | None = None, name: str = "timeout") -> Any:
