@@ -152,7 +152,7 @@ WRONG_PLACES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"balancing": ["load"]}, TypeError, "balancing is a text, not a list"),
     ({"tls": "no"}, TypeError, "tls is True or False, not 'no'"),
     ({"model": "a\ud83d"}, ValueError, "half of a surrogate pair"),
-    ({"ip": "localhost:50001", "port": 50002}, ValueError, "'localhost:50001' is a whole address; leave out port=50002"),
+    ({"ip": "localhost:50001", "port": 50002}, ValueError, "is a whole address; leave out port=50002"),
     ({"ip": "[::1]:50001", "port": 50002}, ValueError, "is a whole address"),
     ({"ip": "unix:/tmp/x", "port": 50002}, ValueError, "is a whole address"),
     ({"ip": "http://localhost:50001"}, ValueError, "must be host:port"),
@@ -200,7 +200,9 @@ def test_a_wrong_place_raises_at_once(kind: Any, index: int) -> None:
     ("options", "addresses"),
     [
         ({"ip": "localhost:50001"}, ["localhost:50001"]),
+        ({"ip": "localhost:50001", "port": 50001}, ["localhost:50001"]),
         ({"ip": "[::1]:50001"}, ["[::1]:50001"]),
+        ({"ip": "unix:/tmp/x"}, ["unix:/tmp/x"]),
         ({"ip": "::1", "port": 50001}, ["[::1]:50001"]),
         ({"ip": "[::1]"}, ["[::1]:50000"]),
         ({"ip": "10.0.0.1"}, ["10.0.0.1:50000"]),
@@ -213,6 +215,7 @@ def test_a_wrong_place_raises_at_once(kind: Any, index: int) -> None:
 )
 def test_right_places(options: dict[str, Any], addresses: list[str]) -> None:
     assert ModelClient("m", **options).addresses == addresses
+    assert AsyncModelClient("m", **options).addresses == addresses
 
 
 def test_the_address_as_second_argument_is_the_address(server: Server) -> None:

@@ -136,7 +136,14 @@ def test_map_calls_by_the_kind_of_the_item(server: Server, capfd: pytest.Capture
     assert "3/3" in capfd.readouterr().err
 
 
-def test_asyncio(server: Server) -> None:
+def test_progress_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    for kind in (ModelClient, AsyncModelClient):
+        with pytest.raises(ImportError, match=r"pip install 'tiny-model-server\[progress\]'"):
+            kind("m", "localhost:1").map(["a"], progress=True)
+
+
+def test_asyncio(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
     async def main() -> None:
         async with AsyncModelClient("echo", addresses=[server.address]) as client:
             many = await asyncio.gather(*(client.run(number) for number in range(100)))
@@ -155,6 +162,8 @@ def test_asyncio(server: Server) -> None:
                     yield text
 
             assert [answer async for answer in client.map(frames())] == ["a", "b"]
+            assert [answer async for answer in client.map(frames(), progress=True)] == ["a", "b"]
+            assert [answer async for answer in client.map("xyz".split("y"), progress=True)] == ["x", "z"]
             assert client.stats()["calls"] > 130
         async with AsyncModelClient("tokens", addresses=[server.address]) as client:
             assert repr([token async for token in client.run_stream(3)]) == repr(with_blocking_client)
@@ -171,6 +180,9 @@ def test_asyncio(server: Server) -> None:
         with_blocking_client = list(blocking.run_stream(3))
     assert len(with_blocking_client) == 3
     asyncio.run(main())
+    shown = capfd.readouterr().err
+    assert "echo: 2item" in shown  # of how many is not known
+    assert "2/2" in shown
 
 
 def test_one_async_client_in_two_event_loops(server: Server) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,7 +18,24 @@ from tiny_model_server.shared_memory import Segment
 
 Args = Mapping[str, Any] | None
 """The arguments that a model gets besides its input."""
-Image = Array | str | os.PathLike[str] | bytes
+
+
+class HasArray(Protocol):
+    """A tensor or an array of another library than numpy."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """The array."""
+
+
+class HasArrayInterface(Protocol):
+    """An image of PIL."""
+
+    @property
+    def __array_interface__(self) -> Any:
+        """The array, described."""
+
+
+Image = Array | HasArray | HasArrayInterface | str | os.PathLike[str] | bytes
 """An array HxW or HxWxC of any numeric dtype, the path of an image file, or the bytes of one."""
 Source = Segment | memoryview | None
 """Where the bytes are that are not in the message: shared memory, or the trailing bytes."""
