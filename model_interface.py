@@ -49,7 +49,8 @@ class ModelInterface(ABC):
     """True lets arrays of different shapes or dtypes share a batch."""
     metadata: ClassVar[dict[str, Any]] = {}
     """Facts for callers: "author", "version", "description", "inputs" and "outputs" (lists of {"name", "dtype",
-    "shape"}, -1 for any size). An array that does not fit the only declared input is refused before it queues."""
+    "shape"}, -1 for any size). An array that does not fit the only declared input is refused before it queues. "task":
+    "embeddings" or "chat" lets OpenAI's clients call the model."""
     example: ClassVar[Any] = None
     """An input to run once before the model counts as ready (see ``warmup``)."""
 

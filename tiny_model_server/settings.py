@@ -122,7 +122,9 @@ class Settings:
     socket: str = _env("", str, "path of a unix socket to listen on as well")
     socket_mode: str = _env("0600", _socket_mode, "mode of that socket's file; who can connect counts as local")
     allowed_hosts: tuple[str, ...] = _env((), _names, "more host names that HTTP callers on this host may use; *: any")
-    protocols: tuple[str, ...] = _env(("native", "open_inference"), _names, "protocols that the server speaks")
+    protocols: tuple[str, ...] = _env(
+        ("native", "open_inference", "openai"), _names, "protocols that the server speaks"
+    )
     models_dir: Path = _env(Path("models"), Path, "folder whose subfolders are the models")
     aliases: tuple[tuple[str, str], ...] = _env((), _pairs, "more models, as name=folder: big=net,small=net")
     max_loaded: int = _env(0, _count_or_0, "most models loaded at once: those used last; 0: no limit")

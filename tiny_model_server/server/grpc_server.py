@@ -33,6 +33,8 @@ PROTOCOLS: dict[str, Any] = {
     "nos": nos,
 }
 """The protocols by their names in TMS_PROTOCOLS; each has SCHEMA, SERVICE and handlers(engine)."""
+HTTP_PROTOCOLS = ("openai",)
+"""Those that are spoken on the HTTP port only."""
 
 LIVE_SERVICE = "TinyModelServer"
 """The health name under which the replica serves once every model was loaded or has failed, until it stops."""
@@ -74,9 +76,10 @@ class GrpcServer:
             ],
             interceptors=[admission, *traced],
         )
-        if unknown := set(settings.protocols) - set(PROTOCOLS):
-            raise SettingsError(f"TMS_PROTOCOLS names {', '.join(sorted(unknown))}; there are {', '.join(PROTOCOLS)}")
-        protocols = [PROTOCOLS[name] for name in settings.protocols]
+        known = [*PROTOCOLS, *HTTP_PROTOCOLS]
+        if unknown := set(settings.protocols) - set(known):
+            raise SettingsError(f"TMS_PROTOCOLS names {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+        protocols = [PROTOCOLS[name] for name in settings.protocols if name in PROTOCOLS]
         for protocol in protocols:
             self._bind(protocol.SCHEMA, protocol.SERVICE, protocol.handlers(engine))
         self._server.add_generic_rpc_handlers([self._health.generic_handler()])

@@ -30,13 +30,16 @@ from tiny_model_server import access, codec
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import Cancelled, PermissionDenied, ServerError, Stopping
+from tiny_model_server.protocols import openai_rest
 from tiny_model_server.protocols.open_inference_rest import Rest
+from tiny_model_server.protocols.openai_rest import Chat, OpenAI
 from tiny_model_server.server import events
 from tiny_model_server.server.events import send_events
 from tiny_model_server.server.forms import read_input, view
 from tiny_model_server.settings import Settings
 
 _T = TypeVar("_T")
+_Begin = Callable[[bytearray, Call], Response | AbstractContextManager[Run]]
 _PAGE = Path(__file__).with_name("page.html")
 _STATUS = {
     "INVALID_ARGUMENT": 400,
@@ -49,6 +52,7 @@ _STATUS = {
     "UNAVAILABLE": 503,
     "DEADLINE_EXCEEDED": 504,
 }
+_V1_PATHS = "get /v1/models, or post to /v1/embeddings or /v1/chat/completions, if TMS_PROTOCOLS names openai"
 _PATHS = "get /, /livez, /readyz, /models, /metrics or /v2, or post to /models/NAME/run, load, unload or reload"
 _TIMEOUT_S = 60.0
 _BODY_S = 30.0  # the time for a body at first, and the most that it may have left at any moment
@@ -76,6 +80,8 @@ class Web:
         routes += [Route(f"/models/{{name:path}}/{name}", answer, methods=["POST"]) for name, answer in posts.items()]
         if "open_inference" in settings.protocols:
             routes.append(Route("/v2{rest:path}", self._open_inference, methods=["GET", "POST"]))
+        if "openai" in settings.protocols:
+            routes += self._openai_routes(OpenAI(engine))
         handlers: Any = {HTTPException: _http_error, ServerError: _server_error, Exception: _fault}
         self._app = Starlette(routes=routes, exception_handlers=handlers)
 
@@ -168,26 +174,31 @@ class Web:
     def event_stream(
         self,
         request: Request,
-        begin: Callable[[bytearray, Call], AbstractContextManager[Run]],
+        begin: _Begin,
         convert: Callable[[AsyncIterator[str]], AsyncGenerator[str, None]],
         failed: Callable[[ServerError], str],
     ) -> Any:
         """The response that sends what a model yields as server-sent events; see ``events``.
 
-        ``begin(body, call)`` is called in a thread and returns ``engine.streaming(...)``, to be asked for JSON only.
+        ``begin(body, call)`` is called in a thread and returns ``engine.streaming(...)``, to be asked for JSON only; or
+        the whole response, if the request turns out to ask for no events.
         ``convert`` makes the events of the values' JSON texts, ``failed`` the last one of an error.
         """
 
-        async def send_all(send: Send) -> str:
+        async def send_all(send: Send) -> str | Response:
             async with self._arrived(request, None) as (body, call):
                 with ExitStack() as stack:
-                    run = await self._thread(lambda: stack.enter_context(begin(body, call)))
+                    run = await self._thread(partial(_enter, stack, begin, body, call))
+                    if isinstance(run, Response):
+                        return run
                     async with aclosing(self._engine.stream_values(run)) as values:
                         made = convert(value.text async for value in values)
                         return await send_events(made, failed, send, self._engine.settings.stream_idle_s)
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
             last = await send_all(send)  # after which a caller that reads nothing holds nothing but the last text
+            if isinstance(last, Response):
+                return await last(scope, receive, send)
             await send({"type": "http.response.body", "body": last.encode()})
 
         return respond
@@ -207,6 +218,30 @@ class Web:
             return await self._in_thread(request, answer)
         return answer(b"", _call(request, Future()))
 
+    def _openai_routes(self, api: OpenAI) -> list[Route]:
+        async def models(request: Request) -> Response:
+            self._admit(request)
+            return _json(api.models())
+
+        async def model(request: Request) -> Response:
+            self._admit(request)
+            return _json(await self._thread(lambda: api.model(request.path_params["name"])))
+
+        async def embeddings(request: Request) -> Response:
+            self._admit(request)
+            _check_length(request)
+            return await self._in_thread(request, api.embeddings, None)
+
+        async def chat(request: Request) -> Any:
+            self._admit(request)
+            _check_length(request)
+            completion = Chat(self._engine, api)
+            return self.event_stream(request, completion.begin, completion.events, openai_rest.error_event)
+
+        gets, posts = {"": models, "/{name:path}": model}, {"embeddings": embeddings, "chat": chat}
+        routes = [Route(f"/v1/models{path}", answer) for path, answer in gets.items()]
+        return routes + [Route(openai_rest.PATHS[task], answer, methods=["POST"]) for task, answer in posts.items()]
+
     def _admit(self, request: Request) -> Call:
         """The call of a request; PermissionDenied or Unauthenticated if it may not be answered."""
         self._refuse_other_sites(request)
@@ -217,8 +252,7 @@ class Web:
     def _check_input(self, request: Request, name: str) -> None:
         """Refuses an input before it is read: ModelNotFound, or HTTPException if its length is not known."""
         self._engine.model(name)
-        if not _has_length(request.headers):
-            raise HTTPException(411, "send Content-Length, or the body in chunks")
+        _check_length(request)
 
     def _refuse_other_sites(self, request: Request) -> None:
         """PermissionDenied if another site's page sent this; also a page whose name resolves to this host.
@@ -245,9 +279,11 @@ class Web:
             return False
         return access.address(name) is not None or bool({name, "*"} & self._own_names)
 
-    async def _in_thread(self, request: Request, work: Callable[[bytearray, Call], Response]) -> Response:
+    async def _in_thread(
+        self, request: Request, work: Callable[[bytearray, Call], Response], timeout_s: float | None = _TIMEOUT_S
+    ) -> Response:
         """Runs ``work(body, call)`` in a thread and returns its result. The call ends if the caller disconnects."""
-        async with self._arrived(request, _TIMEOUT_S) as (body, call):
+        async with self._arrived(request, timeout_s) as (body, call):
             return await self._thread(lambda: work(body, call))
 
     async def _thread(self, work: Callable[[], _T]) -> _T:
@@ -305,6 +341,11 @@ class Web:
             budget.give(counted)
 
 
+def _enter(stack: ExitStack, begin: _Begin, body: bytearray, call: Call) -> Response | Run:
+    begun = begin(body, call)
+    return begun if isinstance(begun, Response) else stack.enter_context(begun)
+
+
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
@@ -329,20 +370,38 @@ def _has_length(headers: Mapping[str, str]) -> bool:
     return "content-length" in headers or "transfer-encoding" in headers
 
 
+def _check_length(request: Request) -> None:
+    if not _has_length(request.headers):
+        raise HTTPException(411, "send Content-Length, or the body in chunks")
+
+
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    paths = f"; {_PATHS}" if error.status_code in (404, 405) else ""
+    paths = f"; {_V1_PATHS if _is_openai(request) else _PATHS}" if error.status_code in (404, 405) else ""
     text = f"{error.detail}: {request.method} {request.scope['path']}{paths}"
-    return _json({"error": text}, error.status_code, error.headers)
+    return _error(request, error.status_code, text, None, error.headers)
 
 
 async def _server_error(request: Request, error: ServerError) -> Response:
     wait_ms = getattr(error, "retry_after_ms", None) or 0
     headers = {"Retry-After": str(math.ceil(wait_ms / 1000))} if wait_ms > 0 else None
-    return _json({"error": str(error), "status": error.status}, _STATUS.get(error.status, 500), headers)
+    return _error(request, _STATUS.get(error.status, 500), str(error), error, headers)
 
 
 async def _fault(request: Request, error: Exception) -> Response:
-    return _json({"error": f"a fault in the server: {type(error).__name__}: {error}"}, 500)
+    return await _server_error(request, ServerError(f"a fault in the server: {type(error).__name__}: {error}"))
+
+
+def _error(
+    request: Request, code: int, text: str, error: ServerError | None, headers: Mapping[str, str] | None
+) -> Response:
+    """An error in the form that callers of this path read."""
+    if _is_openai(request):
+        return _json(openai_rest.error(text, error), code, headers)
+    return _json({"error": text} | ({"status": error.status} if error else {}), code, headers)
+
+
+def _is_openai(request: Request) -> bool:
+    return bool(request.scope["path"].startswith("/v1/"))
 
 
 def _json(value: Any, code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
