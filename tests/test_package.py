@@ -1,9 +1,12 @@
 """The package as it is installed: the client alone with little, the server with its extra and its command."""
 
+import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +94,81 @@ def test_the_server(wheel: Path, start_server: Callable[..., Server], tmp_path: 
         assert ran.returncode == 0, ran.stderr
     assert server.client("mine").run_text("x") == "here"
     assert server.stop() == 0
+
+
+def test_what_the_package_brings(wheel: Path, tmp_path: Path) -> None:
+    """The contract, and the folders that new models begin as, though neither is a module."""
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        assert file.read("tiny_model_server/server.proto") == (ROOT / "server.proto").read_bytes()
+    templates = ROOT / "tiny_model_server" / "templates"
+    committed = [path for path in templates.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert {str(path.relative_to(ROOT)) for path in committed} <= set(names)
+
+
+def test_a_folder_of_models_becomes_an_image_without_a_clone(
+    wheel: Path, start_server: Callable[..., Server], tmp_path: Path
+) -> None:
+    """Each step of the Dockerfile, done in a folder and an environment, as test_docker.py needs an engine."""
+    programs = environment(tmp_path / "venv", f"{wheel}[server]")
+    project = tmp_path / "project"
+    (project / "wheels").mkdir(parents=True)
+    shutil.copy(wheel, project / "wheels")
+    for name in ("mine", "own"):
+        made = run(programs / "tiny-model-server", "new", name, cwd=project)
+        assert made.returncode == 0, made.stderr
+        (project / "models" / name / "requirements.txt").write_text("h11\n")
+    (project / "models" / "own" / ".venv").mkdir()
+    command = [programs / "tiny-model-server", "dockerfile", "--wheel", f"wheels/{wheel.name}"]
+    printed = run(*command, cwd=project)
+    assert printed.returncode == 0, printed.stderr
+    image = Image(tmp_path / "image", project)
+    image.build(printed.stdout)
+    assert image.user == "10001"
+    server = start_server(image.app / "models", command=[image.programs / image.command[0], *image.command[1:]],
+                          cwd=image.app)  # fmt: skip
+    assert [server.client(name).run_text("a b") for name in ("mine", "own")] == [{"words": 2}] * 2
+    assert "python:3." in printed.stdout
+    released = run(programs / "tiny-model-server", "dockerfile", cwd=project).stdout
+    assert f'RUN pip install "tiny-model-server[server]=={tiny_model_server.__version__}"\n' in released
+    assert "@" not in released
+
+
+class Image:
+    """What a Dockerfile makes, below a folder: its /app, and an environment in the place of the image's Python."""
+
+    def __init__(self, root: Path, context: Path) -> None:
+        self.app, self.user, self.command = root / "app", "", [""]
+        self._root, self._context = root, context
+        self.programs = environment(root / "python")
+        (root / "tmp").mkdir()
+        self.app.mkdir()
+        pip = self.programs / "pip"
+        pip.write_text(f'#!/bin/sh\nexec {shlex.join(UV)} pip "$@" --quiet --python {self.programs / "python"}\n')
+        pip.chmod(0o755)
+
+    def build(self, text: str) -> None:
+        for line in text.splitlines():
+            step, _, rest = line.partition(" ")
+            if step == "COPY":
+                self._copy(*json.loads(rest))
+            elif step == "RUN" and not rest.startswith("useradd"):
+                self._run(rest.replace("/tmp/", f"{self._root}/tmp/"))
+            elif step == "USER":
+                self.user = rest
+            elif step == "CMD":
+                self.command = json.loads(rest)
+
+    def _copy(self, source: str, target: str) -> None:
+        place = self._root / target[1:] if target.startswith("/") else self.app / target
+        if source.endswith("/"):
+            shutil.copytree(self._context / source, place, symlinks=True)
+        else:
+            shutil.copy(self._context / source, place)
+
+    def _run(self, command: str) -> None:
+        env = os.environ | {"PATH": f"{self.programs}{os.pathsep}{os.environ['PATH']}", "TORCH_INDEX": ""}
+        subprocess.run(["sh", "-ec", command], cwd=self.app, env=env, check=True, timeout=280)
 
 
 def test_the_licence_is_apache() -> None:

@@ -3,7 +3,9 @@
 import logging
 import os
 import threading
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import watchfiles
 
@@ -42,21 +44,31 @@ def _watch(engine: Engine, folder: Path, stop: threading.Event) -> None:
     )
     for changed in changes:
         paths = {Path(path) for _, path in changed} - {here}
-        for model in sorted({here / path.relative_to(here).parts[0] for path in paths}):
-            _reload(engine, model)
+        _follow(engine, {here / path.relative_to(here).parts[0] for path in paths})
         if not os.path.samestat(folder.stat(), watched):
             log.warning("%s was replaced by another folder", folder)
             return
 
 
-def _reload(engine: Engine, model: Path) -> None:
-    name = model.name
+def _follow(engine: Engine, changed: set[Path]) -> None:
+    """Reloads the models in these folders; all that are loaded, if one of the folders holds code that models share."""
+    shared = {folder for folder in changed if folder.name.startswith("_")}
+    names = {folder.name for folder in changed - shared if (folder / "__init__.py").is_file()}
+    if shared:
+        log.info("code that models share changed: %s", ", ".join(sorted(folder.name for folder in shared)))
+        names |= {model.name for model in engine.models() if model.wanted}
+    for name in sorted(names):
+        log.info("model %s changed", name)
+        _attempt(engine, name, engine.reload(name))
+    gone = {folder.name for folder in changed if not folder.exists()}
+    for model in engine.models():
+        if model.name in gone and model.state is State.FAILED:
+            log.info("model %s, which could not be loaded, has gone", model.name)
+            _attempt(engine, model.name, engine.forget(model.name, 0))
+
+
+def _attempt(engine: Engine, name: str, change: Coroutine[Any, Any, Any]) -> None:
     try:
-        if (model / "__init__.py").is_file():
-            log.info("model %s changed", name)
-            engine.wait(engine.reload(name))
-        elif not model.exists() and any(one.name == name and one.state is State.FAILED for one in engine.models()):
-            log.info("model %s, which could not be loaded, has gone", name)
-            engine.wait(engine.forget(name, 0))
+        engine.wait(change)
     except Exception as error:  # of this model alone
         log.error("model %r could not be reloaded: %s", name, error)

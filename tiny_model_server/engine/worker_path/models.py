@@ -1,6 +1,7 @@
 """The package ``models`` of a worker and of the processes that its model starts: it finds the worker's model.
 
 The folder of the model may have any name, and its alias another one. The modules in it are found by their folder.
+Folders beside it that begin with "_" hold code that models share.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class _Loader(SourceFileLoader):
 class _Finder:
     @staticmethod
     def find_spec(fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if not f"{fullname}.".startswith(f"models.{_name}."):
+        if not f"{fullname}.".startswith((f"models.{_name}.", "models._")):
             return None
         if fullname != f"models.{_name}":
             spec = PathFinder.find_spec(fullname, path, target)
