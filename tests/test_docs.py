@@ -24,7 +24,7 @@ from tests.test_security import Certificates
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^( *)```(\w+)\n(.*?)^\1```$", re.M | re.S)
 FILE = re.compile(r"`(models/\w+/__init__\.py)`")
-SERVE = "python server.py"
+SERVE = re.compile(r"((?:TMS_\w+=\S+ )*)(?:python server\.py|tiny-model-server)((?: serve| --).*)?")
 ELSEWHERE = {  # commands that need an engine, a cluster or a network, and the test that runs them
     "make docker": "test_docker.py: the same build, without torch",
     "make docker DOCKER_FLAGS='--build-arg TORCH_INDEX='": "test_docker.py: built with these flags",
@@ -38,6 +38,10 @@ ELSEWHERE = {  # commands that need an engine, a cluster or a network, and the t
     "make run": "what a new clone is tried with",
     "make run TORCH_INDEX=https://download.pytorch.org/whl/cpu": "the same; that index is not to be had here",
     "make test": "CI",
+    "pip install tiny-model-server": "test_package.py: test_the_client_alone",
+    "pip install 'tiny-model-server[server]'": "test_package.py: test_the_server",
+    "docker build -t my-models .": "test_package.py: each step of the Dockerfile",
+    "docker run --rm --init -p 50000:50000 -p 8080:8080 my-models": "the same",
 }
 APPLICATION = "from model_client import ModelClient\nassert ModelClient('example').run_text('a b') == {'words': 2}\n"
 
@@ -48,7 +52,7 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.server: subprocess.Popen[bytes] | None = None
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.env = {name: value for name, value in os.environ.items() if not name.startswith("TMS_")}
         self.env |= {"PATH": path, "PYTHONPATH": str(folder), "VENV": sys.prefix, "TMS_HOST": "127.0.0.1"}
         self.env["TMS_DRAIN_DELAY_S"] = "0"  # the pages stop servers often
@@ -61,7 +65,7 @@ class Reader:
             if kind == "sh":
                 for line in text.splitlines():
                     self.command(re.sub(r"\s+#.*", "", line).strip())
-            elif "class Model(" in text:
+            elif "class Model(" in text or FILE.search(page[: block.start()][-80:]):
                 file = self.folder / FILE.findall(page[: block.start()])[-1]
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(text)
@@ -70,9 +74,8 @@ class Reader:
                 self.run([sys.executable, "-W", "error", "-c", text])
 
     def command(self, line: str) -> None:
-        before, serves, flags = line.partition(SERVE)
-        if serves and (not flags or flags.startswith((" serve", " --"))):
-            self.serve(*flags.split(), **dict(setting.split("=") for setting in before.split()))
+        if found := SERVE.fullmatch(line):
+            self.serve(*(found[2] or "").split(), **dict(setting.split("=") for setting in found[1].split()))
         elif line.startswith(("npm", "node")) and not shutil.which("npm"):
             pass  # test_node.py reports that it is missing
         elif line not in ELSEWHERE:
@@ -116,6 +119,10 @@ def reader(folder: Path) -> Iterator[Reader]:
     cv2.imwrite(str(folder / "cat.jpg"), np.full((48, 64, 3), 90, np.uint8))
     Certificates(folder).issue("server", "localhost")
     (folder / "application.py").write_text(APPLICATION)
+    command = folder / "bin" / "tiny-model-server"  # as pip installs it
+    command.parent.mkdir()
+    command.write_text(f'#!/bin/sh\nexec {sys.executable} -m tiny_model_server "$@"\n')
+    command.chmod(0o755)
     made = Reader(folder)
     try:
         yield made
