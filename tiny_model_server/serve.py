@@ -47,7 +47,7 @@ async def _serve(engine: Engine, settings: Settings) -> int:
     grpc_server = GrpcServer(engine, settings)
     http = None
     if settings.http_port is not None:
-        http = HttpServer(Web(engine, settings), settings, engine.inflight.limit // 2)
+        http = HttpServer(Web(engine, settings, grpc_server.port), settings, engine.inflight.limit // 2)
     engine.access.ports = frozenset([grpc_server.port, *([http.port] if http else [])])
     local = _open_local(engine, settings, grpc_server)
 

@@ -3,6 +3,7 @@
 import logging
 import time
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
@@ -20,6 +21,7 @@ _WINDOW_S = 3
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _NOT_THE_SERVERS_FAULT = {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "CANCELLED", "PERMISSION_DENIED"}  # of gRPC's names
 _REPORT_AGE_S = 0.1
+_RECENT_S, _MAX_RECENT = 10, 1024  # the calls of which percentiles are made
 _UNKNOWN_UTILIZATION = 0.001  # if only errors were answered; then their share decides
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _FAMILIES: dict[str, tuple[Any, str]] = {  # each is a number, or a function that returns one, of ModelMetrics
@@ -120,6 +122,9 @@ class ModelMetrics:
         self.wanted: Callable[[], bool] = lambda: False
         self._busy, self._answers, self._errors = _Window(), _Window(), _Window()
         self._report = (0.0, b"")
+        self._recent: deque[tuple[float, float]] = deque(
+            maxlen=_MAX_RECENT
+        )  # when calls were answered, and in how long
         self._slots = 1
         self.places = 1
         """Items that are at work at once when every slot has a full batch."""
@@ -144,6 +149,7 @@ class ModelMetrics:
             self.requests[status] = self.requests.get(status, 0) + 1
             self.request_seconds.observe(now - since)
         self.in_flight -= len(statuses)
+        self._recent.append((now, now - since))
         self._answers.add(int(now), len(statuses))
         if errors:
             self._errors.add(int(now), errors)
@@ -174,6 +180,24 @@ class ModelMetrics:
         """The part of the last whole seconds that the workers were busy with batches that have ended."""
         now = int(time.monotonic())
         return min(1.0, self._busy.total(now - _WINDOW_S, now) / (_WINDOW_S * self._slots))
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the page shows. Percentiles are of the calls of the last 10 s, and None if there was none."""
+        now = time.monotonic()
+        recent = sorted(seconds for answered, seconds in self._recent.copy() if now - answered < _RECENT_S)
+        p50, p95 = (1000 * recent[int(part * (len(recent) - 1))] if recent else None for part in (0.5, 0.95))
+        answered = sum(list(self.requests.values()))
+        (*_, (_, batches)), items = self.batch_size()
+        return {
+            "answered": answered,
+            "failed": answered - self.requests["OK"],
+            "p50_ms": p50,
+            "p95_ms": p95,
+            "batches": batches,
+            "items": items,
+            "queue_depth": self.queue_depth(),
+            "busy": self.busy_fraction(),
+        }
 
     @property
     def capacity(self) -> float:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from tiny_model_server import json_arrays
 from tiny_model_server.engine.batcher import Batcher
 from tiny_model_server.engine.metrics import Metrics, ModelMetrics
 from tiny_model_server.engine.pool import Pool, resident_memory
@@ -158,7 +159,7 @@ class ServedModel:
         return sum(map(resident_memory, self.pids))
 
     def describe(self) -> dict[str, Any]:
-        """Facts about the model, by the names of the contract's ModelInfo."""
+        """Facts about the model, by the names of the contract's ModelInfo; its example, as JSON, is for HTTP alone."""
         loaded = self.loaded
         return {
             "name": self.name,
@@ -169,6 +170,7 @@ class ServedModel:
             "queue_depth": self.batcher.depth,
             "input_shape": loaded.input_shape if loaded else None,
             "metadata": loaded.metadata if loaded else {},
+            "example": json_arrays.example(loaded.example) if loaded else None,
             "stages": self.stages,
             "schema": loaded.schema if loaded else {},
         }

@@ -266,7 +266,7 @@ def _json(value: Any) -> dict[str, Any]:
 
 
 def _info(model: ServedModel) -> dict[str, Any]:
-    facts = model.describe()
+    facts = {name: fact for name, fact in model.describe().items() if name != "example"}
     return facts | {name: json.dumps(facts[name]) for name in ("input_shape", "metadata", "schema")}
 
 

@@ -1,15 +1,12 @@
-"""Reads the input of an HTTP call from a form or another body, and prepares answers for the page."""
+"""Reads the input of an HTTP call from a form or another body."""
 
-import base64
 from collections.abc import Iterable, Iterator
 from email import message_from_bytes
 from email.message import Message
 from typing import Any
 from urllib.parse import parse_qsl
 
-import numpy as np
-
-from tiny_model_server import codec, image_files
+from tiny_model_server import codec, json_arrays
 from tiny_model_server.codec import Buffer, EncodedImage
 from tiny_model_server.errors import InvalidInput
 
@@ -20,7 +17,6 @@ _EXPECTED = (
     "send one of image (a file), text or data (JSON), and args (a JSON object) if needed, as a form; "
     "or a body of type image/*, text/plain or application/json"
 )
-_MAX_SHOWN_ITEMS = 32  # items of an array that the page shows as they are
 
 
 def read_input(content_type: str, body: bytearray) -> tuple[Any, dict[str, Any]]:
@@ -38,7 +34,7 @@ def read_input(content_type: str, body: bytearray) -> tuple[Any, dict[str, Any]]
     name, content = fields.popitem()
     if name == "image":
         return EncodedImage(content), args
-    return _text(content) if name == "text" else codec.parse_json(_text(content)), args
+    return _text(content) if name == "text" else json_arrays.parse(_text(content)), args
 
 
 def _fields(content_type: str, body: bytearray) -> Iterable[tuple[str, Buffer]]:
@@ -84,24 +80,3 @@ def _text(data: Buffer) -> str:
         return str(data, "utf-8")
     except UnicodeDecodeError:
         raise InvalidInput("text must be UTF-8") from None
-
-
-def view(value: Any) -> Any:
-    """An answer as the page shows it: of large arrays some facts, and a PNG image if they can be one."""
-    if isinstance(value, dict):
-        return {key: view(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [view(item) for item in value]
-    if isinstance(value, bytes):
-        return f"{len(value)} bytes"
-    return _summary(value) if isinstance(value, np.ndarray) and value.size > _MAX_SHOWN_ITEMS else value
-
-
-def _summary(array: codec.Array) -> dict[str, Any]:
-    facts: dict[str, Any] = {"array": f"{codec.dtype_name(array.dtype)} {'x'.join(map(str, array.shape))}"}
-    if array.dtype.kind in "biuf":
-        with np.errstate(all="ignore"):
-            facts |= {"min": np.nanmin(array), "max": np.nanmax(array), "mean": np.nanmean(array)}
-        if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3)):
-            facts["png"] = f"data:image/png;base64,{base64.b64encode(image_files.image_file(array)).decode()}"
-    return facts

@@ -27,6 +27,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from tiny_model_server import access, codec
+from tiny_model_server.codec import Encoded
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import Cancelled, PermissionDenied, ServerError, Stopping
@@ -35,12 +36,14 @@ from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.protocols.openai_rest import Chat, OpenAI
 from tiny_model_server.server import events
 from tiny_model_server.server.events import send_events
-from tiny_model_server.server.forms import read_input, view
+from tiny_model_server.server.forms import read_input
+from tiny_model_server.server.view import view
 from tiny_model_server.settings import Settings
 
 _T = TypeVar("_T")
 _Begin = Callable[[bytearray, Call], Response | AbstractContextManager[Run]]
-_PAGE = Path(__file__).with_name("page.html")
+_PAGE = Path(__file__).with_name("page")
+_PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _STATUS = {
     "INVALID_ARGUMENT": 400,
     "UNAUTHENTICATED": 401,
@@ -61,19 +64,20 @@ _DRAIN_S = 2.0  # time to read and drop the rest of a body
 _SPARE_THREADS = 8  # beyond what the engine admits: some are always left for refusals and for changing models
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
 }
 
 
 class Web:
     """Answers GET /, /livez, /readyz, /models and /metrics, POST /models/NAME/ACTION, and /v2 (Open Inference)."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, settings: Settings, grpc_port: int = 0) -> None:
+        self._engine, self._grpc_port = engine, grpc_port
         self._own_names = {"localhost", socket.gethostname().lower(), *map(str.lower, settings.allowed_hosts)}
         self._rest = Rest(engine)
         self._threads = ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="http")
         gets = {"/": self._page, "/livez": self._live, "/readyz": self._ready, "/models": self._models}
+        gets |= {"/page/{file}": self._page, "/stats": self._stats}
         posts: dict[str, Any] = {name: partial(self._change, name) for name in ("load", "unload", "reload")}
         posts["run"] = self._run
         routes = [Route(path, answer) for path, answer in (gets | {"/metrics": self._metrics}).items()]
@@ -128,7 +132,11 @@ class Web:
 
     async def _page(self, request: Request) -> Response:
         self._refuse_other_sites(request)
-        return Response(_PAGE.read_bytes(), media_type="text/html; charset=utf-8")
+        path = _PAGE / request.path_params.get("file", "index.html")
+        if path not in set(_PAGE.iterdir()):
+            raise HTTPException(404)
+        media_type = f"{_PAGE_TYPES[path.suffix]}; charset=utf-8"
+        return Response(path.read_bytes(), headers={"Cache-Control": "no-cache"}, media_type=media_type)
 
     async def _metrics(self, request: Request) -> Response:
         self._refuse_other_sites(request)
@@ -139,6 +147,16 @@ class Web:
         self._admit(request)
         models = await asyncio.to_thread(lambda: [model.describe() for model in self._engine.models()])
         return _json({"models": models})
+
+    async def _stats(self, request: Request) -> Response:
+        """Each model's state, and numbers of it, some of them counted since the start."""
+        self._admit(request)
+        states = [
+            {"name": one.name, "state": one.state, "reason": one.reason, "worker_pids": one.pids}
+            | one.metrics.snapshot()
+            for one in self._engine.models()
+        ]
+        return _json({"models": states, "grpc_port": self._grpc_port})
 
     async def _change(self, action: str, request: Request) -> Response:
         self._engine.access.authorize(self._admit(request))
@@ -159,17 +177,18 @@ class Web:
             if "view" not in request.query_params:
                 answer = self._engine.run(name, codec.encode(data), args, call, json_only=True)
                 return Response(answer.text + "\n", media_type="application/json")
-            value = codec.decode(self._engine.run(name, codec.encode(data), args, call))
-            return _json({"ms": 1000 * (time.monotonic() - begun), "answer": view(value)})
+            answer = self._engine.run(name, codec.encode(data), args, call)
+            return _json({"ms": 1000 * (time.monotonic() - begun), "answer": view(codec.decode(answer))})
 
         return await self._in_thread(request, run)
 
     def _stream(self, request: Request, name: str, content_type: str) -> Any:
         def begin(body: bytearray, call: Call) -> AbstractContextManager[Run]:
             data, args = read_input(content_type, body)
-            return self._engine.streaming(name, codec.encode(data), args, call, json_only=True)
+            return self._engine.streaming(name, codec.encode(data), args, call, json_only=text is None)
 
-        return self.event_stream(request, begin, events.value_events, events.error_event)
+        text = _view_text if "view" in request.query_params else None
+        return self.event_stream(request, begin, events.value_events, events.error_event, text)
 
     def event_stream(
         self,
@@ -177,12 +196,13 @@ class Web:
         begin: _Begin,
         convert: Callable[[AsyncIterator[str]], AsyncGenerator[str, None]],
         failed: Callable[[ServerError], str],
+        text: Callable[[Encoded], str] | None = None,
     ) -> Any:
         """The response that sends what a model yields as server-sent events; see ``events``.
 
-        ``begin(body, call)`` is called in a thread and returns ``engine.streaming(...)``, to be asked for JSON only; or
-        the whole response, if the request turns out to ask for no events.
-        ``convert`` makes the events of the values' JSON texts, ``failed`` the last one of an error.
+        ``begin(body, call)`` is called in a thread and returns ``engine.streaming(...)``, to be asked for JSON only
+        unless ``text`` makes JSON of the values, in a thread; or the whole response, if the request turns out to ask
+        for no events. ``convert`` makes the events of the values' JSON texts, ``failed`` the last one of an error.
         """
 
         async def send_all(send: Send) -> str | Response:
@@ -192,7 +212,7 @@ class Web:
                     if isinstance(run, Response):
                         return run
                     async with aclosing(self._engine.stream_values(run)) as values:
-                        made = convert(value.text async for value in values)
+                        made = convert(self._texts(values, text))
                         return await send_events(made, failed, send, self._engine.settings.stream_idle_s)
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
@@ -202,6 +222,12 @@ class Web:
             await send({"type": "http.response.body", "body": last.encode()})
 
         return respond
+
+    async def _texts(
+        self, values: AsyncIterator[Encoded], text: Callable[[Encoded], str] | None
+    ) -> AsyncGenerator[str, None]:
+        async for value in values:
+            yield value.text if text is None else await self._thread(partial(text, value))
 
     async def _open_inference(self, request: Request) -> Response:
         method, fields = self._rest.find("POST" if request.method == "POST" else "GET", request.scope["path"])
@@ -402,6 +428,10 @@ def _error(
 
 def _is_openai(request: Request) -> bool:
     return bool(request.scope["path"].startswith("/v1/"))
+
+
+def _view_text(value: Encoded) -> str:
+    return codec.json_only(view(codec.decode(value)))
 
 
 def _json(value: Any, code: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,0 +1,58 @@
+// Arrays with a dtype as the server writes them in JSON, {"$array": {"dtype", "shape", "data"}}, and images made of them.
+
+const BYTES = {
+  bool: [Uint8Array], uint8: [Uint8Array], uint16: [Uint16Array], uint32: [Uint32Array], uint64: [BigUint64Array, BigInt],
+  int8: [Int8Array], int16: [Int16Array], int32: [Int32Array], int64: [BigInt64Array, BigInt],
+  float32: [Float32Array], float64: [Float64Array],
+};
+
+export const isArray = value => Boolean(value?.$array && typeof value.$array === "object" && Object.keys(value).length === 1);
+
+export function shapeOf(data) {
+  return Array.isArray(data) ? [data.length, ...(data.length ? shapeOf(data[0]) : [])] : [];
+}
+
+export const shape = array => array.$array.shape ?? shapeOf(array.$array.data);
+
+/** The elements in C order; zeros if there are none. */
+export function elements(array) {
+  const { data } = array.$array, count = shape(array).reduce((product, size) => product * size, 1);
+  return data === undefined ? new Array(count).fill(0) : [data].flat(Infinity);
+}
+
+/** The value with the data of every array in it, as the server wants it. */
+export function complete(value) {
+  if (isArray(value)) return value.$array.data !== undefined ? value : { $array: { ...value.$array, shape: shape(value), data: elements(value) } };
+  if (Array.isArray(value)) return value.map(complete);
+  if (!value || typeof value !== "object") return value;
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, complete(item)]));
+}
+
+/** The bytes of an array, little-endian, in base64. */
+export function base64(array) {
+  const [kind, convert = Number] = BYTES[array.$array.dtype] ?? [];
+  if (!kind) throw new Error(`no bytes for an array of ${array.$array.dtype}`);
+  const bytes = new Uint8Array(kind.from(elements(array), convert).buffer);
+  return btoa(Array.from(bytes, byte => String.fromCharCode(byte)).join(""));
+}
+
+/** Whether an array is an image: HxW or HxWx3 of uint8. */
+export function isImage(value) {
+  if (!isArray(value) || value.$array.dtype !== "uint8") return false;
+  const sizes = shape(value);
+  return sizes.length === 2 || (sizes.length === 3 && [1, 3].includes(sizes[2]));
+}
+
+/** A PNG file of an image. */
+export function png(array, name) {
+  const [height, width, channels = 1] = shape(array), values = elements(array);
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [width, height];
+  const context = canvas.getContext("2d"), pixels = context.createImageData(width, height);
+  for (let at = 0; at < width * height; at++) {
+    for (let channel = 0; channel < 3; channel++) pixels.data[4 * at + channel] = values[at * channels + (channels === 1 ? 0 : channel)];
+    pixels.data[4 * at + 3] = 255;
+  }
+  context.putImageData(pixels, 0, 0);
+  return new Promise(resolve => canvas.toBlob(blob => resolve(new File([blob], name, { type: "image/png" })), "image/png"));
+}

@@ -1,0 +1,149 @@
+// What a model is to be run on: a form, an image, a text or JSON, and its args.
+
+import { complete, isImage, png } from "./arrays.js";
+import { photo } from "./camera.js";
+import { h } from "./dom.js";
+import { Form, hasForm, parseJson, resolve } from "./form.js";
+
+const KINDS = { form: "Form", image: "Image", text: "Text", json: "JSON" };
+const canPhotograph = Boolean(navigator.mediaDevices?.getUserMedia);
+
+export class Input {
+  constructor(changed) {
+    this.changed = changed;
+    this.kind = "text";
+    this.file = null;
+    this.touched = false;
+    this.known = "";
+    this.tabs = Object.entries(KINDS).map(([kind, text]) => h("button", { type: "button", class: "chip", "data-kind": kind,
+      click: () => { this.touched = true; this.show(kind); } }, text));
+    this.text = h("textarea", { rows: 4, "aria-label": "Text", "data-input": "text" });
+    this.json = h("textarea", { rows: 6, class: "code", "aria-label": "JSON", "data-input": "json", spellcheck: "false", placeholder: '{"key": [1, 2, 3]}' });
+    this.args = h("textarea", { rows: 1, class: "code", placeholder: "{}", "data-input": "args", spellcheck: "false" });
+    this.form = this.argsForm = null;
+    this.bodies = { form: h("div"), image: this.buildImage(), text: this.text, json: this.json };
+    this.argsBody = h("div");
+    this.element = h("div", { input: () => { this.touched = true; this.changed(); } },
+      h("div", { class: "row", role: "group", "aria-label": "Kind of input" }, h("h3", {}, "Input"), ...this.tabs),
+      ...Object.values(this.bodies), this.argsBody);
+    this.showArgs();
+    this.show("text");
+  }
+
+  buildImage() {
+    const choose = h("input", { type: "file", accept: "image/*", hidden: true, "data-input": "file",
+      change: () => { if (choose.files[0]) this.take(choose.files[0]); choose.value = ""; } });
+    this.preview = h("img", { alt: "The image that is sent", hidden: true });
+    this.caption = h("span", { class: "muted" }, "Drop, paste or choose an image");
+    const over = isOver => event => { event.preventDefault(); drop.classList.toggle("over", isOver); };
+    const drop = h("div", { class: "drop", dragover: over(true), dragleave: over(false), drop: event => {
+      over(false)(event);
+      if (event.dataTransfer.files[0]) this.take(event.dataTransfer.files[0]);
+    } }, this.preview, this.caption, choose, h("div", { class: "row" },
+      h("button", { type: "button", class: "quiet", click: () => choose.click() }, "Choose a file…"),
+      canPhotograph ? h("button", { type: "button", class: "quiet", "data-input": "camera", click: () => this.photograph() }, "Camera…") : null));
+    return drop;
+  }
+
+  async photograph() {
+    const file = await photo();
+    if (file) this.take(file);
+  }
+
+  paste(event) {
+    const file = [...event.clipboardData?.files ?? []].find(one => one.type.startsWith("image/"));
+    if (!file) return;
+    event.preventDefault();
+    this.take(file);
+  }
+
+  /** Takes an image as the input. */
+  take(file, note = "") {
+    this.touched ||= !note;
+    this.file = file;
+    URL.revokeObjectURL(this.preview.src);
+    this.preview.src = URL.createObjectURL(file);
+    this.preview.hidden = false;
+    this.preview.onload = () => {
+      this.preview.classList.toggle("tiny", this.preview.naturalWidth < 64);
+      this.caption.textContent = `${note || file.name} · ${this.preview.naturalWidth}×${this.preview.naturalHeight}`;
+    };
+    this.preview.onerror = () => { this.caption.textContent = `${file.name}: the browser cannot show it`; };
+    this.show("image");
+  }
+
+  /** Begins with the model's own example; what somebody has entered stays. */
+  prefill({ schema, example, input_shape }) {
+    const known = JSON.stringify([schema, example, input_shape]);
+    if (this.touched || known === this.known) return;
+    this.known = known;
+    const data = schema?.data ? resolve(schema.data, schema.data) : {};
+    this.form = hasForm(schema?.data) ? new Form(schema.data, example) : null;
+    this.bodies.form.replaceChildren(...(this.form ? [this.form.element] : []));
+    this.argsForm = hasForm(schema?.args) ? new Form(schema.args) : null;
+    this.showArgs();
+    if (typeof example === "string") this.text.value = example;
+    else if (example !== null && example !== undefined) this.json.value = JSON.stringify(example);
+    if (isImage(example)) png(example, "example.png").then(file => { if (!this.touched) this.take(file, "the model's example"); });
+    this.show(this.form ? "form" : kindOf(data, example, input_shape));
+  }
+
+  showArgs() {
+    const label = this.argsForm ? h("fieldset", {}, h("legend", {}, "Args"), this.argsForm.element)
+      : h("label", {}, h("span", { class: "field" }, "Args ", h("span", { class: "muted" }, "a JSON object")), this.args);
+    this.argsBody.replaceChildren(label);
+  }
+
+  show(kind) {
+    if (kind === "json" && this.kind === "form") this.keep(() => { this.json.value = JSON.stringify(this.form.read(), null, 1); });
+    this.kind = kind;
+    for (const [name, body] of Object.entries(this.bodies)) body.hidden = name !== kind;
+    for (const tab of this.tabs) {
+      tab.hidden = tab.dataset.kind === "form" && !this.form;
+      tab.setAttribute("aria-pressed", String(tab.dataset.kind === kind));
+    }
+    this.changed();
+  }
+
+  keep(change) {
+    try {
+      change();
+    } catch { /* what is incomplete stays in its form */ }
+  }
+
+  /** What is to be sent. An Error says what is missing or wrong; a sketch may lack its image. */
+  read(isSketch = false) {
+    const args = this.argsForm ? this.argsForm.read() : readArgs(this.args.value);
+    if (this.kind === "image") {
+      if (!this.file && !isSketch) throw new Error("choose an image first");
+      return content("image", this.file ?? { name: "image.jpg" }, args);
+    }
+    if (this.kind === "text") return content("text", this.text.value, args);
+    return content("data", this.kind === "form" ? this.form.read() : parseJson(this.json.value || "null"), args);
+  }
+}
+
+function content(kind, value, args) {
+  return { kind, value, args, body: () => {
+    const body = new FormData();
+    body.append(kind, kind === "data" ? JSON.stringify(complete(value)) : value);
+    if (Object.keys(args).length) body.append("args", JSON.stringify(args));
+    return body;
+  } };
+}
+
+function readArgs(text) {
+  const args = text.trim() ? parseJson(text) : {};
+  if (typeof args !== "object" || args === null || Array.isArray(args)) throw new Error('args must be a JSON object, such as {"top": 3}');
+  return args;
+}
+
+function kindOf(data, example, inputShape) {
+  if (isImage(example)) return "image";
+  if (typeof example === "string" || data.type === "string") return "text";
+  if (example !== null && example !== undefined) return "json";
+  if (data.type && data.type !== "array") return "json";
+  const sizes = data["x-shape"] ?? inputShape ?? [];
+  if (sizes.length === 2 || (sizes.length === 3 && [1, 3].includes(sizes[2]))) return "image";
+  return data.type === "array" ? "json" : "text";
+}
