@@ -1,25 +1,21 @@
-"""The HTTP port: a plain POST, who may do what on it, and the page in a real browser."""
+"""The HTTP port: a plain POST, who may do what on it, and what the page asks for."""
 
 import http.client
 import json
-import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from selenium import webdriver
-from selenium.webdriver.common.by import By
-from selenium.webdriver.remote.webdriver import WebDriver
 
-from tests.conftest import ROOT, Server, wait_for
+from tests.conftest import ROOT, Server
 from tests.test_faults import write_model
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+PAGE = ROOT / "tiny_model_server" / "server" / "page"
 StartServer = Callable[..., Server]
 
 
@@ -137,137 +133,136 @@ def test_other_sites_pages_may_not(server: Server) -> None:
         assert post(server, path, b"x", Origin=f"http://{here}", Sec_Fetch_Site="same-origin")[0] == 200
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[WebDriver]:
-    if not (CHROMIUM and DRIVER):
-        pytest.skip("not installed here: chromium and chromedriver (Debian's chromium, chromium-driver)")
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+def get(server: Server, path: str, token: str = "") -> tuple[int, bytes]:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"http://127.0.0.1:{server.http_port}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
 
 
-@pytest.fixture
-def page(browser: WebDriver, start_server: StartServer, tmp_path: Path) -> tuple[WebDriver, Server]:
-    models = tmp_path / "models"
-    shutil.copytree(ROOT / "models" / "edges", models / "edges")
-    shutil.copytree(ROOT / "models" / "example", models / "example")
-    write_model(
-        models, "finder", "    def run(self, data, args):\n        return [{'box': [2, 2, 20, 12], 'text': 'a'}]"
-    )
-    body = "    run = None\n    def __init__(self):\n        raise RuntimeError('<b>no weights</b>')"
-    write_model(models, "broken", body)
-    server = start_server(models, ready=False)
-    server.wait_for_log("serving 3 models")
-    browser.set_window_size(1200, 900)
-    browser.get("about:blank")
-    browser.get(f"http://127.0.0.1:{server.http_port}/")
-    return browser, server
-
-
-def shot(browser: WebDriver, name: str) -> None:
-    (ROOT / "build").mkdir(exist_ok=True)
-    browser.save_screenshot(str(ROOT / "build" / f"{name}.png"))
-
-
-def choose(browser: WebDriver, model: str) -> None:
-    row = wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, f"tr[data-name={model}]"), f"{model}'s row")
-    row[0].click()
-    wait_for(lambda: browser.find_element(By.ID, "name").text.startswith(model), "the choice")
-
-
-def text_of(browser: WebDriver, element: str) -> str:
-    return str(browser.find_element(By.ID, element).text)
-
-
-def test_the_page(page: tuple[WebDriver, Server], png: bytes, tmp_path: Path) -> None:
-    browser, server = page
-    photo = tmp_path / "photo.png"
-    drawing = np.full((120, 200, 3), 255, np.uint8)
-    cv2.circle(drawing, (100, 60), 40, (0, 0, 200), -1)
-    cv2.imwrite(str(photo), drawing)
-
-    choose(browser, "example")
-    browser.find_element(By.ID, "text").send_keys("three little words")
-    browser.find_element(By.CSS_SELECTOR, "#form button").click()
-    wait_for(lambda: '"words": 3' in text_of(browser, "answer"), "the answer to a text")
-
-    choose(browser, "edges")
-    browser.find_element(By.ID, "file").send_keys(str(photo))
-    wait_for(lambda: "uint8 120x200" in text_of(browser, "answer"), "the facts of an image")
-    images = wait_for(lambda: browser.find_elements(By.CSS_SELECTOR, ".preview img"), "the images")
-    assert len(images) == 2
-    wide = "return [...document.querySelectorAll('.preview img')].map(image => image.naturalWidth)"
-    wait_for(lambda: browser.execute_script(wide) == [200, 200], "the images to be shown")
-    shot(browser, "page")
-
-    choose(browser, "finder")
-    browser.find_element(By.ID, "file").send_keys(str(photo))
-    polygon = wait_for(lambda: browser.find_elements(By.TAG_NAME, "polygon"), "the box that is drawn")
-    assert polygon[0].get_attribute("points") == "2,2 20,2 20,12 2,12"
-
-    choose(browser, "broken")
-    wait_for(lambda: "<b>no weights</b>" in text_of(browser, "reason"), "the reason, as text")
-    browser.find_element(By.CSS_SELECTOR, "#form button").click()
-    wait_for(lambda: "no weights" in text_of(browser, "took"), "the error")
-
-    choose(browser, "finder")
-    browser.find_element(By.CSS_SELECTOR, "[data-action=unload]").click()
-    wait_for(lambda: text_of(browser, "changed") == "UNLOADED", "the model to be unloaded")
-    with server.client("finder") as client:
-        assert client.model_info()[0]["state"] == "UNLOADED"
-    browser.find_element(By.CSS_SELECTOR, "[data-action=load]").click()
-    wait_for(lambda: text_of(browser, "changed") == "READY", "the model to be loaded")
-
-    with server.client("example") as client:  # live rates
-        row = "return document.querySelector('tr[data-name=example]').cells[2].textContent"
-
-        def busy() -> bool:
-            client.run_text("x")
-            return float(browser.execute_script(row)) > 5
-
-        wait_for(busy, "the rate to be shown")
-    for line in browser.get_log("browser"):  # type: ignore[attr-defined]
-        assert "409" in line["message"] or "favicon" in line["message"], line
-
-
-def test_the_page_asks_for_the_token(browser: WebDriver, start_server: StartServer) -> None:
-    server = start_server(TMS_TOKEN="sesame")
-    browser.get(f"http://127.0.0.1:{server.http_port}/")
-    wait_for(lambda: browser.find_element(By.ID, "token").is_displayed(), "the question")
-    browser.find_element(By.ID, "token").send_keys("sesame")
-    choose(browser, "echo")
-    browser.find_element(By.ID, "text").send_keys("hello")
-    browser.find_element(By.CSS_SELECTOR, "#form button").click()
-    wait_for(lambda: '"hello"' in text_of(browser, "answer"), "the answer")
-
-
-def test_the_page_on_a_phone(page: tuple[WebDriver, Server]) -> None:
-    browser, _ = page
-    browser.set_window_size(500, 900)
-    browser.execute_cdp_cmd(  # type: ignore[attr-defined]
-        "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    )
-    choose(browser, "example")
-    shot(browser, "phone")
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})  # type: ignore[attr-defined]
+def test_the_pages_files(server: Server) -> None:
+    assert b"page/app.js" in get(server, "/")[1]
+    for path in PAGE.iterdir():
+        assert get(server, f"/page/{path.name}") == (200, path.read_bytes())
+    for path in ("nothing.js", "..%2fhttp_app.py", "%2e%2e/http_app.py", ".", "", "app.js%00"):
+        assert get(server, f"/page/{path}")[0] == 404, path
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    text = (ROOT / "tiny_model_server" / "server" / "page.html").read_text()
-    assert "http://www.w3.org/2000/svg" in text
-    assert text.replace("http://www.w3.org/2000/svg", "").count("http") == 0
+    for path in PAGE.iterdir():
+        assert "://" not in path.read_text().replace("http://www.w3.org/2000/svg", ""), path
+
+
+def test_stats(start_server: StartServer, tmp_path: Path) -> None:
+    body = "    def run(self, data, args):\n        return data / args.get('by', 1)"
+    server = start_server(write_model(tmp_path, "halves", body), TMS_TOKEN="sesame")
+    assert get(server, "/stats")[0] == 401
+
+    def stats() -> dict[str, Any]:
+        (model,) = json.loads(get(server, "/stats", "sesame")[1])["models"]
+        return dict(model)
+
+    before = stats()
+    assert (before["name"], before["state"], before["reason"]) == ("halves", "READY", "")
+    assert (before["answered"], before["failed"], before["p50_ms"], before["p95_ms"]) == (0, 0, None, None)
+    assert len(before["worker_pids"]) == 1
+    with server.client("halves", token="sesame") as client:
+        for _ in range(8):
+            client.run(2)
+        with pytest.raises(Exception, match="division"):
+            client.run(2, {"by": 0})
+        after = stats()
+    assert (after["answered"], after["failed"], after["batches"], after["items"]) == (9, 1, 9, 9)
+    assert 0 < after["p50_ms"] <= after["p95_ms"] < 10_000
+    assert json.loads(get(server, "/stats", "sesame")[1])["grpc_port"] == server.port
+
+
+def test_arrays_in_json_have_a_dtype(server: Server) -> None:
+    def run(data: str) -> tuple[int, Any]:
+        return post(server, "/models/describe/run", data.encode(), "application/json")
+
+    assert run('{"$array": {"dtype": "float32", "data": [[1, 2.5]]}}')[1]["dtype"] == "float32"
+    assert run('{"$array": {"dtype": "int8", "data": [1, 2, 3, 4], "shape": [2, 2]}}')[1]["shape"] == [2, 2]
+    empty = b'{"$array": {"dtype": "float64", "data": [], "shape": [2, 0]}}'
+    assert post(server, "/models/echo/run", empty, "application/json") == (200, [[], []])
+    for data in (
+        '{"dtype": "float32"}',
+        '{"data": [1]}',
+        '{"dtype": "object", "data": [1]}',
+        '{"dtype": "<U9999999", "data": ["a"]}',
+        '{"dtype": ["float32"], "data": [1]}',
+        '{"dtype": "float32", "data": ["1"]}',
+        '{"dtype": "float32", "data": [[1], [2, 3]]}',
+        '{"dtype": "float32", "data": [{"a": 1}]}',
+        '{"dtype": "float32", "data": null}',
+        '{"dtype": "uint8", "data": [300]}',
+        '{"dtype": "uint8", "data": [1.5]}',
+        '{"dtype": "uint8", "data": [-1]}',
+        '{"dtype": "int64", "data": [1e300]}',
+        '{"dtype": "float32", "data": [1], "shape": [2]}',
+        '{"dtype": "float32", "data": [1], "shape": [1000000000, 1000000000]}',
+        '{"dtype": "float32", "data": [1], "shape": "x"}',
+        '{"dtype": "float32", "data": [], "shape": [1000000000, 0]}',
+        '{"dtype": "float32", "data": ' + "[" * 60 + "1" + "]" * 60 + "}",
+        '{"dtype": "float32", "data": [1], "more": 1}',
+    ):
+        status, answer = run(f'{{"$array": {data}}}')
+        assert (status, answer["status"]) == (400, "INVALID_ARGUMENT"), data
+        assert '"$array"' in answer["error"], answer
+    assert post(server, "/models/echo/run", b'{"$array": 0}', "application/json") == (200, {"$array": 0})
+
+
+def test_models_show_their_examples(start_server: StartServer, tmp_path: Path) -> None:
+    examples = {
+        "text": ("'hello'", "hello"),
+        "none": ("None", None),
+        "row": ("np.ones(2, 'f4')", {"$array": {"dtype": "float32", "shape": [2], "data": [1.0, 1.0]}}),
+        "large": ("{'image': np.zeros((64, 64), 'u1')}", {"image": {"$array": {"dtype": "uint8", "shape": [64, 64]}}}),
+        "bytes": ("b'1234'", None),
+        "long": ("'x' * 5000", None),
+        "odd": ("{'$array': 0, 'nan': float('nan')}", {"$array": 0, "nan": None}),
+    }
+    for name, (example, _) in examples.items():
+        run = f"    example = {example}\n    def run(self, data, args):\n        return str(data)"
+        write_model(tmp_path, name, run.replace("np.", "__import__('numpy')."))
+    server = start_server(tmp_path)
+    found = {model["name"]: model["example"] for model in json.loads(get(server, "/models")[1])["models"]}
+    assert found == {name: shown for name, (_, shown) in examples.items()}
+
+
+def test_a_view_of_what_is_large(start_server: StartServer, tmp_path: Path) -> None:
+    answer = """{
+        "boxes": np.zeros((100, 4), "f4"), "wave": np.arange(100_000, dtype="f4"), "cube": np.zeros((9, 9, 9)),
+        "texts": np.array(["a"] * 50), "mask": np.eye(50, dtype=bool), "few": np.zeros((2, 2)),
+        "nan": np.full(40, np.nan), "many": [np.zeros(4096)] * 40,
+        "images": [np.zeros((9, 9), "u1")] * 40, "bytes": b"123", "none": np.zeros((0, 5)),
+    }"""
+    write_model(
+        tmp_path,
+        "large",
+        f"    def run(self, data, args):\n        return {answer}".replace("np.", "__import__('numpy')."),
+    )
+    server = start_server(tmp_path)
+    found = post(server, "/models/large/run?view", b"x")[1]["answer"]
+    assert found["boxes"]["array"] == "float32 100x4"
+    assert len(found["boxes"]["values"]) == 100
+    assert "png" not in found["boxes"]
+    assert (found["wave"]["every"], found["wave"]["values"][:2]) == (98, [0, 98])
+    assert len(found["cube"]["values"]) == 9
+    assert found["texts"]["values"] == ["a"] * 50
+    assert found["mask"]["png"].startswith("data:image/png;base64,")
+    assert found["few"] == [[0, 0], [0, 0]]
+    assert (found["nan"]["min"], found["nan"]["values"]) == (None, [None] * 40)
+    assert sum("values" in one for one in found["many"]) < 16
+    assert sum("png" in one for one in found["images"]) == 31  # and the mask
+    assert (found["bytes"], found["none"]) == ("3 bytes", [])
+    streamed = urllib.request.Request(
+        f"http://127.0.0.1:{server.http_port}/models/large/run?view",
+        b"x",
+        {"Content-Type": "text/plain", "Accept": "text/event-stream"},
+    )
+    with urllib.request.urlopen(streamed, timeout=30) as events:
+        assert json.loads(events.readline().removeprefix(b"data: ")) == found

@@ -37,10 +37,11 @@ def _array(dtype: Any = None, data: Any = None, shape: Any = None) -> codec.Arra
         found = np.asarray(data)
         if not (isinstance(dtype, str) and _DTYPES.fullmatch(dtype) and found.dtype.kind in "biuf"):
             _refuse()
-        array = np.asarray(data, dtype)
+        with np.errstate(all="ignore"):
+            array = np.asarray(data, dtype)
         if found.size and not np.array_equal(array.astype(found.dtype), found) and array.dtype.kind != "f":
             raise InvalidInput(f'a "$array" in the JSON has numbers that {dtype} cannot hold')
-        return array if shape is None else array.reshape(shape)
+        return codec.portable(array if shape is None else array.reshape(shape))
     except (TypeError, ValueError, OverflowError) as error:
         raise InvalidInput(f"{_EXPECTED}: {error}") from None
 

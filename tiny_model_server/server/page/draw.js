@@ -118,9 +118,12 @@ function figure(file, { outlines, points, masks }) {
 }
 
 function shapes(outlines, points, width, height) {
-  const all = [...outlines.flatMap(one => one.points), ...points].flatMap(([x, y]) => [x, y]);
-  const isPart = all.every(number => number >= 0 && number <= 1) && all.some(number => number % 1);  // of width and height
-  const place = ([x, y]) => isPart ? [x * width, y * height] : [x, y];
+  const placing = all => {
+    const numbers = all.flatMap(([x, y]) => [x, y]);
+    const areParts = numbers.every(number => number >= 0 && number <= 1) && numbers.some(number => number % 1);  // of width and height
+    return ([x, y]) => areParts ? [x * width, y * height] : [x, y];
+  };
+  const place = placing(outlines.flatMap(one => one.points));
   const size = Math.max(width, height) / 36, drawing = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "What the model found" });
   const labels = [...new Set(outlines.map(one => one.label.split(" ")[0]))];
   for (const { points: corners, label } of outlines) {
@@ -128,7 +131,7 @@ function shapes(outlines, points, width, height) {
     drawing.append(svg("polygon", { points: placed.map(point => point.join(",")).join(" "), stroke: colour }));
     if (label) drawing.append(svg("text", { x: Math.min(...placed.map(([x]) => x)), y: Math.max(size, Math.min(...placed.map(([, y]) => y)) - size / 4), "font-size": size }, label.slice(0, 60)));
   }
-  for (const [cx, cy] of points.map(place)) drawing.append(svg("circle", { cx, cy, r: Math.max(1, size / 5) }));
+  for (const [cx, cy] of points.map(placing(points))) drawing.append(svg("circle", { cx, cy, r: Math.max(1, size / 5) }));
   return drawing;
 }
 

@@ -66,7 +66,7 @@ export class Input {
     this.preview.hidden = false;
     this.preview.onload = () => {
       this.preview.classList.toggle("tiny", this.preview.naturalWidth < 64);
-      this.caption.textContent = `${note || file.name} · ${this.preview.naturalWidth}×${this.preview.naturalHeight}`;
+      this.caption.textContent = `${note || file.name} · ${this.preview.naturalWidth}x${this.preview.naturalHeight}`;
     };
     this.preview.onerror = () => { this.caption.textContent = `${file.name}: the browser cannot show it`; };
     this.show("image");

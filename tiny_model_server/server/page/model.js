@@ -164,7 +164,7 @@ export class ModelView {
 function describe(facts, numbers) {
   const many = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
   const parts = [facts.metadata.description?.replace(/\.$/, ""),
-    facts.input_shape && `takes ${facts.input_shape.join("×")}`,
+    facts.input_shape && `takes ${facts.input_shape.join("x")}`,
     facts.stages.length ? `runs ${facts.stages.join(", then ")}` : many(numbers.worker_pids.length, "worker"),
     facts.max_batch_size > 1 && `batches of up to ${facts.max_batch_size}`,
     `${Math.round(100 * numbers.busy)} % busy`];
