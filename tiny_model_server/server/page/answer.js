@@ -51,7 +51,7 @@ class Run {
     this.count++;
     this.isText &&= typeof value === "string";
     this.pieces.push(value);
-    if (this.pieces.length > KEPT && !this.isText) this.pieces.shift();
+    if (this.pieces.length > KEPT && !this.isText) this.pieces.splice(0, 1);
     this.show(`${this.count} ${this.count > 1 ? "values" : "value"} in ${time(ms)}…`);
     if (this.count > 1 && this.isText) this.addText(value);
     else this.addValue(value);
