@@ -1,6 +1,9 @@
 """Typed models: what the annotations of ``run`` check, what the model gets, and what callers can read of it."""
 
 import json
+import os
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 
 from model_client import InvalidInput, ModelFailed
-from tests.conftest import Server
+from tests.conftest import ROOT, Server
 
 MODELS = {
     "boxes": """
@@ -131,6 +134,102 @@ MODELS = {
             def run(self, data: str, args: dict) -> str:
                 return data.upper()
     """,
+    "odd": """
+        from dataclasses import dataclass, field
+        from typing import Literal, Optional
+
+        def fails():
+            raise KeyError("name")
+
+        def leaves():
+            raise SystemExit(3)
+
+        @dataclass
+        class Request:
+            kind: Literal["key", "exit", "value", "fine"]
+            other: dict = field(default_factory=dict)
+
+            def __post_init__(self):
+                {"key": fails, "exit": leaves, "value": lambda: int("x"), "fine": dict}[self.kind]()
+
+        class Model(ModelInterface):
+            example = Request("fine")
+
+            def run(self, data: Optional[Request], args):
+                return [type(data).__name__, None if data is None else data.kind]
+    """,
+    "deep": """
+        from typing import Literal, TypedDict, Union
+
+        class Left(TypedDict):
+            inner: "Union[Left, Right, None]"
+            side: Literal["left"]
+
+        class Right(TypedDict):
+            inner: "Union[Left, Right, None]"
+            side: Literal["right"]
+
+        class Model(ModelInterface):
+            def run(self, data: Union[Left, Right], args):
+                return data["side"]
+    """,
+    "large": """
+        from typing import Literal
+
+        class Model(ModelInterface):
+            def run(self, data: Literal[tuple(f"the value {number}" for number in range(30_000))], args):
+                return data
+    """,
+    "unreadable": """
+        from datetime import datetime
+
+        class Strange(type):
+            def __repr__(cls):
+                raise RuntimeError("no text")
+
+        class Model(ModelInterface):
+            def run(self, data: [int], args: "1 / 0") -> "nothing at all":
+                return [data, args]
+
+            def run_batch(self, items: list[dict[int, Strange("Name", (), {})]], args: datetime):
+                return [self.run(item, args) for item in items]
+    """,
+    "later": """
+        from typing import AsyncIterator
+        from pydantic import BaseModel
+
+        class Request(BaseModel):
+            count: int
+
+        class Token(BaseModel):
+            text: str
+
+        class Model(ModelInterface):
+            example = Request(count=1)
+
+            async def run(self, data: Request, args: dict) -> AsyncIterator[Token]:
+                for number in range(data.count):
+                    yield Token(text=str(number))
+    """,
+    "prompted": """
+        from typing import TypedDict
+        from numpy.typing import NDArray
+
+        class Request(TypedDict):
+            prompt: str
+            image: NDArray[np.float32]
+
+        class Model(ModelInterface):
+            def run(self, data: Request, args):
+                return np.asarray(data["image"].mean() + len(data["prompt"]))
+    """,
+    "wrong_example": """
+        class Model(ModelInterface):
+            example = {"count": 1}
+
+            def run(self, data: list[int], args):
+                return data
+    """,
     "untyped": """
         from __future__ import annotations
         from typing import TYPE_CHECKING, Any
@@ -199,13 +298,14 @@ def test_run_gets_objects_with_their_defaults(typed: Server) -> None:
         ("boxes", {"boxes": [], "mode": "slow"}, r"data.mode: must be one of 'fast', 'good'"),
         ("boxes", {"boxes": [], "name": 3}, r"data.name: must be a text or null, not 3"),
         ("boxes", {"boxes": [], "either": {"width": None}}, r"data.either.width: must be a number, not null"),
-        ("boxes", {"boxes": [], "either": 2.5}, r"data.either: must be a whole number or Box, not 2.5"),
+        ("boxes", {"boxes": [], "either": 2.5}, r"data.either: must be a whole number or an object \(Box\), not 2.5"),
         ("boxes", {"boxes": [{"width": 1}] * 4}, r"data: at most 3 boxes"),
         ("validated", {"boxes": [{"width": 1}, {"width": -1}]}, r"data.boxes.1.width: Input should be greater than 0"),
         ("validated", {"boxes": [{"width": 1}] * 5}, r"data.boxes: Assertion failed, too many"),
         ("validated", "a", r"data: Input should be a valid dictionary or instance of Request"),
         ("version1", {}, r"data.width: field required"),
-        ("text", IMAGE, r"data: must be a text, not an array of uint8 of shape \[4, 5, 3\]"),
+        ("text", IMAGE, r"the model takes a text, not uint8 of shape \[4, 5, 3\]"),
+        ("text", [IMAGE], r"data: must be a text, not a list"),
         ("image", "a", r"data: must be an array of uint8 of shape \[any, any, 3\], not a text"),
         ("image", {"image": IMAGE}, r"data: must be an array of uint8 of shape \[any, any, 3\], not an object"),
         ("image", [[[1, 2, 300]]], r"data: must be an array, or a nested list of numbers that are uint8"),
@@ -259,7 +359,12 @@ def test_what_is_not_understood_is_not_checked(typed: Server) -> None:
     (line,) = [line for line in typed.log if "model untyped:" in line]
     assert "WARNING" in line
     assert "name 'Nobody' is not defined" in line
-    assert not [line for line in typed.log if "WARNING" in line and "untyped" not in line]
+    assert typed.client("unreadable").run({"a": 1}, {"b": 2}) == [{"a": 1}, {"b": 2}]
+    text = "\n".join(line for line in typed.log if "model unreadable:" in line)
+    for reason in ("unhashable type: 'list'", "division by zero", "data of run", "args of run"):
+        assert reason in text
+    warned = {line.split("model ")[1].split(":")[0] for line in typed.log if "WARNING" in line}
+    assert warned == {"untyped", "unreadable", "large"}
 
 
 def test_callers_see_json_schemas(typed: Server) -> None:
@@ -280,6 +385,91 @@ def test_callers_see_json_schemas(typed: Server) -> None:
     (info,) = typed.client("untyped").model_info()
     assert info["schema"] == {}
     assert {model["name"]: model["schema"] for model in get(typed, "/models")["models"]}["image"]["data"] == image
+
+
+def test_validation_that_fails_oddly_fails_that_call_alone(typed: Server) -> None:
+    client = typed.client("odd")
+    with pytest.raises(InvalidInput, match="data: invalid literal for int"):
+        client.run({"kind": "value"})
+    with pytest.raises(InvalidInput, match="data.kind: must be one of 'key', 'exit'"):
+        client.run({"kind": "else"})
+    for kind, reason in {"key": "KeyError: 'name'", "exit": "SystemExit: 3"}.items():
+        with pytest.raises(ModelFailed, match=reason):
+            client.run({"kind": kind})
+    assert client.run({"kind": "fine"}) == ["Request", "fine"]
+    assert client.run(None) == ["NoneType", None]
+    assert client.model_info()[0]["state"] == "READY"
+
+
+@pytest.mark.parametrize("innermost", ["left", "middle"])
+def test_time_does_not_double_with_each_level(typed: Server, innermost: str) -> None:
+    value: dict[str, Any] = {"inner": None, "side": innermost}
+    for level in range(190):
+        value = {"inner": value, "side": "right" if level % 2 else "left"}
+    if innermost == "left":
+        assert typed.client("deep").run(value, timeout=20) == "right"
+    else:
+        with pytest.raises(InvalidInput, match=r"data\.inner\.inner"):
+            typed.client("deep").run(value, timeout=20)
+
+
+def test_a_long_schema_is_left_out(typed: Server) -> None:
+    (info,) = typed.client("large").model_info()
+    assert info["schema"] == {}
+    (line,) = [line for line in typed.log if "model large:" in line]
+    assert "characters, more than 262144" in line
+    assert typed.client("large").run("the value 29999") == "the value 29999"
+    with pytest.raises(InvalidInput, match="data: must be one of 'the value 0', ") as error:
+        typed.client("large").run("the value 30000")
+    assert len(error.value.details()) < 400
+
+
+def test_lists_of_texts_do_not_become_arrays(typed: Server) -> None:
+    with pytest.raises(InvalidInput, match="must be an array, or a nested list of numbers that are uint8"):
+        typed.client("image").run([["a" * 1_000_000, *("b" for _ in range(100_000))]])
+
+
+def test_async_models_stream_what_they_are_typed_to(typed: Server) -> None:
+    client = typed.client("later")
+    assert list(client.run_stream({"count": 2})) == [{"text": "0"}, {"text": "1"}]
+    with pytest.raises(InvalidInput, match=r"data\.count: Input should be a valid integer"):
+        list(client.run_stream({"count": "many"}))
+    (info,) = client.model_info()
+    assert info["schema"]["answer"]["items"]["properties"]["text"]["type"] == "string"
+
+
+def test_the_example_is_checked_when_the_model_is_loaded(typed: Server) -> None:
+    (info,) = typed.client("wrong_example").model_info()
+    assert info["state"] == "FAILED"
+    assert "its example does not fit the annotations of run: data: must be a list, not an object" in info["reason"]
+
+
+def test_open_inference_sends_typed_inputs_by_name(typed: Server) -> None:
+    inputs = [
+        {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["abc"]},
+        {"name": "image", "datatype": "FP32", "shape": [2], "data": [1, 2]},
+    ]
+    described = get(typed, "/v2/models/prompted")["inputs"]
+    assert [(one["name"], one["datatype"]) for one in described] == [("prompt", "BYTES"), ("image", "FP32")]
+    url = f"http://127.0.0.1:{typed.http_port}/v2/models/prompted/infer"
+    with urllib.request.urlopen(url, json.dumps({"inputs": inputs}).encode(), timeout=10) as response:
+        (output,) = json.load(response)["outputs"]
+    assert output["data"] == [4.5]
+
+
+def test_type_checkers_accept_typed_models(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "typed-models.md").read_text()
+    batch = """
+    def run_batch(self, items: list[Request], args: Options) -> list[list[np.ndarray]]:
+        return [self.run(item, args) for item in items]
+    """
+    (tmp_path / "typed.py").write_text(page.split("```python\n")[1].split("```")[0] + batch)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", ROOT / ".mypy_cache"]
+    env = os.environ | {"MYPYPATH": str(ROOT)}
+    ran = subprocess.run(
+        [*command, "typed.py"], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=100
+    )
+    assert ran.returncode == 0, ran.stdout
 
 
 def test_open_inference_describes_typed_arrays(typed: Server) -> None:

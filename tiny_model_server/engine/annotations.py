@@ -27,6 +27,7 @@ from tiny_model_server.errors import InvalidInput, message_of
 MAX_SCHEMA = 1 << 18
 """Characters of the JSON of a model's schemas."""
 _MOST_PROBLEMS = 5  # that one message names
+_LONGEST_NOUN = 300
 _LISTS = (list, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable)
 _STREAMS = (abc.Iterator, abc.Generator, abc.AsyncIterator, abc.AsyncIterable, abc.AsyncGenerator)
 _MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
@@ -36,15 +37,24 @@ _Wheres = tuple[Any, ...]  # the keys and indices that lead to a value
 _Seen = dict[tuple[int, int], Any]  # what a union has found for a value, by the ids of both
 
 
-class Type(NamedTuple):
+def _same(value: Any, seen: Any = None) -> Any:
+    return value
+
+
+@dataclasses.dataclass
+class Type:
     """What one annotation asks of a value."""
 
     noun: str
     schema: dict[str, Any]
     kinds: tuple[type, ...] = ()
     """The classes that its values have; empty if they may have any."""
-    convert: Callable[[Any, _Seen], Any] | None = None
+    convert: Callable[[Any, _Seen], Any] = _same
     """Returns what the model gets for a value of one of these classes; raises _Wrong."""
+
+    def fits(self, value: Any) -> bool:
+        """Whether the value is of one of these classes."""
+        return not self.kinds or type(value) in self.kinds
 
 
 class Types(NamedTuple):
@@ -57,11 +67,9 @@ class Types(NamedTuple):
     schema: dict[str, Any]
     """JSON schemas of "data", "args" and "answer", {} for what may be anything; empty if all may be."""
     metadata: dict[str, list[dict[str, Any]]]
-    """The "inputs" and "outputs" that are arrays, as a model's ``metadata`` describes them."""
+    """The "inputs" and "outputs" as a model's ``metadata`` describes tensors, if all are arrays or texts."""
     problems: list[str]
     """What was not understood, and is not checked."""
-    checks: bool
-    """False if both may be anything."""
 
 
 class _Wrong(Exception):
@@ -90,12 +98,11 @@ def types_of(plugin: type[ModelInterface]) -> Types:
     schemas = {name: readers[name].schema(one) for name, one in found.items()}
     tensors = {"inputs": _tensors(schemas["data"]), "outputs": _tensors(schemas["answer"])}
     return Types(
-        lambda value: _checked("data", found["data"], value),
-        lambda value: _checked("args", found["args"], value),
+        _checker("data", found["data"]),
+        _checker("args", found["args"]),
         _bounded(schemas, problems) if any(schemas.values()) else {},
         {name: tensor for name, tensor in tensors.items() if tensor},
         problems,
-        found["data"] is not ANYTHING or found["args"] is not ANYTHING,
     )
 
 
@@ -105,7 +112,9 @@ def _annotations(plugin: type[ModelInterface], method: str, problems: list[str])
     for index in (1, 2, -1):
         try:
             function = inspect.unwrap(getattr(plugin, method))
-            name = "return" if index < 0 else [*inspect.signature(function).parameters][index]
+            bound = isinstance(inspect.getattr_static(plugin, method), (staticmethod, classmethod))
+            names = [*["self"] * bound, *inspect.signature(function).parameters]
+            name = "return" if index < 0 else next(iter(names[index:]), "")  # there may be *args alone
             # Each alone, because one may have a name that only a type checker knows.
             holder = type("holder", (), {"__annotations__": {"it": function.__annotations__.get(name, Any)}})
             scope = {name: one for name, one in vars(plugin).items() if isinstance(one, type)} | function.__globals__
@@ -117,16 +126,19 @@ def _annotations(plugin: type[ModelInterface], method: str, problems: list[str])
     return found
 
 
-def _checked(name: str, kind: Type, value: Any) -> Any:
-    try:
-        return value if kind is ANYTHING else _check(kind, value, {}, name)
-    except _Wrong as wrong:
-        texts = (f"{'.'.join(str(key)[:60] for key in where)}: {what}" for where, what in wrong.problems)
-        raise InvalidInput("; ".join(texts)) from None
+def _checker(name: str, kind: Type) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        try:
+            return dict(_each([(name, kind, value)], {}))[name]
+        except _Wrong as wrong:
+            texts = (f"{'.'.join(str(key)[:60] for key in where)}: {what}" for where, what in wrong.problems)
+            raise InvalidInput("; ".join(texts)) from None
+
+    return _same if kind is ANYTHING else check
 
 
 def _bounded(schemas: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """The schemas as plain JSON values; none if they are too long, or not JSON."""
+    """The schemas as values of JSON; none if they are too long, or not JSON."""
     try:
         text = codec.json_only(schemas)
         if len(text) > MAX_SCHEMA:
@@ -138,13 +150,16 @@ def _bounded(schemas: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 
 
 def _tensors(schema: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """An array, or an object of nothing but several arrays, as a model's metadata describes them."""
+    """An array, a text, or an object of several of them, as a model's metadata describes tensors."""
     fields = schema.get("properties", {})
     fields = fields if len(fields) > 1 else {"": schema}
-    if not all("x-dtype" in field for field in fields.values()):
-        return []
-    found = [{"name": name, "dtype": one["x-dtype"], "shape": one.get("x-shape")} for name, one in fields.items()]
-    return [{key: value for key, value in tensor.items() if value} for tensor in found]
+    found = []
+    for name, field in fields.items():
+        is_text = field.get("type") == "string" and "contentEncoding" not in field
+        tensor = {"name": name, "dtype": field.get("x-dtype"), "shape": field.get("x-shape")}
+        tensor |= {"dtype": "str", "shape": [1]} if is_text else {}
+        found.append({key: value for key, value in tensor.items() if value})
+    return found if all("dtype" in tensor for tensor in found) else []
 
 
 # ---- from annotations to types
@@ -176,7 +191,7 @@ class _Reader:
         try:
             return read(annotation)
         except Exception as error:  # of the model's code, too
-            self.problems.append(f"{str(annotation)[:80]}: {message_of(error)}")
+            self.problems.append(f"{message_of(error)}; this part is not checked")
             return ANYTHING
 
     def _read(self, annotation: Any, metadata: Iterable[Any] = ()) -> Type:
@@ -211,23 +226,20 @@ class _Reader:
                 return self._pydantic(cls)
             if dataclasses.is_dataclass(cls) or hasattr(cls, "__total__"):
                 return self._name(cls, self._fields)
-        raise TypeError("this is not understood, so that it is not checked")
+        raise TypeError(f"the annotation {cls!r:.80} is not understood")
 
     def _name(self, cls: Any, build: Callable[[Any], Type]) -> Type:
         """A type that may contain itself: its schema refers to a definition."""
         if cls not in self._named:
-            name = cls.__name__ + "_" * sum(one.__name__ == cls.__name__ for one in self._named)
-            built: list[Type] = []
-            reference = {"$ref": f"#/$defs/{name}"}
-            self._named[cls] = Type(name, reference, (), lambda value, seen: _check(built[0], value, seen))
-            built.append(self._attempt(build, cls))
-            self._define({name: built[0].schema})
+            name = cls.__name__
+            while name in self._definitions:
+                name += "_"
+            self._definitions[name] = {}
+            self._named[cls] = kind = Type(name, {"$ref": f"#/$defs/{name}"})
+            built = self._attempt(build, cls)
+            kind.noun, kind.kinds, kind.convert = built.noun, built.kinds, built.convert
+            self._definitions[name] = built.schema
         return self._named[cls]
-
-    def _define(self, definitions: Mapping[str, Any]) -> None:
-        for name, schema in definitions.items():
-            if self._definitions.setdefault(name, schema) != schema:
-                raise TypeError(f"there are two classes {name!r}")
 
     def _fields(self, cls: Any) -> Type:
         """A dataclass or a TypedDict."""
@@ -255,29 +267,31 @@ class _Reader:
             ]
             if problems:
                 raise _Wrong(*problems)
-            found = {key: _check(fields[key], item, seen, key) for key, item in value.items()}
+            found = dict(_each(((key, fields[key], item) for key, item in value.items()), seen))
             return _validated(lambda: cls(**found)) if is_dataclass else found
 
         return Type(f"an object ({cls.__name__})", schema, (dict,), convert)
 
     def _mapping(self, key: Any, of: Any) -> Type:
         if key not in (str, Any):
-            raise TypeError("the keys of a JSON object are texts")
+            raise TypeError(f"the keys of a JSON object are texts, not {key!r:.80}")
         inner = self.read(of)
         schema = {"type": "object"} | ({"additionalProperties": inner.schema} if inner.schema else {})
 
         def convert(value: Any, seen: _Seen) -> Any:
-            return {key: _check(inner, item, seen, key) for key, item in value.items()}
+            return dict(_each(((key, inner, item) for key, item in value.items()), seen))
 
         return Type("an object", schema, (dict,), convert)
 
     def _pydantic(self, cls: Any) -> Type:
         validate = getattr(cls, "model_validate", None) or cls.parse_obj  # of pydantic 2 or 1
-        schema = {"title": cls.__name__, "type": "object"}
         try:
             schema = _schema_by_pydantic(cls, self._mode)
-            self._define(schema.pop("$defs", None) or schema.pop("definitions", {}))
+            for name, one in (schema.pop("$defs", None) or schema.pop("definitions", {})).items():
+                if self._definitions.setdefault(name, one) != one:
+                    raise TypeError(f"there are two classes {name!r}")
         except Exception as error:
+            schema = {"title": cls.__name__, "type": "object"}
             self.problems.append(f"{cls.__name__} has no JSON schema: {message_of(error)}")
         return Type(f"an object ({cls.__name__})", schema, (), lambda value, seen: _validated(lambda: validate(value)))
 
@@ -302,32 +316,32 @@ def _without_required(name: str, hint: Any, required: set[str]) -> Any:
 
 def _list(inner: Type) -> Type:
     def convert(value: Any, seen: _Seen) -> Any:
-        if not inner.convert and inner.kinds and {*map(type, value)} <= {*inner.kinds}:  # numbers or texts, quickly
-            return value
-        return [_check(inner, item, seen, index) for index, item in enumerate(value)]
+        if inner.convert is _same and (not inner.kinds or {*map(type, value)} <= {*inner.kinds}):
+            return value  # a long list of numbers is checked quickly
+        found = _each(((index, inner, item) for index, item in enumerate(value)), seen)
+        return [item for _, item in found]
 
-    schema = {"type": "array"} | ({"items": inner.schema} if inner.schema else {})
-    return Type("a list", schema, (list,), None if inner is ANYTHING else convert)
+    return Type("a list", {"type": "array"} | ({"items": inner.schema} if inner.schema else {}), (list,), convert)
 
 
 def _union(kinds: Sequence[Type]) -> Type:
     """The first type that fits. A value is checked once: nested unions would take time that doubles with each level."""
-    noun = " or ".join(dict.fromkeys(kind.noun for kind in kinds))
-
-    def first(value: Any, seen: _Seen) -> Any:
-        problems: list[tuple[_Wheres, str]] = []
-        for kind in kinds:
-            try:
-                return _check(kind, value, seen)
-            except _Wrong as wrong:
-                problems += wrong.problems
-        deepest = max(len(where) for where, _ in problems)  # of the type that fits best
-        return _Wrong(*(one for one in problems if len(one[0]) == deepest)) if deepest else _misfit(noun, value)
+    noun = " or ".join(dict.fromkeys(kind.noun for kind in kinds))[:_LONGEST_NOUN]
 
     def convert(value: Any, seen: _Seen) -> Any:
         key = id(value), id(kinds)
         if key not in seen:
-            seen[key] = first(value, seen)
+            problems: list[tuple[_Wheres, str]] = []
+            for kind in filter(lambda kind: kind.fits(value), kinds):
+                try:
+                    seen[key] = kind.convert(value, seen)
+                    break
+                except _Wrong as wrong:
+                    problems += wrong.problems
+            else:
+                deepest = max((len(where) for where, _ in problems), default=0)
+                best = [one for one in problems if len(one[0]) == deepest]  # of the type that fits best
+                seen[key] = _Wrong(*best) if best and type(value) in (dict, list) else _misfit(noun, value)
         if type(seen[key]) is _Wrong:
             raise seen[key]
         return seen[key]
@@ -339,8 +353,8 @@ def _choice(pairs: Sequence[tuple[Any, Any]]) -> Type:
     """One of some JSON values, each (value, what the model gets)."""
     choices = [choice for choice, _ in pairs]
     if not all(choice is None or type(choice) in (str, int, float, bool) for choice in choices):
-        raise TypeError("not all of its values are JSON")
-    noun = f"{'one of ' if len(choices) > 1 else ''}{', '.join(map(repr, choices))}"
+        raise TypeError(f"the annotation has values that are not JSON: {choices!r:.80}")
+    noun = f"{'one of ' if len(choices) > 1 else ''}{', '.join(map(repr, choices))}"[:_LONGEST_NOUN]
 
     def convert(value: Any, seen: _Seen) -> Any:
         for choice, result in pairs:
@@ -384,26 +398,36 @@ def _size_fits(wanted: int, size: int) -> bool:
 def _from_list(value: list[Any], dtype: str | None) -> Any:
     """The array of a nested list of numbers, as JSON has them."""
     try:
-        array = np.asarray(value)
-        fitted = array.astype(dtype or array.dtype)
-        if array.dtype.kind in "biuf" and (fitted.dtype.kind in "fc" or (fitted == array).all()):
-            return fitted
-    except (ValueError, TypeError, OverflowError):
+        if _are_numbers(value):  # numpy would make room for the longest text at each place
+            with np.errstate(all="ignore"):
+                array = np.asarray(value)
+                fitted = array.astype(dtype or array.dtype)
+            if fitted.dtype.kind in "fc" or (fitted.dtype.kind in "biu" and (fitted == array).all()):
+                return fitted
+    except (ValueError, OverflowError):
         pass
     raise _Wrong(((), f"must be an array, or a nested list of numbers that are {dtype or 'alike'}"))
+
+
+def _are_numbers(value: list[Any]) -> bool:
+    kinds = {*map(type, value)}
+    return kinds <= {int, float, bool} or (kinds == {list} and all(map(_are_numbers, value)))
 
 
 # ---- from values to what the model gets
 
 
-def _check(kind: Type, value: Any, seen: _Seen, *key: Any) -> Any:
-    """What the model gets for the value that its list or object has at ``key``."""
-    try:
-        if kind.kinds and type(value) not in kind.kinds:
-            raise _misfit(kind.noun, value)
-        return kind.convert(value, seen) if kind.convert else value
-    except _Wrong as wrong:
-        raise _Wrong(*(((*key, *where), what) for where, what in wrong.problems)) from None
+def _each(items: Iterable[tuple[Any, Type, Any]], seen: _Seen) -> list[tuple[Any, Any]]:
+    """What the model gets for the values of a list or an object, each (key, type, value): (key, what) of each."""
+    found = []
+    for key, kind, value in items:
+        try:
+            if not kind.fits(value):
+                raise _misfit(kind.noun, value)
+            found.append((key, kind.convert(value, seen)))
+        except _Wrong as wrong:
+            raise _Wrong(*(((key, *where), what) for where, what in wrong.problems)) from None
+    return found
 
 
 def _validated(validate: Callable[[], Any]) -> Any:

@@ -135,7 +135,5 @@ def _check_declared(inputs: Sequence[Mapping[str, Any]], value: Encoded) -> None
         and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
     )
     if not fits or dtype not in (None, dtype_name(array.dtype)):
-        raise InvalidInput(
-            f"the model takes {dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size), "
-            f"not {dtype_name(array.dtype)} of shape {list(array.shape)}"
-        )
+        wanted = f"{dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size)" if dtype != "str" else "a text"
+        raise InvalidInput(f"the model takes {wanted}, not {dtype_name(array.dtype)} of shape {list(array.shape)}")

@@ -130,8 +130,8 @@ def construct(
 
 
 def _warm_up(model: ModelInterface, types: Types) -> Any:
-    """Runs warmup(). Without one of its own, a model that has types gets its example as it would get a caller's."""
-    if not types.checks or model.example is None or type(model).warmup is not ModelInterface.warmup:
+    """Runs warmup(). A model without one of its own gets its example as it would get it from a caller."""
+    if model.example is None or type(model).warmup is not ModelInterface.warmup:
         return model.warmup()
     try:
         data, args = types.data(codec.decode(codec.encode(model.example))), types.args({})
