@@ -4,6 +4,7 @@ import asyncio
 import base64
 import http.client
 import json
+import signal
 import threading
 import urllib.request
 from ast import literal_eval
@@ -295,6 +296,47 @@ def test_a_failure_midway_ends_the_stream_with_an_error(ai: openai.OpenAI) -> No
     assert failed.value.type == "server_error"
 
 
+def test_a_worker_that_dies_midway_ends_the_stream_with_an_error(ai: openai.OpenAI) -> None:
+    stream = ask(ai, "count", stream=True, extra_body={"die_at": 1})
+    assert next(stream).choices[0].delta.content == "0 "
+    with pytest.raises(openai.APIError, match="exited with code 9"):
+        next(stream)
+    assert text(ai, "hello") == "hello"
+
+
+def test_models_that_are_asynchronous_or_pipelines(start_server: StartServer, tmp_path: Path) -> None:
+    models = folder(tmp_path / "models", "chatty")
+    body = """
+    metadata = {"task": "chat"}
+
+    async def run(self, data, args):
+        for word in data[-1]["content"].split():
+            yield {"content": word}
+"""
+    write_model(models, "words", body)
+    pipeline = 'class Model(Pipeline):\n    stages = ["chatty"]\n    metadata = {"task": "chat"}\n'
+    (models / "staged").mkdir()
+    (models / "staged" / "__init__.py").write_text(f"from model_interface import Pipeline\n\n\n{pipeline}")
+    ai = client(start_server(models))
+    messages: Any = [{"role": "user", "content": "one two"}]
+    for name, pieces in (("words", ["one", "two", None]), ("staged", ["one two", None])):
+        answer = ai.chat.completions.create(model=name, messages=messages)
+        assert answer.choices[0].message.content == "".join(piece or "" for piece in pieces)
+        chunks = ai.chat.completions.create(model=name, messages=messages, stream=True)
+        assert [chunk.choices[0].delta.content for chunk in chunks] == pieces
+
+
+def test_a_server_that_stops_ends_its_streams(start_server: StartServer, tmp_path: Path) -> None:
+    server = start_server(folder(tmp_path / "models", "chatty"), TMS_GRACE_S=0.5, TMS_DRAIN_DELAY_S=0)
+    stream = ask(client(server), "count", stream=True, max_tokens=10**6, extra_body={"sleep_s": 0.01})
+    next(stream)
+    server.process.send_signal(signal.SIGTERM)
+    with pytest.raises(openai.APIError):
+        for _ in stream:
+            pass
+    assert server.process.wait(20) == 0
+
+
 def test_pieces_come_while_the_model_works_and_none_after_the_caller_has_gone(ai: openai.OpenAI, closed: Path) -> None:
     def ended() -> int:
         return len(closed.read_text().splitlines()) if closed.exists() else 0
@@ -329,15 +371,13 @@ def test_errors_before_the_first_piece_have_a_status(
         ask(ai, asked, stream=stream)
 
 
-@pytest.mark.parametrize("key", ["wrong", "sesame"])
-def test_the_token_is_the_api_key(start_server: StartServer, tmp_path: Path, key: str) -> None:
+def test_the_token_is_the_api_key(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(folder(tmp_path / "models", "chatty"), TMS_TOKEN="sesame")
-    if key == "sesame":
-        assert text(client(server, key), "hello") == "hello"
-        return
-    for call in (lambda ai: text(ai, "hello"), lambda ai: ai.models.list(), lambda ai: ai.embeddings.create):
-        with suppress(TypeError), pytest.raises(openai.AuthenticationError, match="TMS_TOKEN") as refused:
-            call(client(server, key))(model="chatty", input="x")
+    assert text(client(server, "sesame"), "hello") == "hello"
+    stranger = client(server, "wrong")
+    for call in (lambda: text(stranger, "hello"), stranger.models.list, lambda: stranger.models.retrieve("nobody")):
+        with pytest.raises(openai.AuthenticationError, match="TMS_TOKEN") as refused:
+            call()
         assert refused.value.code == "invalid_api_key"
     connection = http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=20)
     connection.putrequest("POST", "/v1/embeddings")

@@ -51,6 +51,8 @@ class Model(ModelInterface):
             for number in range(args.get("max_tokens", 3)):
                 if number == args.get("fail_at"):
                     raise RuntimeError("lost count")
+                if number == args.get("die_at"):
+                    os._exit(9)
                 time.sleep(args.get("sleep_s", 0))
                 yield f"{number} "
             yield {"finish_reason": "stop", "usage": {"prompt_tokens": 1, "completion_tokens": number + 1}}
