@@ -53,6 +53,20 @@ class Foreign:
         return np.asarray(self._array)
 
 
+class Table:
+    """As pyarrow has it, which is not here: an array by itself, without the names."""
+
+    __module__ = "pyarrow.lib"
+    column_names = ("n", "m")
+    columns = (Foreign([1]), Foreign([2]))
+
+    def __getitem__(self, name: str) -> Any:
+        return self.columns[self.column_names.index(name)]
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the names would be lost")
+
+
 class OnlyDlpack:
     def __init__(self, array: Any) -> None:
         self._array = array
@@ -64,7 +78,7 @@ class OnlyDlpack:
         return self._array.__dlpack_device__()
 
 
-def picture(mode: str) -> PIL.Image.Image:
+def raster(mode: str) -> PIL.Image.Image:
     return PIL.Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 9).convert(mode)
 
 
@@ -86,16 +100,17 @@ ARRIVE = {
     "array": (Foreign(ROWS), ROWS),
     "texts of TensorFlow": (Foreign(np.array([b"a", b"bc"], object)), [b"a", b"bc"]),
     "dlpack": (OnlyDlpack(ROWS), ROWS),
-    "RGB": (picture("RGB"), np.asarray(picture("RGB"))),
-    "gray": (picture("L"), np.asarray(picture("L"))),
-    "alpha": (picture("RGBA"), np.asarray(picture("RGBA"))),
-    "palette": (picture("P"), np.asarray(picture("P").convert("RGB"))),
-    "bits": (picture("1"), np.asarray(picture("1"))),
-    "CMYK": (picture("CMYK"), np.asarray(picture("CMYK").convert("RGB"))),
+    "RGB": (raster("RGB"), np.asarray(raster("RGB"))),
+    "gray": (raster("L"), np.asarray(raster("L"))),
+    "alpha": (raster("RGBA"), np.asarray(raster("RGBA"))),
+    "palette": (raster("P"), np.asarray(raster("P").convert("RGB"))),
+    "bits": (raster("1"), np.asarray(raster("1"))),
+    "CMYK": (raster("CMYK"), np.asarray(raster("CMYK").convert("RGB"))),
     "table": (
         TABLE,
         {"n": np.array([1, 2]), "text": np.array(["a", "b"]), "gap": np.array([1, np.nan]), "3": TABLE[3].to_numpy()},
     ),
+    "table of pyarrow": (Table(), {"n": np.array([1]), "m": np.array([2])}),
     "column": (TABLE["n"], np.array([1, 2])),
     "categories": (pd.Series(["x", "y", "x"], dtype="category"), np.array(["x", "y", "x"])),
     "gaps": (pd.Series(["x", None, 1, pd.NA, pd.NaT], dtype=object), ["x", None, 1, None, None]),
@@ -193,13 +208,13 @@ def test_http_gets_json_of_them(answers: Server) -> None:
 
 def test_images_of_other_libraries(answers: Server) -> None:
     client = answers.client("returns")
-    pixels = np.asarray(picture("RGB"))
-    for image in (picture("RGB"), torch.tensor(pixels), picture("P").convert("RGB")):
+    pixels = np.asarray(raster("RGB"))
+    for image in (raster("RGB"), torch.tensor(pixels), raster("P").convert("RGB")):
         flipped = client.run_image_to_image(image, {"image": 1})
         assert np.array_equal(flipped, np.asarray(image)[:, ::-1])
-    for image, (found,) in ((one, client.run_image_batch([one], {"image": 1})) for one in (picture("L"), picture("P"))):
+    for image, (found,) in ((one, client.run_image_batch([one], {"image": 1})) for one in (raster("L"), raster("P"))):
         assert np.array_equal(found, np.asarray(image.convert("RGB") if image.mode == "P" else image)[:, ::-1])
-    (found,) = client.map([picture("RGB")], {"image": 1})
+    (found,) = client.map([raster("RGB")], {"image": 1})
     assert np.array_equal(found, pixels[:, ::-1])
 
 
@@ -214,6 +229,9 @@ def test_a_table_is_one_value_and_no_list_of_items(answers: Server) -> None:
             client.run_batch(table)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match="map takes a list"):
             client.map(table)
+    with pytest.raises(TypeError, match="for one image there is run_image"):
+        client.run_image_batch(torch.zeros(4, 6, 3))
+    assert len(client.run_image_batch(torch.zeros(2, 4, 6, 3, dtype=torch.uint8), {"image": 1})) == 2
 
 
 class Hostile:

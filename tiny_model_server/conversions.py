@@ -20,8 +20,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 _MAX_RANGE = 1 << 20  # numbers in a list that is made of a range; a request's JSON may hold no more than that
 _MAX_TEXTS_BYTES = 1 << 20  # of an array of texts, in which each element takes the bytes of the longest
 _IMAGE_MODES = {"1", "L", "LA", "RGB", "RGBA", "I", "F", "I;16", "I;16L", "I;16B", "I;16N"}
-"""Modes of PIL images whose arrays are pictures. A palette's are not, and CMYK is not what models expect."""
-_TABLES = {"pandas.DataFrame", "pydantic.BaseModel"}
+"""Modes of PIL images whose arrays show the image. A palette's do not, and CMYK is not what models expect."""
+TENSOR = "torch.Tensor"
+IMAGE = "PIL.Image"
+_FRAMES = {"pandas.DataFrame", "polars.DataFrame", "pyarrow.Table"}
+_TABLES = _FRAMES | {"pydantic.BaseModel"}
 
 
 class CannotSerialize(TypeError):
@@ -64,12 +67,12 @@ def as_array(value: Any) -> Array:
     """The array of what may be an image: an array, a tensor, an image of PIL, nested lists."""
     if isinstance(value, np.ndarray):
         return value
-    return np.asanyarray(convert(value) if _named(type(value)) & {"torch.Tensor", "PIL.Image"} else value)
+    return np.asanyarray(convert(value) if is_a(value, TENSOR) or is_a(value, IMAGE) else value)
 
 
-def is_image(value: Any) -> bool:
-    """True for an image of PIL."""
-    return "PIL.Image" in _named(type(value))
+def is_a(value: Any, name: str) -> bool:
+    """True for a value of the class TENSOR or IMAGE."""
+    return name in _named(type(value))
 
 
 def is_table(value: Any) -> bool:
@@ -120,9 +123,10 @@ def _of_image(image: Any) -> Array:
 
 
 def _of_frame(frame: Any) -> dict[Any, Any]:
-    if not frame.columns.is_unique:
-        raise CannotSerialize("a DataFrame with two columns of one name", "give each column a name of its own")
-    return dict(frame.items())
+    names = list(getattr(frame, "column_names", frame.columns))  # the columns of pyarrow are no names
+    if len(set(names)) < len(names):
+        raise CannotSerialize("a table with two columns of one name", "give each column a name of its own")
+    return {name: frame[name] for name in names}
 
 
 def _of_model(model: Any) -> Any:
@@ -180,9 +184,9 @@ def _array_of_texts(array: Array, listed: list[Any]) -> Any:
 
 
 _BY_NAME: dict[str, Callable[[Any], Any]] = {
-    "torch.Tensor": _of_tensor,
-    "PIL.Image": _of_image,
-    "pandas.DataFrame": _of_frame,
+    TENSOR: _of_tensor,
+    IMAGE: _of_image,
+    **dict.fromkeys(_FRAMES, _of_frame),
     "pandas.NAType": _nothing,
     "pandas.NaTType": _nothing,  # a datetime, too
     "pydantic.BaseModel": _of_model,
@@ -208,7 +212,7 @@ _BY_ATTRIBUTE: dict[str, Callable[[Any], Any]] = {
     "__dataclass_fields__": _of_dataclass,
     "__fspath__": os.fspath,
     "__array__": np.asarray,  # TensorFlow, JAX, pandas, xarray, polars
-    "__dlpack__": np.from_dlpack,
+    "__dlpack__": lambda value: np.from_dlpack(value),  # an old numpy in a model's own interpreter has none
 }
 _INSTEAD = {
     "scipy._spbase": "send value.toarray(), or a dict of data, indices, indptr and shape",

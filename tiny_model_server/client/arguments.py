@@ -64,9 +64,10 @@ def batch(items: Any, call: str, one: str) -> list[Any]:
 
 def images(items: Any) -> list[Any]:
     """The images of a batch; an array of four dimensions is a batch, and one of three if it cannot be an image."""
-    if isinstance(items, np.ndarray) and (items.ndim < 3 or (items.ndim == 3 and items.shape[2] in (1, 3, 4))):
+    shape = items.shape if isinstance(items, np.ndarray) or conversions.is_a(items, conversions.TENSOR) else None
+    if shape is not None and (len(shape) < 3 or (len(shape) == 3 and shape[2] in (1, 3, 4))):
         raise TypeError(
-            f"run_image_batch takes a list of images, not an array of shape {items.shape}; for one image there is "
+            f"run_image_batch takes a list of images, not an array of shape {(*shape,)}; for one image there is "
             "run_image, for several gray ones list(array)"
         )
     return batch(items, "run_image_batch", "one image there is run_image")

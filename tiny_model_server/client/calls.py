@@ -148,7 +148,7 @@ def method_for(item: Any) -> str:
         return "run_text"
     if isinstance(item, (bytes, os.PathLike)) or (isinstance(item, np.ndarray) and item.ndim in (2, 3)):
         return "run_image"
-    if conversions.is_image(item):
+    if conversions.is_a(item, conversions.IMAGE):
         return "run_image"
     return "run"
 
