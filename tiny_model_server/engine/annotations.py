@@ -32,7 +32,6 @@ _LISTS = (list, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable)
 _STREAMS = (abc.Iterator, abc.Generator, abc.AsyncIterator, abc.AsyncIterable, abc.AsyncGenerator)
 _MAPPINGS = (dict, abc.Mapping, abc.MutableMapping)
 _UNIONS = (Union, getattr(types, "UnionType", Union))
-_REQUIRED = {"Required": True, "NotRequired": False, "ReadOnly": None}
 _Wheres = tuple[Any, ...]  # the keys and indices that lead to a value
 _Seen = dict[tuple[int, int], Any]  # what a union has found for a value, by the ids of both
 
@@ -129,7 +128,7 @@ def _annotations(plugin: type[ModelInterface], method: str, problems: list[str])
 def _checker(name: str, kind: Type) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         try:
-            return dict(_each([(name, kind, value)], {}))[name]
+            return _each([(name, value)], lambda key: kind, {})[0][1]
         except _Wrong as wrong:
             texts = (f"{'.'.join(str(key)[:60] for key in where)}: {what}" for where, what in wrong.problems)
             raise InvalidInput("; ".join(texts)) from None
@@ -267,7 +266,7 @@ class _Reader:
             ]
             if problems:
                 raise _Wrong(*problems)
-            found = dict(_each(((key, fields[key], item) for key, item in value.items()), seen))
+            found = dict(_each(value.items(), fields.__getitem__, seen))
             return _validated(lambda: cls(**found)) if is_dataclass else found
 
         return Type(f"an object ({cls.__name__})", schema, (dict,), convert)
@@ -277,11 +276,9 @@ class _Reader:
             raise TypeError(f"the keys of a JSON object are texts, not {key!r:.80}")
         inner = self.read(of)
         schema = {"type": "object"} | ({"additionalProperties": inner.schema} if inner.schema else {})
-
-        def convert(value: Any, seen: _Seen) -> Any:
-            return dict(_each(((key, inner, item) for key, item in value.items()), seen))
-
-        return Type("an object", schema, (dict,), convert)
+        return Type(
+            "an object", schema, (dict,), lambda value, seen: dict(_each(value.items(), lambda key: inner, seen))
+        )
 
     def _pydantic(self, cls: Any) -> Type:
         validate = getattr(cls, "model_validate", None) or cls.parse_obj  # of pydantic 2 or 1
@@ -307,10 +304,10 @@ def _schema_by_pydantic(cls: Any, mode: str) -> dict[str, Any]:
 
 def _without_required(name: str, hint: Any, required: set[str]) -> Any:
     """The annotation of a key of a TypedDict without Required and NotRequired, which change ``required``."""
-    while (word := str(get_origin(hint)).rpartition(".")[2]) in _REQUIRED:
+    words: dict[str, Callable[[str], Any]] = {"Required": required.add, "NotRequired": required.discard}
+    while (word := str(get_origin(hint)).rpartition(".")[2]) in words:
+        words[word](name)
         hint = get_args(hint)[0]
-        if _REQUIRED[word] is not None:
-            (required.add if _REQUIRED[word] else required.discard)(name)
     return hint
 
 
@@ -318,8 +315,7 @@ def _list(inner: Type) -> Type:
     def convert(value: Any, seen: _Seen) -> Any:
         if inner.convert is _same and (not inner.kinds or {*map(type, value)} <= {*inner.kinds}):
             return value  # a long list of numbers is checked quickly
-        found = _each(((index, inner, item) for index, item in enumerate(value)), seen)
-        return [item for _, item in found]
+        return [item for _, item in _each(enumerate(value), lambda index: inner, seen)]
 
     return Type("a list", {"type": "array"} | ({"items": inner.schema} if inner.schema else {}), (list,), convert)
 
@@ -352,17 +348,17 @@ def _union(kinds: Sequence[Type]) -> Type:
 def _choice(pairs: Sequence[tuple[Any, Any]]) -> Type:
     """One of some JSON values, each (value, what the model gets)."""
     choices = [choice for choice, _ in pairs]
-    if not all(choice is None or type(choice) in (str, int, float, bool) for choice in choices):
+    if not all(type(choice) in (str, int, float, bool, type(None)) for choice in choices):
         raise TypeError(f"the annotation has values that are not JSON: {choices!r:.80}")
+    results = {(type(choice), choice): result for choice, result in pairs}  # True == 1
     noun = f"{'one of ' if len(choices) > 1 else ''}{', '.join(map(repr, choices))}"[:_LONGEST_NOUN]
 
     def convert(value: Any, seen: _Seen) -> Any:
-        for choice, result in pairs:
-            if type(value) is type(choice) and value == choice:  # True == 1
-                return result
-        raise _Wrong(((), f"must be {noun}"))
+        if (type(value), value) not in results:
+            raise _Wrong(((), f"must be {noun}"))
+        return results[type(value), value]
 
-    return Type(noun, {"enum": choices}, (), convert)
+    return Type(noun, {"enum": choices}, tuple(map(type, choices)), convert)
 
 
 def _array(annotation: Any, metadata: Iterable[Any]) -> Type:
@@ -417,11 +413,12 @@ def _are_numbers(value: list[Any]) -> bool:
 # ---- from values to what the model gets
 
 
-def _each(items: Iterable[tuple[Any, Type, Any]], seen: _Seen) -> list[tuple[Any, Any]]:
-    """What the model gets for the values of a list or an object, each (key, type, value): (key, what) of each."""
+def _each(values: Iterable[tuple[Any, Any]], type_of: Callable[[Any], Type], seen: _Seen) -> list[tuple[Any, Any]]:
+    """(key, what the model gets) for each (key, value) of a list or an object."""
     found = []
-    for key, kind, value in items:
+    for key, value in values:
         try:
+            kind = type_of(key)
             if not kind.fits(value):
                 raise _misfit(kind.noun, value)
             found.append((key, kind.convert(value, seen)))
