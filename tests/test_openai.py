@@ -9,7 +9,9 @@ import threading
 import urllib.request
 from ast import literal_eval
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -414,14 +416,16 @@ def test_a_model_that_cannot_be_loaded(start_server: StartServer, tmp_path: Path
     def run(self, data, args): ...
 """
     ai = client(start_server(write_model(tmp_path, "chatty", body)))
-    with pytest.raises(openai.ConflictError, match="model 'chatty' is FAILED: RuntimeError: no weights"):
+    with pytest.raises(openai.ConflictError, match="'chatty' could not be loaded: RuntimeError: no weights"):
         ask(ai, "hello")
 
 
 def test_a_model_that_is_loaded_at_its_first_call(start_server: StartServer, tmp_path: Path) -> None:
     ai = client(start_server(folder(tmp_path / "models", "chatty", "letters"), TMS_LAZY=1))
     assert [model.id for model in ai.models.list()] == ["chatty", "echo", "letters"]  # not yet known
-    assert text(ai, "hello") == "hello"
+    assert ai.models.retrieve("chatty").id == "chatty"
+    with ThreadPoolExecutor(2) as callers:  # the others wait while the first one loads it
+        assert list(callers.map(partial(text, ai), ["hello"] * 2)) == ["hello"] * 2
     with pytest.raises(openai.NotFoundError, match="'echo' does not declare"):
         ai.embeddings.create(model="echo", input="x")
     assert [model.id for model in ai.models.list()] == ["chatty", "letters"]

@@ -261,6 +261,15 @@ class Engine:
         await model.reload()
         return model
 
+    async def loaded(self, name: str) -> ServedModel:
+        """The model once it is loaded, as its first call loads it with TMS_LAZY. ModelUnavailable if it cannot be."""
+        model = self.model(name)
+        while self._is_to_load(model):
+            await self._begin_to_load(model)
+        if model.loaded is None:
+            await model.settle()
+        return model
+
     async def unload(self, name: str) -> ServedModel:
         """Ends a model's workers; see ``ServedModel.unload``."""
         model = self.model(name)

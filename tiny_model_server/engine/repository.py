@@ -112,6 +112,12 @@ class ServedModel:
         finally:
             self._turn.release()
 
+    async def settle(self) -> None:
+        """Waits until it is not being loaded or unloaded; ModelUnavailable if it is not loaded then."""
+        async with self._turn:
+            if self.loaded is None:
+                raise self._refusal()
+
     async def reload(self) -> None:
         """Starts new workers from the files as they are now, and lets the old ones finish; no call fails.
 

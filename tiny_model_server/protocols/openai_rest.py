@@ -23,7 +23,7 @@ from tiny_model_server.engine.batcher import Outcome
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel, State
-from tiny_model_server.errors import InvalidInput, ModelError, ModelNotFound, ModelUnavailable, ServerError
+from tiny_model_server.errors import InvalidInput, ModelError, ModelNotFound, ServerError
 
 PATHS = {"embeddings": "/v1/embeddings", "chat": "/v1/chat/completions"}
 """Where the models of each task are called."""
@@ -64,12 +64,13 @@ class OpenAI:
 
     def models(self) -> dict[str, Any]:
         """The models that declare a task; with TMS_LAZY, also those whose task is not known yet."""
-        models = [one for one in self._engine.models() if _task(one) in PATHS or self._is_to_load(one)]
+        models = [one for one in self._engine.models() if _task(one) in PATHS or self._is_unknown(one)]
         return {"object": "list", "data": [self._describe(model) for model in models]}
 
     def model(self, name: str) -> dict[str, Any]:
         """One of them; ModelNotFound if there is none of this name."""
-        return self._describe(self.declared(name, *PATHS))
+        model = self._engine.model(name)
+        return self._describe(model if self._is_unknown(model) else self.declared(name, *PATHS))
 
     def embeddings(self, body: Buffer, call: Call) -> Response:
         """The vectors of one or more texts, each an input of its own."""
@@ -87,22 +88,18 @@ class OpenAI:
         return _json({"object": "list", "data": data, "model": name, "usage": usage})
 
     def declared(self, name: Any, *tasks: str) -> ServedModel:
-        """The model of this name; ModelNotFound unless it declares one of the tasks."""
+        """The loaded model of this name. ModelNotFound unless it declares one of the tasks."""
         if not isinstance(name, str):
             raise WrongField("model", "the name of a model, a text")
-        model = self._engine.model(name)
-        if self._is_to_load(model):
-            self._engine.wait(self._engine.load(name))
-        if model.loaded is None:
-            raise ModelUnavailable(f"model {name!r} is {model.state}: {model.reason or 'ask again when it is READY'}")
+        model = self._engine.wait(self._engine.loaded(name))
         if (task := _task(model)) not in tasks:
             hint = f"post to {PATHS[task]}" if task in PATHS else "see /v1/models"
             wanted = " or ".join(f'metadata = {{"task": "{one}"}}' for one in tasks)
             raise ModelNotFound(f"model {name!r} does not declare {wanted}; {hint}")
         return model
 
-    def _is_to_load(self, model: ServedModel) -> bool:
-        return self._engine.settings.lazy and model.state is State.UNLOADED
+    def _is_unknown(self, model: ServedModel) -> bool:
+        return self._engine.settings.lazy and model.loaded is None and model.state is not State.FAILED
 
     def _describe(self, model: ServedModel) -> dict[str, Any]:
         author = model.loaded.metadata.get("author") if model.loaded else None
