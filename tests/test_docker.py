@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 
 from model_client import ModelClient
 from tests import engine
-from tests.conftest import wait_for
+from tests.conftest import ROOT, wait_for
 from tests.engine import docker
 from tests.test_faults import ANSWERS, write_model
 
@@ -93,6 +95,27 @@ def test_a_change_of_code_installs_nothing_again(tree: Path) -> None:
     assert time.monotonic() - begun < 20
     same = sum(old == new for old, new in zip(before, layers(), strict=True))
     assert len(before) - 3 <= same < len(before)  # but the models, and what comes after
+
+
+def test_the_printed_dockerfile_needs_no_clone(tree: Path, tmp_path: Path) -> None:
+    """A project of its own: one model, and the server as a wheel."""
+
+    def command(*arguments: str) -> str:
+        program = [sys.executable, str(ROOT / "server.py"), *arguments]
+        return subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    build = [sys.executable, "-m", "uv", "build", "--quiet", "--wheel", "--out-dir", str(tmp_path), str(tree)]
+    subprocess.run(build, check=True, timeout=280)
+    command("new", "mine")
+    (wheel,) = tmp_path.glob("*.whl")
+    printed = command("dockerfile", "--wheel", wheel.name)
+    (tmp_path / "Dockerfile").write_text(re.sub("(?m)^FROM .*", f"FROM {engine.BASE}", printed))
+    docker("build", "--build-arg", "TORCH_INDEX=", "-t", "my-models", str(tmp_path))
+    container = docker("run", "-d", "--read-only", "--tmpfs", "/tmp", "my-models")
+    with ModelClient("mine", addresses=[address_of(container)]) as client:
+        assert client.run_text("three little words") == {"words": 3}
+    assert docker("exec", container, "tiny-model-server", "health") == '{"ready": true}'
+    assert docker("exec", container, "id", "-u") == "10001"
 
 
 def test_make_run_docker_server(tree: Path) -> None:

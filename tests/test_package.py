@@ -118,6 +118,8 @@ def test_a_folder_of_models_becomes_an_image_without_a_clone(
         made = run(programs / "tiny-model-server", "new", name, cwd=project)
         assert made.returncode == 0, made.stderr
         (project / "models" / name / "requirements.txt").write_text("h11\n")
+    (project / "models" / "_shared").mkdir()
+    (project / "models" / "_shared" / "requirements.txt").write_text("h11\n")
     (project / "models" / "own" / ".venv").mkdir()
     command = [programs / "tiny-model-server", "dockerfile", "--wheel", f"wheels/{wheel.name}"]
     printed = run(*command, cwd=project)
@@ -129,6 +131,7 @@ def test_a_folder_of_models_becomes_an_image_without_a_clone(
                           cwd=image.app)  # fmt: skip
     assert [server.client(name).run_text("a b") for name in ("mine", "own")] == [{"words": 2}] * 2
     assert "python:3." in printed.stdout
+    assert '-r "/tmp/_shared.txt" -r "/tmp/mine.txt"' in printed.stdout
     released = run(programs / "tiny-model-server", "dockerfile", cwd=project).stdout
     assert f'RUN pip install "tiny-model-server[server]=={tiny_model_server.__version__}"\n' in released
     assert "@" not in released

@@ -1,5 +1,6 @@
 """The first minutes: a new model's folder, its Dockerfile, the contract, and a start where something is missing."""
 
+import os
 import re
 import subprocess
 import sys
@@ -69,3 +70,20 @@ def test_a_python_that_is_too_old_is_named() -> None:
     assert ran.returncode == 2
     assert re.match(r"error: the server needs Python 3.11 or newer; \S+ is Python 3.9; use ", ran.stderr)
     assert "Traceback" not in ran.stderr
+
+
+def test_the_demo_asks_no_server_but_its_own(server: Server) -> None:
+    """The port of the demo's settings is another server's, which has none of the example models."""
+
+    def demo(**settings: str) -> subprocess.CompletedProcess[str]:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("TMS_")}
+        command = [sys.executable, "examples/demo.py"]
+        return subprocess.run(command, cwd=ROOT, env=env | settings, capture_output=True, text=True, check=False)
+
+    ran = demo(TMS_PORT=str(server.port), TMS_HOST="127.0.0.1")
+    assert ran.returncode == 0, ran.stderr
+    assert re.search(r"example: +\{'shape': \[427, 640, 3\]", ran.stdout)
+    assert "language: ['en', 'de', 'es']" in ran.stdout
+    ran = demo(TMS_STRICT="maybe")
+    assert ran.returncode == 1
+    assert "TMS_STRICT='maybe' must be 0 or 1\nthe server has ended" in ran.stderr

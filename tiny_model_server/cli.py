@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import logging
+import signal
 import sys
 from collections.abc import Collection
 from dataclasses import fields, replace
@@ -43,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # of a command; a server stops by itself
+        return 128 + signal.SIGINT
 
 
 def program() -> str:

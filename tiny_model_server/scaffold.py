@@ -51,8 +51,11 @@ def dockerfile(models: Path, wheel: Path | None) -> int:
     if not models.is_dir():
         raise SettingsError(f"there is no folder {models}; make a first model in it: tiny-model-server new NAME")
     folder = _in_context(models)
-    own = sorted(venv.parent.name for venv in models.glob("*/.venv"))
-    needs = [file.parent.name for file in sorted(models.glob("*/requirements.txt")) if file.parent.name not in own]
+    names = sorted(
+        one.name for one in models.iterdir() if not name_problem(one.name.lstrip("_"))
+    )  # models, shared code
+    own = [name for name in names if (models / name / ".venv").is_dir()]
+    needs = [name for name in names if (models / name / "requirements.txt").is_file() and name not in own]
     parts = {
         "models": f"{folder}/",
         "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
