@@ -42,6 +42,34 @@ MODELS = {
     f"        return {{'a': {HOSTILE!r}, {HOSTILE!r}: [{{{HOSTILE!r}: {HOSTILE!r}}}], 'png': 'javascript:alert(1)'}}",
     "broken": "    run = None\n    def __init__(self):\n        raise RuntimeError('<b>no weights</b>')",
 }
+TYPED = """
+from dataclasses import dataclass
+from typing import Literal, Optional
+from model_interface import ModelInterface
+
+
+@dataclass
+class Request:
+    prompt: str
+    numbers: list[int]
+    style: Literal["short", "long"] = "short"
+    count: int = 3
+    share: float = 0.5
+    loud: bool = False
+    note: Optional[str] = None
+
+
+@dataclass
+class Options:
+    seed: int = 1
+
+
+class Model(ModelInterface):
+    example = {"prompt": "Say", "numbers": [1, 2]}
+
+    def run(self, data: Request, args: Options):
+        return {"data": vars(data), "args": vars(args)}
+"""
 HELPERS = """
 import time
 from pathlib import Path
@@ -165,6 +193,7 @@ def shared(chromium: WebDriver, tmp_path_factory: pytest.TempPathFactory) -> Ite
     for name, body in MODELS.items():
         write_model(models, name, body)
         (models / name / "__init__.py").write_text(HELPERS + (models / name / "__init__.py").read_text())
+    (write_model(models, "typed", "") / "typed" / "__init__.py").write_text(TYPED)
     (models / HOSTILE).mkdir()
     (models / HOSTILE / "__init__.py").touch()
     server = Server(models, ready=False)
@@ -200,7 +229,7 @@ def photo(tmp_path: Path) -> Path:
 
 def test_the_list(page: Page) -> None:
     page.find("#models a[data-name=example]")
-    assert len(page.all("#models a")) == len(MODELS) + 3
+    assert len(page.all("#models a")) == len(MODELS) + 4
     page.wait("#models a[data-name=broken]", "FAILED: RuntimeError: <b>no weights</b>")
     page.wait("#models", HOSTILE)
     page.find("#states [data-state=FAILED]").click()
@@ -268,6 +297,48 @@ def test_examples_are_filled_in(page: Page) -> None:
     page.wait("article .json", '"is": "ndarray", "dtype": "float32"')
     page.choose("detector")  # its example is too large to be sent along; the page makes one of its size
     page.wait(".drop", "the model's example · 100x100")
+
+
+def test_a_typed_model_has_a_form(page: Page) -> None:
+    def field(name: str) -> Any:
+        labels = (
+            "return [...document.querySelectorAll('article label')].find(one => one.innerText.startsWith(arguments[0]))"
+        )
+        return page.script(f"{labels}.control", name)
+
+    page.choose("typed")
+    page.find("[data-kind=form]")
+    found: dict[str, Any] = {"prompt": "Say", "numbers": [1, 2], "style": "short", "count": 3, "share": 0.5}
+    found |= {"loud": False, "note": None}
+    page.run()
+    page.wait("article .status", "answered")
+    copied = "return JSON.parse(document.querySelector('article .json')?.textContent ?? 'null')"
+    assert page.script(copied) == {"data": found, "args": {"seed": 1}}
+    field("prompt").send_keys(" it")
+    field("count").clear()
+    field("count").send_keys("4")
+    field("style").send_keys("long")
+    field("loud").click()
+    field("numbers").clear()
+    field("numbers").send_keys("[3]")
+    field("seed").clear()
+    field("seed").send_keys("2")
+    page.run()
+    found |= {"prompt": "Say it", "numbers": [3], "style": "long", "count": 4, "loud": True}
+    page.wait("article .json", '"seed": 2')
+    assert page.script(copied)["data"] == found
+    page.find("[data-kind=json]").click()
+    assert json.loads(page.find("[data-input=json]").get_attribute("value"))["numbers"] == [3]
+    page.find("[data-kind=form]").click()
+    field("numbers").send_keys("]")
+    page.run()
+    page.wait("article .status", "numbers: this is not JSON")
+    field("numbers").clear()
+    page.run()
+    page.wait("article .status", "numbers is missing")
+    field("numbers").send_keys('["a"]')
+    page.run()
+    page.wait("article .status", "400 INVALID_ARGUMENT: data.numbers.0")
 
 
 def test_images(page: Page, photo: Path) -> None:

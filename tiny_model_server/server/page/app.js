@@ -179,6 +179,7 @@ function showModel() {
   view.update(facts, numbers, history(chosen).points, server);
   if (!changed) return;
   showList();
+  if (wide.matches) rows.get(chosen)?.element.scrollIntoView({ block: "nearest" });
   panel.scrollTop = 0;
   if (!wide.matches) { scrollTo(0, 0); view.focus(); }
 }

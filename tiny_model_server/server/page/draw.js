@@ -8,7 +8,7 @@ const MASK = /mask|segment/i;
 const LABEL = /^(label|class|class_name|name|text|category)s?$/i;
 const SCORE = /^(score|confidence|probability|prob|conf)s?$/i;
 const MIN_PLOTTED = 16;
-const MOST_ROWS = 100, MOST_COLUMNS = 12, MOST_SHAPES = 1000, MOST_PLOTS = 8, MOST_LINES = 8;
+const MOST_ROWS = 100, MOST_COLUMNS = 12, MOST_SHAPES = 1000, MOST_PLOTS = 8, MOST_LINES = 8, MOST_TABLES = 8;
 const COLOURS = ["#ff3b30", "#0a84ff", "#30d158", "#ff9f0a", "#bf5af2", "#64d2ff", "#ffd60a", "#ff375f"];
 
 /** The elements to show of an answer; `file` is the input image, if there was one. */
@@ -19,7 +19,7 @@ export function drawings(value, file) {
   if (file) shown.push(figure(file, found));
   for (const { png, name } of [...found.masks, ...found.images]) shown.push(h("figure", {}, h("img", { src: png, alt: name }), name ? h("figcaption", {}, name) : null));
   for (const one of found.plots.slice(0, MOST_PLOTS)) shown.push(plot(one));
-  shown.push(...found.tables.map(table));
+  shown.push(...found.tables.slice(0, MOST_TABLES).map(table));
   return shown;
 }
 
@@ -104,12 +104,13 @@ function points(value, found) {
 }
 
 /** The input image with everything over it that has places in it. */
-function figure(file, { outlines, points, masks }) {
+function figure(file, found) {
+  const [outlines, points] = [found.outlines.slice(0, MOST_SHAPES), found.points.slice(0, MOST_SHAPES)];
   const image = h("img", { alt: "The input" }), frame = h("div", { class: "over" }, image);
   image.addEventListener("load", () => {
     const { naturalWidth: width, naturalHeight: height } = image;
     image.classList.toggle("tiny", width < 64);
-    for (const mask of masks) overlay(mask, width, height).then(canvas => { if (canvas) image.after(canvas); });
+    for (const mask of found.masks) overlay(mask, width, height).then(canvas => { if (canvas) image.after(canvas); });
     if (outlines.length || points.length) frame.append(shapes(outlines, points, width, height));
     URL.revokeObjectURL(image.src);
   }, { once: true });

@@ -91,14 +91,14 @@ function text(schema, initial) {
   const long = String(initial ?? "").length > 60;
   const input = h(long ? "textarea" : "input", long ? { rows: 3 } : { type: "text", maxlength: schema.maxLength });
   input.value = initial ?? "";
-  let touched = initial !== undefined;
+  let touched = initial !== undefined && initial !== null;
   input.addEventListener("input", () => { touched = true; });
   return { input, read: () => touched || input.value ? input.value : undefined };
 }
 
 function json(initial) {
   const input = h("textarea", { rows: 2, class: "code", placeholder: "JSON", spellcheck: "false" });
-  input.value = initial === undefined ? "" : JSON.stringify(initial);
+  input.value = initial === undefined || initial === null ? "" : JSON.stringify(initial);
   return { input, read: () => input.value.trim() ? parseJson(input.value) : undefined };
 }
 

@@ -26,10 +26,19 @@ function parts(value, indent) {
   return [begin, ...show(entries.slice(0, SHOWN)), between, fold(entries.slice(SHOWN), show, between), end];
 }
 
+/** What is left of a line behind a value; negative if it does not fit, which is found out early. */
+function room(value, width) {
+  if (value === null || typeof value !== "object") return width - (typeof value === "string" && value.length > width ? value.length : JSON.stringify(value).length);
+  for (const [key, item] of Object.entries(value)) {
+    width = room(item, width - (Array.isArray(value) ? 2 : key.length + 6));
+    if (width < 0) return width;
+  }
+  return width;
+}
+
 /** The value on one line, or null if it is longer than that. */
 function oneLine(value, width) {
-  if (JSON.stringify(value).length > width) return null;
-  return JSON.stringify(value, null, 1).replace(/\n\s*/g, " ").replace(/([[{]) | ([\]}])/g, "$1$2");
+  return room(value, width) < 0 ? null : JSON.stringify(value, null, 1).replace(/\n\s*/g, " ").replace(/([[{]) | ([\]}])/g, "$1$2");
 }
 
 function fold(entries, show, between) {

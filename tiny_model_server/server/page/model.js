@@ -119,7 +119,7 @@ export class ModelView {
     const running = this.running = new AbortController(), answer = this.answer.begin(input), since = performance.now();
     this.cancelButton.hidden = false;
     try {
-      const response = await post(this.name, "run?view", { body: input.body(), signal: running.signal, headers: { Accept: "text/event-stream, application/json" } });
+      const response = await post(this.name, "run?view", { body: input.body(), signal: running.signal, headers: { Accept: "text/event-stream" } });
       for await (const value of values(response)) answer.add(value, performance.now() - since);
       answer.end(performance.now() - since);
       this.streams = answer.count > 1;
