@@ -66,7 +66,7 @@ def test_run_by_post(server: Server, png: bytes) -> None:
     ("path", "body", "kind", "status", "message"),
     [
         ("/models/nobody/run", b"x", "text/plain", 404, "there is no model 'nobody'"),
-        ("/models/echo", b"x", "text/plain", 404, "post to /models/NAME/run"),
+        ("/models/echo", b"x", "text/plain", 405, "post to /models/NAME/run"),
         ("/models/echo/delete", b"x", "text/plain", 404, "post to /models/NAME/run"),
         ("/models/echo/run", b"\xff\xfe", "text/plain", 400, "text must be UTF-8"),
         ("/models/echo/run", b"{", "application/json", 400, "JSON"),

@@ -20,6 +20,7 @@ _SERVICE_LINK = re.compile(
     r"TMS_(\w+_)?(SERVICE_HOST=.*|SERVICE_PORT(_\w+)?=.*|PORT(_\d+_(TCP|UDP|SCTP))?=(tcp|udp|sctp)://\S+"
     r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=.*)"
 )
+_ORIGIN = re.compile(r"\*|https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d+)?")  # as browsers send one
 _CUDA = re.compile(r"(?:cuda:)?(\d+)|(GPU-[0-9a-fA-F-]+|MIG-[0-9a-zA-Z/-]+)")
 _CLIENT = {"TMS_ADDRESS", "TMS_TLS", "TMS_TLS_CA", "TMS_CLIENT_CERT", "TMS_CLIENT_KEY"}  # read by the client
 _MODZY_PORT = "PSC_MODEL_PORT"  # Modzy's own name for what is TMS_PORT here
@@ -74,6 +75,13 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
+def _origins(text: str) -> tuple[str, ...]:
+    origins = tuple(name for name in _names(text) if name)
+    if not all(_ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError("origins such as https://app.example.com,http://localhost:3000, or *")
+    return origins
+
+
 def _pairs(text: str) -> tuple[tuple[str, str], ...]:
     pairs = [item.strip().partition("=") for item in text.split(",") if item.strip()]
     if not all(name and folder for name, _, folder in pairs):
@@ -122,6 +130,7 @@ class Settings:
     socket: str = _env("", str, "path of a unix socket to listen on as well")
     socket_mode: str = _env("0600", _socket_mode, "mode of that socket's file; who can connect counts as local")
     allowed_hosts: tuple[str, ...] = _env((), _names, "more host names that HTTP callers on this host may use; *: any")
+    cors_origins: tuple[str, ...] = _env((), _origins, "origins whose web pages may run models, or *; none: no others")
     protocols: tuple[str, ...] = _env(
         ("native", "open_inference", "openai"), _names, "protocols that the server speaks"
     )

@@ -1,55 +1,110 @@
 """Reads the input of an HTTP call from a form or another body."""
 
-from collections.abc import Iterable, Iterator
-from email import message_from_bytes
+import mimetypes
+from collections.abc import Callable, Iterable, Iterator
+from email import message_from_string
 from email.message import Message
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from tiny_model_server import codec, json_arrays
 from tiny_model_server.codec import Buffer, EncodedImage
 from tiny_model_server.errors import InvalidInput
+from tiny_model_server.server import npy
 
 _MAX_HEADER_BYTES = 4096  # bytes of a part's headers, and of a Content-Type
 _MAX_URL_ENCODED = 1 << 18  # decoding one takes many times its memory
-_FIELDS = ("image", "text", "data", "args")
+_MAX_FIELDS = 256
+_KINDS = {"image": "image/*", "text": "text/plain", "data": "application/json", "args": "application/json"}
+"""What the fields of these names hold, whatever type is given for them; numpy's files may stand in their place."""
+_NUMPY = ("application/x-npy", "application/x-npz", "application/zip")
+_CHARSETS = ("utf-8", "us-ascii", "iso-8859-1", "latin-1", "utf-16")  # Python has others that are slow, or no charsets
+_ENDINGS = {".npy": "application/x-npy", ".npz": "application/x-npz"}
+_BYTES = "application/octet-stream"
 _EXPECTED = (
-    "send one of image (a file), text or data (JSON), and args (a JSON object) if needed, as a form; "
-    "or a body of type image/*, text/plain or application/json"
+    "send one of image (a file), text or data (JSON), and args (a JSON object) if needed, as a form; several inputs as "
+    "a form, whose fields the model gets by name; or a body of type image/*, text/*, application/json, "
+    f"{', '.join(_NUMPY)} or {_BYTES}"
 )
 
 
-def read_input(content_type: str, body: bytearray) -> tuple[Any, dict[str, Any]]:
-    """(data, args) of a form with image=@file, text= or data= (JSON), and args= (JSON); or of a body of one type."""
-    fields: dict[str, Buffer] = {}
-    for name, content in _fields(content_type, body):
-        if name not in _FIELDS:
-            raise InvalidInput(_EXPECTED)
-        if name in fields:
-            raise InvalidInput(f"there are two fields {name!r}; send one input a request")
-        fields[name] = content
-    args = codec.parse_args(_text(fields.pop("args", b"")))
-    if len(fields) != 1:
+class _Part(NamedTuple):
+    """A field of a form, or a whole body."""
+
+    kind: str
+    charset: str
+    content: Buffer
+
+
+def read_input(
+    content_type: str, body: bytearray, query: str = "", take: Callable[[int], None] = lambda size: None
+) -> tuple[Any, dict[str, Any]]:
+    """(data, args) of a body of one type, or of a form. InvalidInput says what is wrong with it.
+
+    The model gets a form's only field of image, text or data as it is, other fields as a dict by their names. ``query``
+    is the JSON of args that the URL has. ``take(size)`` is called before a file in the body is expanded to so many
+    bytes.
+    """
+    header = _typed(content_type[:_MAX_HEADER_BYTES])
+    kind = header.get_content_type()
+    if kind == "multipart/form-data":
+        fields = dict(_named(_multipart(body, header.get_boundary("").encode())))
+    elif kind == "application/x-www-form-urlencoded":
+        fields = dict(_named(_url_encoded(body)))
+    else:
+        return _value(_Part(kind, _charset(header), body), take), codec.parse_args(query)
+    args = _text(fields.pop("args", _Part("", "utf-8", b"")))
+    if args and query:
+        raise InvalidInput("there are args in the URL and in the form; send them once")
+    if not fields:
         raise InvalidInput(_EXPECTED)
-    name, content = fields.popitem()
-    if name == "image":
-        return EncodedImage(content), args
-    return _text(content) if name == "text" else json_arrays.parse(_text(content)), args
+    values = {name: _value(part, take) for name, part in fields.items()}
+    only = next(iter(values)) if len(values) == 1 else ""
+    return values[only] if only in _KINDS else values, codec.parse_args(args or query)
 
 
-def _fields(content_type: str, body: bytearray) -> Iterable[tuple[str, Buffer]]:
-    """The names and contents of a form's fields; any other body is one field."""
+def _named(parts: Iterable[tuple[str, _Part]]) -> Iterator[tuple[str, _Part]]:
+    names: set[str] = set()
+    for name, part in parts:
+        if name in names:
+            raise InvalidInput(f"there are two fields {name[:40]!r}; send one input a request")
+        if len(names) == _MAX_FIELDS:
+            raise InvalidInput(f"a form has at most {_MAX_FIELDS} fields; {_EXPECTED}")
+        names.add(name)
+        yield name, part if part.kind in _NUMPY else part._replace(kind=_KINDS.get(name, part.kind))
+
+
+def _value(part: _Part, take: Callable[[int], None]) -> Any:
+    match part.kind.split("/"):
+        case ["application", "x-npy"]:
+            return npy.read_npy(part.content)
+        case ["application", "x-npz" | "zip"]:
+            return npy.read_npz(part.content, take)
+        case ["application", "json"]:
+            return json_arrays.parse(_text(part))
+        case ["application", "octet-stream"]:
+            return bytes(part.content)
+        case ["image", _]:
+            return EncodedImage(part.content)
+        case ["text", _]:
+            return _text(part)
+    raise InvalidInput(f"{part.kind[:80]!r} is no type of an input; {_EXPECTED}")
+
+
+def _typed(content_type: str) -> Message:
     header = Message()
-    header["Content-Type"] = content_type[:_MAX_HEADER_BYTES]
-    media_type = header.get_content_type()
-    if media_type == "multipart/form-data":
-        return _multipart(body, header.get_boundary("").encode())
-    if media_type == "application/x-www-form-urlencoded":
-        return _url_encoded(body)
-    return [("data" if media_type == "application/json" else header.get_content_maintype(), body)]
+    header["Content-Type"] = content_type
+    return header
 
 
-def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, memoryview]]:
+def _charset(header: Message) -> str:
+    charset = header.get_content_charset("utf-8")
+    if charset not in _CHARSETS:
+        raise InvalidInput(f"the charset {charset[:40]!r} is not known; send UTF-8")
+    return charset
+
+
+def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, _Part]]:
     """The fields of a multipart body; their contents are views of it."""
     delimiter, content = b"\r\n--" + boundary, memoryview(body)
     at = body.find(delimiter[2:]) + len(delimiter) - 2
@@ -58,25 +113,44 @@ def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, memoryvi
         end = body.find(delimiter, begin)
         if begin < 4 or end < 0:
             raise InvalidInput("malformed form: a part's headers are too long, or it ends before its last boundary")
-        headers = message_from_bytes(body[at + 2 : begin])
+        headers = message_from_string(_text(_Part("", "utf-8", body[at + 2 : begin])))
         if headers.get("content-transfer-encoding", "binary").lower() not in ("7bit", "8bit", "binary"):
             raise InvalidInput("a form's files must be sent as they are, without base64 or quoted-printable")
-        yield str(headers.get_param("name", header="content-disposition")), content[begin:end]
+        name = headers.get_param("name", header="content-disposition")
+        if not isinstance(name, str) or not name:
+            raise InvalidInput("malformed form: a part has no name")
+        yield name, _Part(_kind(headers), _charset(headers), content[begin:end])
         at = end + len(delimiter)
 
 
-def _url_encoded(body: bytearray) -> Iterable[tuple[str, bytes]]:
+def _kind(headers: Message) -> str:
+    """The type of a form's part. A file whose type is not given, or is none of an input, has that of its name's end."""
+    file, kind = headers.get_filename(), headers.get_content_type() if "content-type" in headers else ""
+    if file is None or _is_known(kind):
+        return kind or "text/plain"
+    kind = _ENDINGS.get(file[-4:].lower()) or mimetypes.guess_type(file)[0] or ""
+    return kind if _is_known(kind) else _BYTES
+
+
+def _is_known(kind: str) -> bool:
+    return kind in (*_NUMPY, "application/json") or kind.startswith(("image/", "text/"))
+
+
+def _url_encoded(body: bytearray) -> Iterable[tuple[str, _Part]]:
     if len(body) > _MAX_URL_ENCODED:
         raise InvalidInput(f"send more than {_MAX_URL_ENCODED} bytes as multipart/form-data")
     try:
-        pairs = parse_qsl(_text(body), keep_blank_values=True, errors="strict", max_num_fields=len(_FIELDS))
+        text = _text(_Part("", "utf-8", body))
+        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=len(_KINDS))
     except ValueError as error:  # too many fields, or not UTF-8
         raise InvalidInput(f"malformed form: {error}") from None
-    return [(name, value.encode()) for name, value in pairs]
+    if not {name for name, _ in pairs} <= _KINDS.keys():
+        raise InvalidInput(_EXPECTED)
+    return [(name, _Part("", "utf-8", value.encode())) for name, value in pairs]
 
 
-def _text(data: Buffer) -> str:
+def _text(part: _Part) -> str:
     try:
-        return str(data, "utf-8")
+        return str(part.content, part.charset)
     except UnicodeDecodeError:
-        raise InvalidInput("text must be UTF-8") from None
+        raise InvalidInput(f"text must be {part.charset.upper()}") from None

@@ -6,8 +6,9 @@ health is answered by the event loop itself, also while all threads are busy.
 
 import asyncio
 import math
-import socket
+import re
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager, suppress
@@ -15,33 +16,34 @@ from email.utils import formatdate
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from tiny_model_server import access, codec
+from tiny_model_server import codec
 from tiny_model_server.codec import Encoded
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
-from tiny_model_server.errors import Cancelled, PermissionDenied, ServerError, Stopping
+from tiny_model_server.errors import ServerError, Stopping
 from tiny_model_server.protocols import openai_rest
 from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.protocols.openai_rest import Chat, OpenAI
 from tiny_model_server.server import events
-from tiny_model_server.server.events import send_events
+from tiny_model_server.server.answers import JSON, accepted, answer, compress, json_response
+from tiny_model_server.server.bodies import Body, read_body
 from tiny_model_server.server.forms import read_input
+from tiny_model_server.server.sites import Sites
 from tiny_model_server.server.view import view
 from tiny_model_server.settings import Settings
 
 _T = TypeVar("_T")
-_Begin = Callable[[bytearray, Call], Response | AbstractContextManager[Run]]
+_Begin = Callable[[Body, Call], Response | AbstractContextManager[Run]]
 _PAGE = Path(__file__).with_name("page")
 _PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _STATUS = {
@@ -56,10 +58,12 @@ _STATUS = {
     "DEADLINE_EXCEEDED": 504,
 }
 _V1_PATHS = "get /v1/models, or post to /v1/embeddings or /v1/chat/completions, if TMS_PROTOCOLS names openai"
-_PATHS = "get /, /livez, /readyz, /models, /metrics or /v2, or post to /models/NAME/run, load, unload or reload"
+_PATHS = (
+    "get /, /livez, /readyz, /models, /models/NAME, /metrics, /openapi.json, /docs or /v2, "
+    "or post to /models/NAME/run, load, unload or reload"
+)
+_ID = re.compile(r"[!-~]([ -~]{0,126}[!-~])?")
 _TIMEOUT_S = 60.0
-_BODY_S = 30.0  # the time for a body at first, and the most that it may have left at any moment
-_MIN_BYTES_PER_S = 1 << 16  # the time left grows by a second for so many bytes
 _DRAIN_S = 2.0  # time to read and drop the rest of a body
 _SPARE_THREADS = 8  # beyond what the engine admits: some are always left for refusals and for changing models
 _HEADERS = {
@@ -73,11 +77,11 @@ class Web:
 
     def __init__(self, engine: Engine, settings: Settings, grpc_port: int = 0) -> None:
         self._engine, self._grpc_port = engine, grpc_port
-        self._own_names = {"localhost", socket.gethostname().lower(), *map(str.lower, settings.allowed_hosts)}
+        self._sites = Sites(settings)
         self._rest = Rest(engine)
         self._threads = ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="http")
         gets = {"/": self._page, "/livez": self._live, "/readyz": self._ready, "/models": self._models}
-        gets |= {"/page/{file}": self._page, "/stats": self._stats}
+        gets |= {"/page/{file}": self._page, "/stats": self._stats, "/models/{name}": self._model}
         posts: dict[str, Any] = {name: partial(self._change, name) for name in ("load", "unload", "reload")}
         posts["run"] = self._run
         routes = [Route(path, answer) for path, answer in (gets | {"/metrics": self._metrics}).items()]
@@ -92,8 +96,12 @@ class Web:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
         scope["path"] = scope["path"].rstrip("/") or "/"
+        asked = Headers(scope=scope)
         # A POST whose length is not known may be followed by what its sender means as the body.
-        unread = scope["method"] == "POST" or _has_length(Headers(scope=scope))
+        unread = scope["method"] == "POST" or _has_length(asked)
+        given = asked.get("x-request-id", "")
+        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        MutableHeaders(scope=scope)["X-Request-Id"] = request_id  # where the call's metadata have it from
 
         async def read() -> Message:
             nonlocal unread
@@ -101,10 +109,11 @@ class Web:
             unread = message.get("more_body", False)
             return message
 
-        async def answer(message: Message) -> None:
+        async def respond(message: Message) -> None:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(raw=message["headers"])
-                headers.update(_HEADERS | {"Date": formatdate(usegmt=True)})
+                headers.update(_HEADERS | {"Date": formatdate(usegmt=True), "X-Request-Id": request_id})
+                self._sites.mark(asked, headers)
                 if unread:
                     headers["Connection"] = "close"
             elif unread:  # if the connection is closed before the rest is read, the caller may lose the answer
@@ -117,21 +126,22 @@ class Web:
             await send(message)
 
         try:
-            await self._app(scope, read, answer)
+            await (self._sites.preflight(Request(scope)) or self._app)(scope, read, respond)
         except asyncio.CancelledError:  # the server stops
             response = await _server_error(Request(scope), Stopping("the server is stopping"))
+            response.headers["X-Request-Id"] = request_id
             with suppress(RuntimeError):  # the answer has begun
                 await response(scope, receive, send)
 
     async def _live(self, request: Request) -> Response:
-        return _json({"live": True})
+        return json_response({"live": True})
 
     async def _ready(self, request: Request) -> Response:
         ready = self._engine.ready and not self._engine.stopping
-        return _json({"ready": ready}, 200 if ready else 503)
+        return json_response({"ready": ready}, 200 if ready else 503)
 
     async def _page(self, request: Request) -> Response:
-        self._refuse_other_sites(request)
+        self._sites.check(request)
         path = _PAGE / request.path_params.get("file", "index.html")
         if path not in set(_PAGE.iterdir()):
             raise HTTPException(404)
@@ -139,14 +149,21 @@ class Web:
         return Response(path.read_bytes(), headers={"Cache-Control": "no-cache"}, media_type=media_type)
 
     async def _metrics(self, request: Request) -> Response:
-        self._refuse_other_sites(request)
+        self._sites.check(request)
         text = await asyncio.to_thread(self._engine.metrics.text)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: Request) -> Response:
         self._admit(request)
-        models = await asyncio.to_thread(lambda: [model.describe() for model in self._engine.models()])
-        return _json({"models": models})
+
+        def answer() -> Response:
+            return _compressed(request, json_response({"models": [one.describe() for one in self._engine.models()]}))
+
+        return await asyncio.to_thread(answer)
+
+    async def _model(self, request: Request) -> Response:
+        self._admit(request)
+        return json_response(self._engine.model(request.path_params["name"]).describe())
 
     async def _stats(self, request: Request) -> Response:
         """Each model's state, and numbers of it, some of them counted since the start."""
@@ -156,35 +173,37 @@ class Web:
             | one.metrics.snapshot()
             for one in self._engine.models()
         ]
-        return _json({"models": states, "grpc_port": self._grpc_port})
+        return json_response({"models": states, "grpc_port": self._grpc_port})
 
     async def _change(self, action: str, request: Request) -> Response:
-        self._engine.access.authorize(self._admit(request))
+        self._admit(request, changes=True)
         change, name = getattr(self._engine, action), request.path_params["name"]
-        return await self._in_thread(request, lambda body, call: _json(self._engine.wait(change(name)).describe()))
+        return await self._in_thread(
+            request, lambda body, call: json_response(self._engine.wait(change(name)).describe())
+        )
 
     async def _run(self, request: Request) -> Any:
         self._admit(request)
         name, content_type = request.path_params["name"], request.headers.get("content-type", "")
         self._check_input(request, name)
-
-        if events.MEDIA_TYPE in request.headers.get("accept", ""):
+        formats = accepted(",".join(request.headers.getlist("accept")))
+        if formats[0] == events.MEDIA_TYPE:
             return self._stream(request, name, content_type)
 
-        def run(body: bytearray, call: Call) -> Response:
-            data, args = read_input(content_type, body)
-            begun = time.monotonic()
-            if "view" not in request.query_params:
-                answer = self._engine.run(name, codec.encode(data), args, call, json_only=True)
-                return Response(answer.text + "\n", media_type="application/json")
-            answer = self._engine.run(name, codec.encode(data), args, call)
-            return _json({"ms": 1000 * (time.monotonic() - begun), "answer": view(codec.decode(answer))})
+        def run(body: Body, call: Call) -> Response:
+            data, args = read_input(content_type, body, request.query_params.get("args", ""), body.take)
+            begun, value, as_json = time.monotonic(), codec.encode(data), formats[0] == JSON
+            views = "view" in request.query_params
+            found = self._engine.run(name, value, args, call, json_only=as_json and not views)
+            if views:
+                return json_response({"ms": 1000 * (time.monotonic() - begun), "answer": view(codec.decode(found))})
+            return Response(found.text + "\n", media_type=JSON) if as_json else answer(codec.decode(found), formats)
 
         return await self._in_thread(request, run)
 
     def _stream(self, request: Request, name: str, content_type: str) -> Any:
-        def begin(body: bytearray, call: Call) -> AbstractContextManager[Run]:
-            data, args = read_input(content_type, body)
+        def begin(body: Body, call: Call) -> AbstractContextManager[Run]:
+            data, args = read_input(content_type, body, request.query_params.get("args", ""), body.take)
             return self._engine.streaming(name, codec.encode(data), args, call, json_only=text is None)
 
         text = _view_text if "view" in request.query_params else None
@@ -213,7 +232,7 @@ class Web:
                         return run
                     async with aclosing(self._engine.stream_values(run)) as values:
                         made = convert(self._texts(values, text))
-                        return await send_events(made, failed, send, self._engine.settings.stream_idle_s)
+                        return await events.send_events(made, failed, send, self._engine.settings.stream_idle_s)
 
         async def respond(scope: Scope, receive: Receive, send: Send) -> None:
             last = await send_all(send)  # after which a caller that reads nothing holds nothing but the last text
@@ -234,9 +253,7 @@ class Web:
         if not method:
             raise HTTPException(404)
         if method not in ("ServerLive", "ServerReady"):
-            call = self._admit(request)
-            if method in ("RepositoryModelLoad", "RepositoryModelUnload"):
-                self._engine.access.authorize(call)
+            self._admit(request, changes=method in ("RepositoryModelLoad", "RepositoryModelUnload"))
         if method == "ModelInfer":
             self._check_input(request, fields["model_name"])
         answer = partial(self._rest.answer, method, fields, request.headers)
@@ -247,11 +264,11 @@ class Web:
     def _openai_routes(self, api: OpenAI) -> list[Route]:
         async def models(request: Request) -> Response:
             self._admit(request)
-            return _json(api.models())
+            return json_response(api.models())
 
         async def model(request: Request) -> Response:
             self._admit(request)
-            return _json(await self._thread(lambda: api.model(request.path_params["name"])))
+            return json_response(await self._thread(lambda: api.model(request.path_params["name"])))
 
         async def embeddings(request: Request) -> Response:
             self._admit(request)
@@ -268,58 +285,34 @@ class Web:
         routes = [Route(f"/v1/models{path}", answer) for path, answer in gets.items()]
         return routes + [Route(openai_rest.PATHS[task], answer, methods=["POST"]) for task, answer in posts.items()]
 
-    def _admit(self, request: Request) -> Call:
-        """The call of a request; PermissionDenied or Unauthenticated if it may not be answered."""
-        self._refuse_other_sites(request)
+    def _admit(self, request: Request, *, changes: bool = False) -> None:
+        """PermissionDenied or Unauthenticated if a request may not be answered; ``changes`` says it changes models."""
+        self._sites.check(request, changes=changes)
         call = _call(request, Future())
         self._engine.access.authenticate(call.metadata)
-        return call
+        if changes:
+            self._engine.access.authorize(call)
 
     def _check_input(self, request: Request, name: str) -> None:
         """Refuses an input before it is read: ModelNotFound, or HTTPException if its length is not known."""
         self._engine.model(name)
         _check_length(request)
 
-    def _refuse_other_sites(self, request: Request) -> None:
-        """PermissionDenied if another site's page sent this; also a page whose name resolves to this host.
-
-        The owner of a site can let its name resolve to 127.0.0.1. Then its page may send requests to this host from the
-        user's browser, but the browser gives that name as Host. A browser sends Origin with each POST.
-        """
-        headers, host = request.headers, request.headers.get("host", "")
-        foreign = request.method == "POST" and (
-            headers.get("sec-fetch-site", "none") not in ("same-origin", "none")
-            or headers.get("origin", f"http://{host}").partition("://")[2] != host
-        )
-        local = request.client is not None and access.is_loopback(request.client.host)
-        if foreign or (local and host and not self._is_own_name(host)):
-            raise PermissionDenied(
-                "a page of another site may not do this; on this host, use localhost or 127.0.0.1, or add the name "
-                "that you use to TMS_ALLOWED_HOSTS"
-            )
-
-    def _is_own_name(self, host: str) -> bool:
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        return access.address(name) is not None or bool({name, "*"} & self._own_names)
-
     async def _in_thread(
-        self, request: Request, work: Callable[[bytearray, Call], Response], timeout_s: float | None = _TIMEOUT_S
+        self, request: Request, work: Callable[[Body, Call], Response], timeout_s: float | None = _TIMEOUT_S
     ) -> Response:
         """Runs ``work(body, call)`` in a thread and returns its result. The call ends if the caller disconnects."""
         async with self._arrived(request, timeout_s) as (body, call):
-            return await self._thread(lambda: work(body, call))
+            return await self._thread(lambda: _compressed(request, work(body.expand(), call)))
 
     async def _thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     @asynccontextmanager
-    async def _arrived(self, request: Request, timeout_s: float | None) -> AsyncIterator[tuple[bytearray, Call]]:
+    async def _arrived(self, request: Request, timeout_s: float | None) -> AsyncIterator[tuple[Body, Call]]:
         """A request's body, and its call, which ends if the caller disconnects."""
         ended: Future[None] = Future()
-        async with self._body(request) as body:
+        async with read_body(request, self._engine) as body:
             call = _call(request, ended, timeout_s)
             disconnected = asyncio.ensure_future(_disconnected(request))
             disconnected.add_done_callback(lambda _: ended.cancel())
@@ -329,46 +322,9 @@ class Web:
                 disconnected.cancel()
                 call.on_end = lambda callback: False  # else the call and what it registered would keep each other alive
 
-    @asynccontextmanager
-    async def _body(self, request: Request) -> AsyncIterator[bytearray]:
-        """A request's body, read within a time limit.
 
-        Its bytes are counted (TMS_MAX_INFLIGHT_MB) from before they arrive until the context ends.
-        """
-        budget, counted, body = self._engine.inflight, 0, bytearray()
-        largest = min(self._engine.settings.max_message_mb << 20, budget.limit)
-
-        def count(size: int) -> None:
-            nonlocal counted
-            if size > largest:
-                limits = "TMS_MAX_MESSAGE_MB and TMS_MAX_INFLIGHT_MB"
-                raise HTTPException(413, f"a body may have {largest} bytes ({limits}), not {size}")
-            if size > counted:
-                budget.expect(size - counted, counted)
-                counted = size
-
-        try:
-            try:
-                count(int(request.headers.get("content-length", 0)))
-                async with asyncio.timeout(_BODY_S) as limit:
-                    async for part in request.stream():
-                        count(len(body) + len(part))
-                        body += part
-                        later = (limit.when() or 0) + len(part) / _MIN_BYTES_PER_S
-                        limit.reschedule(min(later, asyncio.get_running_loop().time() + _BODY_S))
-            except TimeoutError:
-                raise HTTPException(408, f"the body did not arrive in time; {len(body)} bytes of it did") from None
-            except ClientDisconnect:
-                raise Cancelled("the caller disconnected") from None
-            finally:
-                budget.arrived(counted)
-            yield body
-        finally:
-            budget.give(counted)
-
-
-def _enter(stack: ExitStack, begin: _Begin, body: bytearray, call: Call) -> Response | Run:
-    begun = begin(body, call)
+def _enter(stack: ExitStack, begin: _Begin, body: Body, call: Call) -> Response | Run:
+    begun = begin(body.expand(), call)
     return begun if isinstance(begun, Response) else stack.enter_context(begun)
 
 
@@ -392,7 +348,11 @@ def _call(request: Request, ended: "Future[None]", timeout_s: float | None = _TI
     return Call(deadline, peer, dict(request.headers), on_end)
 
 
-def _has_length(headers: Mapping[str, str]) -> bool:
+def _compressed(request: Request, response: Response) -> Response:
+    return compress(response, request.headers.get("accept-encoding", ""))
+
+
+def _has_length(headers: Headers) -> bool:
     return "content-length" in headers or "transfer-encoding" in headers
 
 
@@ -422,8 +382,8 @@ def _error(
 ) -> Response:
     """An error in the form that callers of this path read."""
     if _is_openai(request):
-        return _json(openai_rest.error(text, error), code, headers)
-    return _json({"error": text} | ({"status": error.status} if error else {}), code, headers)
+        return json_response(openai_rest.error(text, error), code, headers)
+    return json_response({"error": text} | ({"status": error.status} if error else {}), code, headers)
 
 
 def _is_openai(request: Request) -> bool:
@@ -432,7 +392,3 @@ def _is_openai(request: Request) -> bool:
 
 def _view_text(value: Encoded) -> str:
     return codec.json_only(view(codec.decode(value)))
-
-
-def _json(value: Any, code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(codec.json_only(value) + "\n", code, headers, "application/json")
