@@ -1,5 +1,7 @@
 """PNG and other encodings of arrays, for those who cannot read arrays: the page, and Modzy's files."""
 
+from contextlib import suppress
+
 import numpy as np
 
 from tiny_model_server import codec
@@ -18,7 +20,8 @@ def image_file(array: codec.Array, kind: str = "image/png") -> bytes:
     swap = {3: cv2.COLOR_RGB2BGR, 4: cv2.COLOR_RGBA2BGRA}.get(array.shape[2] if array.ndim == 3 else 1)
     ordered = np.ascontiguousarray(array) if swap is None else cv2.cvtColor(np.ascontiguousarray(array), swap)
     ending = {"image/jpeg": ".jpg", "image/bmp": ".bmp", "image/webp": ".webp"}.get(kind, ".png")
-    try:
-        return bytes(cv2.imencode(ending, ordered)[1])
-    except cv2.error as error:
-        raise ValueError(f"no {ending} file can have shape {array.shape}: {error.err}") from None
+    with suppress(cv2.error):
+        made, encoded = cv2.imencode(ending, ordered)
+        if made:
+            return encoded.tobytes()
+    raise ValueError(f"no {ending} file can have shape {array.shape}")
