@@ -31,6 +31,10 @@ MODELS = {
     "                'points': [[3, 4]] * 9, 'mask': np.ones(data.shape[:2], bool), 'embedding': np.arange(384) / 384}",
     "kinds": "    example = np.ones(3, 'f4')\n    def run(self, data, args):\n"
     "        return {'is': type(data).__name__, 'dtype': str(getattr(data, 'dtype', '')), 'args': args}",
+    "arrays": "    example = [np.zeros((4, 4)), np.ones(2, 'i8')]\n    def run(self, data, args):\n"
+    "        return [f'{one.dtype} {one.shape} {one.sum():g}' for one in data]",
+    "declares": "    metadata = {'inputs': [{'name': 'x', 'dtype': 'float32', 'shape': [-1, 4]}]}\n"
+    "    def run(self, data, args):\n        return str(data.shape)",
     "text": "    example = 'Grüße, \"you\" & \\'me\\''\n"
     "    def run(self, data, args):\n        return {'data': data, 'args': args}",
     "waits": "    def run(self, data, args):\n        wait(data)\n        return 'the answer of waits'",
@@ -295,6 +299,14 @@ def test_examples_are_filled_in(page: Page) -> None:
     assert "float32" in page.find("[data-input=json]").get_attribute("value")
     page.run()
     page.wait("article .json", '"is": "ndarray", "dtype": "float32"')
+    page.choose("arrays")
+    shown = page.find("[data-input=json]").get_attribute("value")
+    assert json.loads(shown)[0] == {"$array": {"dtype": "float64", "shape": [4, 4]}}  # zeros
+    page.run()
+    page.wait("article .json", '"float64 (4, 4) 0", "int64 (2,) 2"')
+    page.choose("declares")
+    page.run()
+    page.wait("article .json", "(1, 4)")
     page.choose("detector")  # its example is too large to be sent along; the page makes one of its size
     page.wait(".drop", "the model's example · 100x100")
 
@@ -512,6 +524,9 @@ def test_snippets_do_what_the_page_does(page: Page, photo: Path) -> None:
     page.choose("kinds")
     for language in ("python", "curl", "grpcurl"):
         assert "float32" in ran(language)
+    page.choose("arrays")
+    for language in ("python", "curl", "grpcurl"):
+        assert "float64 (4, 4) 0" in ran(language)
     page.choose("example")
     page.upload(photo)
     for language in ("python", "curl", "grpcurl"):
@@ -633,6 +648,17 @@ def test_forty_models(chromium: WebDriver, start_server: StartServer, tmp_path: 
     page.run()
     page.wait("article .json", "of 2")
     page.wait("#models a[data-name=model-07]", "READY")
+
+
+def test_a_server_that_is_gone_is_reported(chromium: WebDriver, start_server: StartServer) -> None:
+    page = Page(chromium, start_server())
+    page.open()
+    page.choose("echo")
+    page.server.kill()
+    page.wait("#notice", "The server does not answer")
+    page.run()
+    page.wait("article .status", "the server does not answer")
+    chromium.get_log("browser")  # type: ignore[attr-defined]
 
 
 def test_the_token_is_asked_for_once(chromium: WebDriver, start_server: StartServer) -> None:

@@ -21,27 +21,35 @@ export function elements(array) {
 }
 
 /** The value with the data of every array in it, as the server wants it. */
-export function complete(value) {
-  if (isArray(value)) return value.$array.data !== undefined ? value : { $array: { ...value.$array, shape: shape(value), data: elements(value) } };
-  if (Array.isArray(value)) return value.map(complete);
+export const complete = value => convert(value, array => array.$array.data !== undefined ? array
+  : { $array: { ...array.$array, shape: shape(array), data: elements(array) } });
+
+/** The value without the data of arrays of zeros, for reading. */
+export const compact = value => convert(value, array => elements(array).some(Boolean) ? array
+  : { $array: { dtype: array.$array.dtype, shape: shape(array) } });
+
+function convert(value, change) {
+  if (isArray(value)) return change(value);
+  if (Array.isArray(value)) return value.map(item => convert(item, change));
   if (!value || typeof value !== "object") return value;
-  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, complete(item)]));
+  return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, convert(item, change)]));
 }
 
 /** The bytes of an array, little-endian, in base64. */
 export function base64(array) {
-  const [kind, convert = Number] = BYTES[array.$array.dtype] ?? [];
+  const [kind, number = Number] = BYTES[array.$array.dtype] ?? [];
   if (!kind) throw new Error(`no bytes for an array of ${array.$array.dtype}`);
-  const bytes = new Uint8Array(kind.from(elements(array), convert).buffer);
+  const bytes = new Uint8Array(kind.from(elements(array), number).buffer);
   return btoa(Array.from(bytes, byte => String.fromCharCode(byte)).join(""));
 }
 
 /** Whether an array is an image: HxW or HxWx3 of uint8. */
 export function isImage(value) {
   if (!isArray(value) || value.$array.dtype !== "uint8") return false;
-  const sizes = shape(value);
-  return sizes.length === 2 || (sizes.length === 3 && [1, 3].includes(sizes[2]));
+  return isImageShape(shape(value));
 }
+
+export const isImageShape = sizes => sizes.length === 2 || (sizes.length === 3 && [1, 3].includes(sizes[2]));
 
 /** A PNG file of an image. */
 export function png(array, name) {

@@ -1,6 +1,6 @@
 // What a model is to be run on: a form, an image, a text or JSON, and its args.
 
-import { complete, isImage, png } from "./arrays.js";
+import { compact, complete, isImage, isImageShape, png } from "./arrays.js";
 import { photo } from "./camera.js";
 import { h } from "./dom.js";
 import { Form, hasForm, parseJson, resolve } from "./form.js";
@@ -19,9 +19,10 @@ export class Input {
       click: () => { this.touched = true; this.show(kind); } }, text));
     this.text = h("textarea", { rows: 4, "aria-label": "Text", "data-input": "text" });
     this.json = h("textarea", { rows: 6, class: "code", "aria-label": "JSON", "data-input": "json", spellcheck: "false", placeholder: '{"key": [1, 2, 3]}' });
+    const hint = h("p", { class: "muted hint" }, 'An array with a dtype: {"$array": {"dtype": "float32", "data": [1, 2]}}; zeros if it has a "shape" and no "data"');
     this.args = h("textarea", { rows: 1, class: "code", placeholder: "{}", "data-input": "args", spellcheck: "false" });
     this.form = this.argsForm = null;
-    this.bodies = { form: h("div"), image: this.buildImage(), text: this.text, json: this.json };
+    this.bodies = { form: h("div"), image: this.buildImage(), text: this.text, json: h("div", {}, this.json, hint) };
     this.argsBody = h("div");
     this.element = h("div", { input: () => { this.touched = true; this.changed(); } },
       h("div", { class: "row", role: "group", "aria-label": "Kind of input" }, h("h3", {}, "Input"), ...this.tabs),
@@ -73,19 +74,19 @@ export class Input {
   }
 
   /** Begins with the model's own example; what somebody has entered stays. */
-  prefill({ schema, example, input_shape }) {
-    const known = JSON.stringify([schema, example, input_shape]);
+  prefill({ schema, example, input_shape, metadata }) {
+    const known = JSON.stringify([schema, example, input_shape, metadata]);
     if (this.touched || known === this.known) return;
     this.known = known;
-    const data = schema?.data ? resolve(schema.data, schema.data) : {};
+    const data = schema?.data ? resolve(schema.data, schema.data) : declared(metadata.inputs, input_shape);
     this.form = hasForm(schema?.data) ? new Form(schema.data, example) : null;
     this.bodies.form.replaceChildren(...(this.form ? [this.form.element] : []));
     this.argsForm = hasForm(schema?.args) ? new Form(schema.args) : null;
     this.showArgs();
     if (typeof example === "string") this.text.value = example;
-    else if (example !== null && example !== undefined) this.json.value = JSON.stringify(example);
+    else this.json.value = hasValue(example) ? JSON.stringify(compact(example)) : data["x-dtype"] ? JSON.stringify(sketch(data)) : "";
     if (isImage(example)) png(example, "example.png").then(file => { if (!this.touched) this.take(file, "the model's example"); });
-    this.show(this.form ? "form" : kindOf(data, example, input_shape));
+    this.show(this.form ? "form" : kindOf(data, example));
   }
 
   showArgs() {
@@ -138,12 +139,21 @@ function readArgs(text) {
   return args;
 }
 
-function kindOf(data, example, inputShape) {
+const hasValue = value => value !== null && value !== undefined;
+
+/** A schema of what a model without annotations declares: its only input, or a shape. */
+function declared(inputs, inputShape) {
+  if (inputs?.length === 1 && /^(bool|u?int\d+|float\d+)$/.test(inputs[0].dtype)) return { type: "array", "x-dtype": inputs[0].dtype, "x-shape": inputs[0].shape };
+  return inputShape ? { type: "array", "x-shape": inputShape } : {};
+}
+
+/** An array of zeros that fits. */
+const sketch = data => ({ $array: { dtype: data["x-dtype"], shape: (data["x-shape"] ?? [1]).map(size => size < 0 ? 1 : size) } });
+
+function kindOf(data, example) {
   if (isImage(example)) return "image";
-  if (typeof example === "string" || data.type === "string") return "text";
-  if (example !== null && example !== undefined) return "json";
-  if (data.type && data.type !== "array") return "json";
-  const sizes = data["x-shape"] ?? inputShape ?? [];
-  if (sizes.length === 2 || (sizes.length === 3 && [1, 3].includes(sizes[2]))) return "image";
-  return data.type === "array" ? "json" : "text";
+  if (typeof example === "string" || (data.type === "string" && !hasValue(example))) return "text";
+  if (hasValue(example) || (data.type && data.type !== "array")) return "json";
+  if (isImageShape(data["x-shape"] ?? []) && ["uint8", undefined].includes(data["x-dtype"])) return "image";
+  return data.type ? "json" : "text";
 }

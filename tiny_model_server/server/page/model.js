@@ -118,6 +118,7 @@ export class ModelView {
     }
     const running = this.running = new AbortController(), answer = this.answer.begin(input), since = performance.now();
     this.cancelButton.hidden = false;
+    this.changed();
     try {
       const response = await post(this.name, "run?view", { body: input.body(), signal: running.signal, headers: { Accept: "text/event-stream" } });
       for await (const value of values(response)) answer.add(value, performance.now() - since);
@@ -129,6 +130,7 @@ export class ModelView {
     if (this.running !== running) return;  // another call has begun
     this.running = null;
     this.cancelButton.hidden = true;
+    this.changed();
     this.showSnippet();
     this.showLog();
   }
