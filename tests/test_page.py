@@ -263,7 +263,7 @@ def test_the_keyboard(page: Page) -> None:
     assert page.script("return document.getElementById('filter').value") == ""
     assert page.script(focused) == "example"
     page.keys(Keys.END)
-    page.keys(Keys.ARROW_UP, Keys.ENTER)
+    page.keys(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ENTER)
     page.find("article[data-model=tokens]")
     page.enter("text", "/dev/null")
     page.find("[data-input=text]").send_keys(Keys.CONTROL, Keys.ENTER)
