@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 
 from model_client import InvalidInput, ModelFailed
 from tests.conftest import ROOT, Server
+from tests.test_workers import own_interpreter
 
 MODELS = {
     "boxes": """
@@ -358,10 +359,10 @@ def test_what_is_not_understood_is_not_checked(typed: Server) -> None:
     assert typed.client("untyped").run("a", {"anything": 1}) == ["str", {"anything": 1}]
     (line,) = [line for line in typed.log if "model untyped:" in line]
     assert "WARNING" in line
-    assert "name 'Nobody' is not defined" in line
+    assert "parameter 1 of run is not checked: NameError: name 'Nobody' is not defined" in line
     assert typed.client("unreadable").run({"a": 1}, {"b": 2}) == [{"a": 1}, {"b": 2}]
     text = "\n".join(line for line in typed.log if "model unreadable:" in line)
-    for reason in ("unhashable type: 'list'", "division by zero", "data of run", "args of run"):
+    for reason in ("unhashable type: 'list'", "parameter 2 of run is not checked: ZeroDivisionError"):
         assert reason in text
     warned = {line.split("model ")[1].split(":")[0] for line in typed.log if "WARNING" in line}
     assert warned == {"untyped", "unreadable", "large"}
@@ -455,6 +456,24 @@ def test_open_inference_sends_typed_inputs_by_name(typed: Server) -> None:
     with urllib.request.urlopen(url, json.dumps({"inputs": inputs}).encode(), timeout=10) as response:
         (output,) = json.load(response)["outputs"]
     assert output["data"] == [4.5]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("version", ["3.9", "3.13", "3.14"])
+def test_a_models_own_python_checks_the_same(start_server: Callable[..., Server], tmp_path: Path, version: str) -> None:
+    for name in ("boxes", "validated", "two_arrays"):
+        write(tmp_path, name, MODELS[name])
+    own_interpreter(tmp_path / "boxes", version, "numpy", "pydantic")
+    for name in ("validated", "two_arrays"):
+        (tmp_path / name / ".venv").symlink_to(tmp_path / "boxes" / ".venv")
+    server = start_server(tmp_path)
+    assert server.client("boxes").run({"boxes": [{"width": 1}]}) == ["Request", 1, "RED", 5]
+    message = refusal(server, "boxes", {"boxes": [{"width": 1, "inner": [{"width": "3"}]}]}, {})
+    assert "data.boxes.0.inner.0.width: must be a number, not a text" in message
+    assert "data.boxes.0.width: Input should be a" in refusal(server, "validated", {"boxes": [{"width": "x"}]}, {})
+    arrays = {"left": np.zeros(2, np.float32), "right": np.zeros((3, 1), int)}
+    assert "data.right: must be an array of int64 of shape [2, any]" in refusal(server, "two_arrays", arrays, {})
+    assert not [line for line in server.log if "WARNING" in line]
 
 
 def test_type_checkers_accept_typed_models(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def _annotations(plugin: type[ModelInterface], method: str, problems: list[str])
         except Exception as error:  # the model's own code may raise anything
             found.append(Any)
             if index > 0:
-                problems.append(f"parameter {index} of {method}: {message_of(error, named=True)}")
+                problems.append(f"parameter {index} of {method} is not checked: {message_of(error, named=True)}")
     return found
 
 
