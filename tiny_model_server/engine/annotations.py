@@ -108,14 +108,18 @@ def types_of(plugin: type[ModelInterface]) -> Types:
 def _annotations(plugin: type[ModelInterface], method: str, problems: list[str]) -> list[Any]:
     """The annotations of the first two parameters after self, and of what is returned; Any for those without."""
     found: list[Any] = []
+    lazy: Any = sys.modules.get("annotationlib")  # since Python 3.14
     for index in (1, 2, -1):
         try:
             function = inspect.unwrap(getattr(plugin, method))
             bound = isinstance(inspect.getattr_static(plugin, method), (staticmethod, classmethod))
-            names = [*["self"] * bound, *inspect.signature(function).parameters]
+            names = [*["self"] * bound, *function.__code__.co_varnames[: function.__code__.co_argcount]]
             name = "return" if index < 0 else next(iter(names[index:]), "")  # there may be *args alone
             # Each alone, because one may have a name that only a type checker knows.
-            holder = type("holder", (), {"__annotations__": {"it": function.__annotations__.get(name, Any)}})
+            written = (
+                lazy.get_annotations(function, format=lazy.Format.FORWARDREF) if lazy else function.__annotations__
+            )
+            holder = type("holder", (), {"__annotations__": {"it": written.get(name, Any)}})
             scope = {name: one for name, one in vars(plugin).items() if isinstance(one, type)} | function.__globals__
             found.append(typing.get_type_hints(holder, scope, include_extras=True)["it"])
         except Exception as error:  # the model's own code may raise anything
