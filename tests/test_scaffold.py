@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model_client import InvalidInput
@@ -38,9 +39,19 @@ def test_new_models_answer_and_refuse(start_server: Callable[..., Server], tmp_p
     assert server.client("text").run_text("a b") == {"words": 2}
     assert list(server.client("stream").run_stream("a b c", {"most": 2})) == ["a", "b"]
     assert [answer["best"] for answer in server.client("batch").run_batch([[1, 2, 3, 4], [9, 2, 3, 4]])] == [2, 0]
-    for name, wrong in {"text": 1, "image": "x", "batch": ["x"], "stream": None}.items():
-        with pytest.raises(InvalidInput, match="send "):
-            server.client(name).run(wrong)
+    wrong = {
+        "text": (1, "data: must be a text"),
+        "image": (np.zeros((2, 2)), r"uint8 of shape \[-1, -1, 3\]"),
+        "batch": ([1, 2], r"data: must be an array of number of shape \[4\]"),
+        "stream": (None, "data: must be a text"),
+    }
+    for name, (data, message) in wrong.items():
+        with pytest.raises(InvalidInput, match=message):
+            server.client(name).run(data)
+    with pytest.raises(InvalidInput, match="the text has no words"):
+        server.client("text").run_text("")
+    with pytest.raises(InvalidInput, match="args.most: must be a whole number"):
+        server.client("stream").run_text("a", {"most": "all"})
 
 
 def test_a_new_model_overwrites_nothing(tmp_path: Path) -> None:
