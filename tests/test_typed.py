@@ -1,20 +1,27 @@
 """Typed models: what the annotations of ``run`` check, what the model gets, and what callers can read of it."""
 
+import dataclasses
+import enum
 import json
 import os
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, Required, TypedDict
 
 import numpy as np
+import pydantic
 import pytest
+from numpy.typing import NDArray
 
 from model_client import InvalidInput, ModelFailed
+from model_interface import InvalidInput as Refused
+from model_interface import ModelInterface
 from tests.conftest import ROOT, Server
 from tests.test_workers import own_interpreter
+from tiny_model_server.engine.annotations import types_of
 
 MODELS = {
     "boxes": """
@@ -321,6 +328,114 @@ def test_run_gets_objects_with_their_defaults(typed: Server) -> None:
 def test_wrong_input_names_the_field(typed: Server, model: str, data: Any, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         typed.client(model).run(data)
+
+
+class Partial(TypedDict, total=False):
+    needed: Required[int]
+    free: str
+
+
+class Whole(TypedDict):
+    needed: Mapping[str, Sequence[int]]
+    free: NotRequired[bytes]
+
+
+class Size(enum.IntEnum):
+    SMALL = 1
+
+
+class Pixels(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(arbitrary_types_allowed=True)
+    pixels: np.ndarray
+
+
+@pytest.mark.parametrize(
+    ("annotation", "good", "bad", "message"),
+    [
+        (int, 3, True, "data: must be a whole number, not True"),
+        (int, 3, 3.0, "data: must be a whole number, not 3.0"),
+        (float, 3, "3", "data: must be a number, not a text"),
+        (bool, True, 1, "data: must be true or false, not 1"),
+        (bytes, b"a", "a", "data: must be bytes, not a text"),
+        (None, None, 0, "data: must be null, not 0"),
+        (dict, {"a": 1}, [], "data: must be an object, not a list"),
+        (list, [1, "a"], {}, "data: must be a list, not an object"),
+        (list[float], [1, 2.5], [1, "2"], "data.1: must be a number, not a text"),
+        (dict[str, list[int]], {"a": [1]}, {"a": [1, None]}, "data.a.1: must be a whole number, not null"),
+        (Partial, {"needed": 1}, {"free": "a"}, "data.needed: is missing; it must be a whole number"),
+        (
+            Whole,
+            {"needed": {"a": [1]}, "free": b""},
+            {"needed": {}, "free": ""},
+            "data.free: must be bytes, not a text",
+        ),
+        (Size, 1, 2, "data: must be 1"),
+        (Literal[Size.SMALL, "any"], "any", 2, "data: must be one of 1, 'any'"),
+        (str | None, "a", 1, "data: must be a text or null, not 1"),
+        (list[int] | dict[str, int], {"a": 1}, {"a": "b"}, "data.a: must be a whole number, not a text"),
+        (Annotated[int, "any fact"], 1, "a", "data: must be a whole number, not a text"),
+        (np.ndarray, np.zeros(3), "a", "data: must be an array, not a text"),
+        (
+            NDArray[np.floating],
+            np.zeros(3),
+            np.zeros(3, int),
+            "data: must be an array of floating, not an array of int64",
+        ),
+        (
+            Annotated[np.ndarray, "uint8"],
+            np.zeros(3, "uint8"),
+            [-1],
+            "data: must be an array, or a nested list of numb",
+        ),
+        (
+            Annotated[np.ndarray, np.dtype("bool")],
+            np.zeros(3, bool),
+            [[1], 2],
+            "data: must be an array, or a nested lis",
+        ),
+        (
+            Annotated[np.ndarray, (2,)],
+            np.zeros(2),
+            np.zeros((2, 1)),
+            r"data: must be an array of shape \[2\], not an array",
+        ),
+    ],
+)
+def test_what_annotations_mean(annotation: Any, good: Any, bad: Any, message: str) -> None:
+    types = types_of(typed_as(annotation))
+    assert types.problems == []
+    np.testing.assert_equal(types.data(good), good)
+    with pytest.raises(Refused, match=f"^{message}"):
+        types.data(bad)
+
+
+def typed_as(annotation: Any) -> type[ModelInterface]:
+    def run(self: Any, data: Any, args: Any) -> Any:
+        pass
+
+    run.__annotations__["data"] = annotation
+    return type("Model", (ModelInterface,), {"run": run})
+
+
+def test_a_field_of_another_class_may_be_anything_in_the_schema_of_pydantic() -> None:
+    types = types_of(typed_as(Pixels))
+    assert types.schema["data"]["properties"] == {"pixels": {"title": "Pixels"}}
+    assert types.data({"pixels": np.zeros(2)}).pixels.shape == (2,)
+    with pytest.raises(Refused, match="data.pixels: Input should be an instance of ndarray"):
+        types.data({"pixels": [1]})
+
+
+def test_two_classes_of_one_name_are_both_checked() -> None:
+    other = pydantic.create_model("Box", height=(int, ...))
+    holder = pydantic.create_model("Holder", boxes=(list[other], ...))  # type: ignore[valid-type]
+    boxes = [dataclasses.make_dataclass("Box", [(name, int)]) for name in ("width", "depth")]
+    types = types_of(typed_as(dataclasses.make_dataclass("Pair", [("a", boxes[0]), ("b", boxes[1]), ("c", holder)])))
+    assert types.schema["data"]["$defs"].keys() == {"Box", "Box_"}
+    assert types.problems == ["data of run: Holder has no JSON schema: there are two classes 'Box'"]
+    with pytest.raises(Refused, match="data.b.depth: must be a whole number"):
+        types.data({"a": {"width": 1}, "b": {"depth": "x"}, "c": {"boxes": []}})
+    with pytest.raises(Refused, match="data.c.boxes.0.height: Field required"):
+        types.data({"a": {"width": 1}, "b": {"depth": 1}, "c": {"boxes": [{}]}})
 
 
 def test_wrong_args_fail_the_call(typed: Server) -> None:
