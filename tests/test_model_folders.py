@@ -193,4 +193,9 @@ def test_models_share_the_code_of_a_folder_that_begins_with_an_underscore(
         wait_for(lambda name=name: server.client(name).run_text("x")[0] == "X?", f"the reload of {name}")
     assert server.client("one").run_text("x") == ["X?", 4, "B?", "C?"]
     assert server.client("apart").run_text("x") == "apart"
+    file = tmp_path / "one" / "__init__.py"
+    file.write_text(file.read_text().replace("double(2)", "double(3)"))
+    for name in ("one", "three"):
+        wait_for(lambda name=name: server.client(name).run_text("x")[1] == 6, f"the reload of {name}")
+    assert server.client("two").run_text("x")[1] == 4
     assert not any("could not be reloaded" in line for line in server.log)

@@ -72,8 +72,8 @@ async def _check(settings: Settings, folder: Path, names: list[str]) -> list[boo
 
 
 async def _check_one(engine: Engine, model: ServedModel, width: int) -> bool:
-    begun, answer = time.monotonic(), "no example, so run() was not tried: give the class an example"
-    batch = 0
+    begun, good, batch = time.monotonic(), True, 0
+    answer = "no example, so run() was not tried: give the class an example"
     try:
         await model.load()
         if model.loaded:
@@ -82,12 +82,11 @@ async def _check_one(engine: Engine, model: ServedModel, width: int) -> bool:
             encoded = await asyncio.to_thread(engine.run, model.name, model.loaded.example, {}, Call())
             answer = f"answers its example with {_short.repr(codec.decode(encoded))}"
         await model.unload()
-        state = "READY "
     except ServerError as error:
-        state, answer = "FAILED", model.reason or str(error)
-    seconds = time.monotonic() - begun
+        good, answer = False, model.reason or str(error)
+    seconds, state = time.monotonic() - begun, "READY " if good else "FAILED"
     print(f"{model.name:<{width}}  {state}  {seconds:5.1f} s  batch {batch or '-':<4}  {answer}", flush=True)
-    return state != "FAILED"
+    return good
 
 
 class _Short(reprlib.Repr):

@@ -51,9 +51,7 @@ def dockerfile(models: Path, wheel: Path | None) -> int:
     if not models.is_dir():
         raise SettingsError(f"there is no folder {models}; make a first model in it: tiny-model-server new NAME")
     folder = _in_context(models)
-    names = sorted(
-        one.name for one in models.iterdir() if not name_problem(one.name.lstrip("_"))
-    )  # models, shared code
+    names = sorted(one.name for one in models.iterdir() if not name_problem(one.name.lstrip("_")))
     own = [name for name in names if (models / name / ".venv").is_dir()]
     needs = [name for name in names if (models / name / "requirements.txt").is_file() and name not in own]
     parts = {

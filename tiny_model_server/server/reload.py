@@ -54,6 +54,7 @@ def _follow(engine: Engine, changed: set[Path]) -> None:
     """Reloads the models in these folders; all that are loaded, if one of the folders holds code that models share."""
     shared = {folder for folder in changed if folder.name.startswith("_")}
     names = {folder.name for folder in changed - shared if (folder / "__init__.py").is_file()}
+    names |= {alias for alias, folder in engine.settings.aliases if folder in names}
     if shared:
         log.info("code that models share changed: %s", ", ".join(sorted(folder.name for folder in shared)))
         names |= {model.name for model in engine.models() if model.wanted}
