@@ -58,6 +58,8 @@ async def _check(settings: Settings, folder: Path, names: list[str]) -> list[boo
     """Checks these models of a folder, or all, one after the other. True for each that is good."""
     aliases = settings.aliases if folder == settings.models_dir else ()
     engine = Engine(replace(settings, models_dir=folder, aliases=aliases, lazy=True))  # loads stages of pipelines
+    if folder == settings.models_dir:
+        engine.check_overrides()
     await engine.use_loop()
     try:
         models = [engine.model(name) for name in names] or engine.models()

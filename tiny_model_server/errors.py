@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
+from collections.abc import Iterable
+from difflib import get_close_matches
 from itertools import accumulate
 
 _LONGEST = 2048
@@ -91,6 +94,16 @@ class Unimplemented(ServerError):
     """There is no such method."""
 
     status = "UNIMPLEMENTED"
+
+
+def suggestion(name: str, names: Iterable[str], like: float = 0.6) -> str:
+    """Returns " (did you mean 'x'?)" with the one of ``names`` that is most like a wrong name; "" if none is.
+
+    Case and underscores make no difference. ``like``, from 0 to 1, is how much the names must have in common.
+    """
+    plain = {re.sub("[_-]", "", one.lower()): one for one in sorted(names)}
+    near = get_close_matches(re.sub("[_-]", "", name.lower()), plain, 1, like)
+    return f" (did you mean {plain[near[0]]!r}?)" if near else ""
 
 
 def from_status(status: str, message: str) -> ServerError:

@@ -34,6 +34,7 @@ def serve(settings: Settings) -> int:
     if settings.one_core:
         keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
     engine = Engine(settings)
+    engine.check_overrides()
     few = max(2, int(cpus()) // 2)  # to each call belong a caller and a worker, which need cores too
     seconds = settings.busy_poll_us / 1e6 if cpus() >= 2 else 0
     selector = BusyPollingSelector(seconds, lambda: engine.calls <= few)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+
+from tiny_model_server.errors import suggestion
 
 PREFIX = "TMS_"
 MODEL_PREFIX = "TMS_MODEL_"
@@ -185,7 +187,8 @@ class Settings:
         known = {PREFIX + item.name.upper() for item in fields(cls)}
         for name in sorted(env.keys() - known - _CLIENT):
             if name.startswith(PREFIX) and not name.startswith(MODEL_PREFIX):
-                raise SettingsError(f"{name} is not a setting of the server; there are {', '.join(sorted(known))}")
+                wrong = f"{name} is not a setting of the server{suggestion(name, known)}"
+                raise SettingsError(f"{wrong}; there are {', '.join(sorted(known))}")
         given = _values(cls, PREFIX, env, flags)
         if "modzy" in given.get("protocols", ()) and _MODZY_PORT in env:
             given.setdefault("port", _parsed(_MODZY_PORT, env[_MODZY_PORT], cls.__dataclass_fields__["port"]))
@@ -268,10 +271,17 @@ def model_overrides(name: str, env: Mapping[str, str] = os.environ) -> dict[str,
     return _values(ModelOptions, model_prefix(name), env)
 
 
-def stray_overrides(names: list[str], env: Mapping[str, str] = os.environ) -> list[str]:
-    """The ``TMS_MODEL_*`` variables that no model of these names reads: probably misspelt."""
-    read = {model_prefix(name) + item.name.upper() for name in names for item in fields(ModelOptions)}
-    return sorted(name for name in env.keys() - read - {*service_links(env)} if name.startswith(MODEL_PREFIX))
+def stray_overrides(names: Sequence[str], env: Mapping[str, str] = os.environ) -> list[str]:
+    """What is wrong with each ``TMS_MODEL_*`` variable that no model of these names reads."""
+    options = [item.name.upper() for item in fields(ModelOptions)]
+    read = {model_prefix(name) + option for name in names for option in options}
+    found = []
+    for variable in sorted(env.keys() - read - {*service_links(env)}):
+        if variable.startswith(MODEL_PREFIX):
+            owner = next((name for name in names if variable.startswith(model_prefix(name))), "")
+            known = f"options of model {owner!r}: {', '.join(options)}" if owner else f"models: {', '.join(names)}"
+            found.append(f"{variable} sets nothing{suggestion(variable, read)}; there are these {known}")
+    return found
 
 
 def model_prefix(name: str) -> str:

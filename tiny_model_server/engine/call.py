@@ -3,12 +3,11 @@
 import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from tiny_model_server.codec import ARRAY, Encoded, dtype_name, signature
+from tiny_model_server.codec import Encoded, signature
 from tiny_model_server.engine.batcher import Item, Outcome, Stream
 from tiny_model_server.engine.repository import ServedModel
-from tiny_model_server.errors import InvalidInput, ServerError
+from tiny_model_server.errors import ServerError
 from tiny_model_server.shared_memory import SharedBuffers
 
 
@@ -71,11 +70,11 @@ class Run:
     def make_items(self, model: ServedModel) -> list[Item]:
         """An item for each value. InvalidInput if one does not fit what the model declares."""
         loaded, repeatable = model.loaded, self.call.repeatable
-        inputs = loaded.metadata.get("inputs") or [] if loaded else []
         mixes = loaded is not None and loaded.options.mix_shapes
         items = []
         for value in self.values:
-            _check_declared(inputs, value)
+            if loaded:
+                loaded.check_input(value)
             # A stream is alone in its batch, and what is not repeatable: a batch that fails is run again item by item.
             alone = self.stream or not repeatable
             key: Hashable = object() if alone else (self.args, () if mixes else signature(value))
@@ -123,17 +122,3 @@ class Run:
 def status_of(outcome: Outcome) -> str:
     """The gRPC status of an outcome, by name."""
     return outcome.status if isinstance(outcome, ServerError) else "OK"
-
-
-def _check_declared(inputs: Sequence[Mapping[str, Any]], value: Encoded) -> None:
-    """InvalidInput if an array does not fit the only input that the model's metadata declares."""
-    if len(inputs) != 1 or len(value.arrays) != 1 or value.text != ARRAY:
-        return
-    array, dtype, shape = value.arrays[0], inputs[0].get("dtype"), inputs[0].get("shape")
-    fits = shape is None or (
-        len(shape) == len(array.shape)
-        and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
-    )
-    if not fits or dtype not in (None, dtype_name(array.dtype)):
-        wanted = f"{dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size)" if dtype != "str" else "a text"
-        raise InvalidInput(f"the model takes {wanted}, not {dtype_name(array.dtype)} of shape {list(array.shape)}")

@@ -83,6 +83,10 @@ class Engine:
         self.started = True
         self._changed()
 
+    def check_overrides(self) -> None:
+        """SettingsError if a variable of the environment sets an option of no model."""
+        self._repository.check_overrides()
+
     async def use_loop(self) -> None:
         """Lets the running loop own the engine, from the first call on."""
         self._loop = asyncio.get_running_loop()

@@ -23,6 +23,7 @@ from tiny_model_server.errors import (
     NowAPipeline,
     ServerError,
     Stopping,
+    suggestion,
 )
 from tiny_model_server.settings import (
     ModelOptions,
@@ -216,8 +217,11 @@ class ServedModel:
         self._pools.append(pool)
         loaded = await pool.start()
         for stage in loaded.stages:
+            if stage == self.name:
+                raise ModelUnavailable(f"the pipeline names itself as a stage, {stage!r}; name other models")
             if not self._repository.knows(stage):
-                raise ModelUnavailable(f"it names the stage {stage!r}, and there is no such model")
+                hint = suggestion(stage, self._repository.names)
+                raise ModelUnavailable(f"it names the stage {stage!r}, and there is no such model{hint}")
         return loaded
 
     async def _end(self, pools: list[Pool], grace_s: float = 0, *, drain: bool = False) -> None:
@@ -267,8 +271,16 @@ class Repository:
             self.add(name, path, reason)
         if links := service_links():
             log.info("variables that Kubernetes sets for Services are not settings: %s", ", ".join(links))
-        for variable in stray_overrides(list(self._models)):
-            log.warning("%s belongs to no model that was found, or names no option", variable)
+
+    def check_overrides(self) -> None:
+        """SettingsError if a ``TMS_MODEL_*`` variable is misspelt, or belongs to no model.
+
+        ModelMesh names its models later, so that it gets warnings instead.
+        """
+        for stray in stray_overrides(self.names):
+            if "model_mesh" not in self._settings.protocols:
+                raise SettingsError(stray)
+            log.warning(stray)
 
     def find(self) -> None:
         """Adds the model folders that are new, and the aliases of them; the log says if that cannot be done."""
@@ -296,6 +308,11 @@ class Repository:
         self._models = {known: model for known, model in self._models.items() if known != name}
         self._metrics.forget(name)
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all models."""
+        return list(self._models)
+
     def knows(self, name: str) -> bool:
         """Whether there is a model of this name."""
         return name in self._models
@@ -305,8 +322,8 @@ class Repository:
         try:
             return self._models[name]
         except KeyError:
-            known = ", ".join(self._models) or "none"
-            raise ModelNotFound(f"there is no model {name[:80]!r}; there are: {known}") from None
+            hint, known = suggestion(name[:80], self.names), ", ".join(self.names) or "none"
+            raise ModelNotFound(f"there is no model {name[:80]!r}{hint}; there are: {known}") from None
 
     def models(self) -> list[ServedModel]:
         """All models by name."""

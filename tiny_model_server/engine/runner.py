@@ -25,6 +25,7 @@ import numpy as np
 
 from model_interface import ModelInterface, Pipeline
 from tiny_model_server import PLUGIN, codec, conversions
+from tiny_model_server.engine import mistakes
 from tiny_model_server.engine.annotations import Types
 from tiny_model_server.errors import Cancelled, InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.settings import ModelOptions
@@ -63,10 +64,7 @@ def import_plugin(name: str, path: Path) -> type[ModelInterface]:
     """
     name = re.sub(r"[^\w-]", "_", name)
     os.environ[PLUGIN] = f"{name}={path}"  # read by the package ``models``, here and in processes that the model starts
-    plugin = getattr(importlib.import_module(f"models.{name}"), "Model", None)
-    if not (isinstance(plugin, type) and issubclass(plugin, ModelInterface)):
-        raise TypeError(f"{path / '__init__.py'} must define class Model(ModelInterface)")
-    return plugin
+    return mistakes.model_class(importlib.import_module(f"models.{name}"), path)
 
 
 def declared(plugin: type[ModelInterface], types: Types) -> dict[str, Any]:
@@ -87,7 +85,7 @@ def declared(plugin: type[ModelInterface], types: Types) -> dict[str, Any]:
         "is_async": is_async(plugin),
         "metadata": types.metadata | metadata,
         "schema": types.schema,
-        "example": None if plugin.example is None else codec.encode(plugin.example),
+        "example": _encoded("class attribute example", plugin.example),
     }
 
 
@@ -118,15 +116,16 @@ def construct(
     model = call(partial(plugin, **options.args))
     answer = call(_warm_up, model, types)
     if plugin.warmup is ModelInterface.warmup:
-        try:
-            codec.encode(answer)
-        except Exception as error:
-            raise TypeError(f"the answer to its example cannot be encoded: {message_of(error)}") from error
-    shape = model.get_input_shape()
-    input_shape = None if shape is None else [int(size) for size in shape]
-    if not _is_shape(input_shape):
-        raise ValueError(f"get_input_shape() must return whole numbers from -1, not {input_shape}")
-    return model, input_shape
+        _encoded("the answer to its example cannot be encoded", answer)
+    return model, mistakes.input_shape(model.get_input_shape())
+
+
+def _encoded(what: str, value: Any) -> codec.Encoded | None:
+    """The encoded value, None for None. TypeError says what it is that cannot be encoded, and why."""
+    try:
+        return None if value is None else codec.encode(value)
+    except Exception as error:
+        raise TypeError(f"{what}: {message_of(error)}") from error
 
 
 def _warm_up(model: ModelInterface, types: Types) -> Any:
@@ -163,19 +162,6 @@ def _is_shape(shape: Any) -> bool:
     """True for None, and for a list of sizes that protocols can write; -1 stands for any size."""
     sizes = [] if shape is None else shape
     return isinstance(sizes, list) and all(type(size) is int and -1 <= size < _MAX_SIZE for size in sizes)
-
-
-def describe(error: BaseException, path: Path) -> str:
-    """Why a plug-in could not be loaded, in one line, with what to do about a failed import."""
-    reason = " ".join(message_of(error, named=True).split())
-    needs = path / "requirements.txt"
-    if isinstance(error, ImportError):
-        first = str(error.name or "").partition(".")[0]
-        if first and ((path / f"{first}.py").is_file() or (path / first).is_dir()):
-            reason += f" (it is in the model's folder: write 'from . import {first}' or 'from .{first} import ...')"
-        elif needs.exists():
-            reason += f" (install what it needs: pip install -r {needs})"
-    return reason
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:

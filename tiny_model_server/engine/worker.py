@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from tiny_model_server import codec, custom_metrics, logs
+from tiny_model_server.engine import mistakes
 from tiny_model_server.engine.annotations import types_of
 from tiny_model_server.engine.runner import (
     Calls,
@@ -31,7 +32,6 @@ from tiny_model_server.engine.runner import (
     call_directly,
     construct,
     declared,
-    describe,
     encode_outcome,
     failed,
     import_plugin,
@@ -200,7 +200,7 @@ def _serve(control: WorkerConnection) -> None:
         result = attempt(function, *arguments)
         if failed(result):
             log.error("model %s could not be loaded", name, exc_info=result)
-            control.send(("failed", describe(result, path)))
+            control.send(("failed", mistakes.describe(result, path)))
             _end(1)
         return result
 
@@ -212,7 +212,10 @@ def _serve(control: WorkerConnection) -> None:
     (options, threads), _ = _receive(control)
     loop = _event_loop() if is_async(plugin) else None
     call = loop.call if loop else call_directly
+    load(mistakes.check_arguments, name, plugin, options.args)
     model, input_shape = load(construct, plugin, options, threads, types, call)
+    for doubt in load(mistakes.doubts, name, model):
+        log.warning("model %s: %s", name, doubt)
     control.send(("ready", input_shape))
     _, fds = _receive(control)
     slots = [Slot(end, response, (name, model, options, types), loop) for end, response in zip(fds[::2], fds[1::2])]

@@ -13,15 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server.codec import Encoded
+from tiny_model_server.codec import ARRAY, Encoded, dtype_name
 from tiny_model_server.engine import children, placement
 from tiny_model_server.engine.batcher import Batcher, Item
 from tiny_model_server.engine.metrics import ModelMetrics
 from tiny_model_server.engine.worker_connection import WorkerConnection, lacks
 from tiny_model_server.engine.worker_slot import WorkerSlot
-from tiny_model_server.errors import (
-    ModelUnavailable,
-)
+from tiny_model_server.errors import InvalidInput, ModelUnavailable
 from tiny_model_server.settings import ModelOptions, Settings
 
 log = logging.getLogger("tiny_model_server.worker_process")
@@ -63,6 +61,20 @@ class Loaded:
     schema: dict[str, Any]
     is_async: bool = False
 
+    def check_input(self, value: Encoded) -> None:
+        """InvalidInput if an array does not fit the only input that the metadata declares."""
+        inputs = self.metadata.get("inputs") or []
+        if len(inputs) != 1 or len(value.arrays) != 1 or value.text != ARRAY:
+            return
+        array, dtype, shape = value.arrays[0], inputs[0].get("dtype"), inputs[0].get("shape")
+        fits = shape is None or (
+            len(shape) == len(array.shape)
+            and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
+        )
+        if not fits or dtype not in (None, dtype_name(array.dtype)):
+            wanted = f"{dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size)" if dtype != "str" else "a text"
+            raise InvalidInput(f"the model takes {wanted}, not {dtype_name(array.dtype)} of shape {list(array.shape)}")
+
 
 class Misplaced(Exception):
     """The class declares other workers or devices than the process was started for. It must be started again."""
@@ -103,6 +115,8 @@ class WorkerProcess:
             loaded = Loaded(options, None, **facts)
             if loaded.stages:
                 return loaded
+            if loaded.example is not None:
+                _check_example(loaded, loaded.example)
             if _placement(self._index, options) != self._placement:
                 raise Misplaced(options)
             self._control.send((options, placement.threads_for(options.workers)))
@@ -189,6 +203,13 @@ class WorkerProcess:
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}{hint}"
         if not self.ended.done():
             self.ended.set_result(how)
+
+
+def _check_example(loaded: Loaded, example: Encoded) -> None:
+    try:
+        loaded.check_input(example)
+    except InvalidInput as error:
+        raise ModelUnavailable(f"its example does not fit its metadata: {error}") from None
 
 
 async def _readable(end: socket.socket) -> None:
