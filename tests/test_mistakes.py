@@ -1,12 +1,20 @@
 """The first mistakes of a new user: each is reported at once, with what to write instead."""
 
+import os
 import re
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.conftest import Server
+import model_client
+from model_client import ModelNotFound, ModelUnavailable, ServerUnavailable
+from tests.conftest import ROOT, Server, free_port
+from tests.test_workers import write
 
 CLASS = "from pathlib import Path\nfrom model_interface import ModelInterface, Pipeline\nclass Model(ModelInterface):\n"
 RUN = "    def run(self, data, args): return data\n"
@@ -112,7 +120,7 @@ FAILED: dict[str, tuple[Files, str]] = {
     ),
     "weights": (
         model("def __init__(self): open('weights.bin')"),
-        r"line 4\) \(a relative path begins in .*; for the model's folder write Path\(__file__\).parent / 'weights.bin'",
+        r"line 4\) \(a relative path begins in .*; for the model's folder write Path\(__file__\).parent / 'weights",
     ),
     "arguments": (
         model("def __init__(self, size, top=3): pass"),
@@ -223,3 +231,169 @@ def test_what_may_be_meant_is_a_warning(server: Server, states: dict[str, dict[s
 def test_what_is_fine_is_not_complained_of(server: Server, states: dict[str, dict[str, Any]], name: str) -> None:
     assert states[name]["state"] == "READY", states[name]["reason"]
     assert not [line for line in server.log if f"WARNING tiny_model_server.worker: model {name}:" in line]
+
+
+# ---- clients and commands
+
+
+def with_model(name: str) -> Callable[[Server], model_client.ModelClient]:
+    return lambda server: server.client(name, timeout=20)
+
+
+def elsewhere(port: str) -> Callable[[Server], model_client.ModelClient]:
+    def client(server: Server) -> model_client.ModelClient:
+        number = {"none": free_port(), "http": server.http_port}[port]
+        return model_client.ModelClient("good", addresses=[f"127.0.0.1:{number}"], connect_timeout=0.5)
+
+    return client
+
+
+CALLS: dict[str, tuple[Callable[[Server], Any], Callable[[Any], Any], type[Exception], str]] = {
+    "name": (
+        with_model("goood"),
+        lambda c: c.run(1),
+        ModelNotFound,
+        "no model 'goood' .did you mean 'good'",
+    ),
+    "no name": (with_model(""), lambda c: c.run(1), ModelNotFound, "no model ''; there are: an_object, answer,"),
+    "failed": (
+        with_model("no_run"),
+        lambda c: c.run(1),
+        ModelUnavailable,
+        "class Model has no run: write",
+    ),
+    "no server": (
+        elsewhere("none"),
+        lambda c: c.run(1),
+        ServerUnavailable,
+        r"no server at 127.0.0.1:\d+: .*refused.*; start a server there: python server.py",
+    ),
+    "HTTP port": (
+        elsewhere("http"),
+        lambda c: c.run(1),
+        ServerUnavailable,
+        "this is a port of HTTP: give that of gRPC, which is 50000 by default",
+    ),
+    "missing file": (
+        with_model("good"),
+        lambda c: c.run_image("missing.jpg"),
+        FileNotFoundError,
+        "there is no such image file; a text is sent by run_text: 'missing.jpg'",
+    ),
+    "text as image": (with_model("good"), lambda c: c.run_image("some words"), FileNotFoundError, "sent by run_text"),
+    "array as text": (
+        with_model("good"),
+        lambda c: c.run_text(np.zeros(3)),
+        TypeError,
+        "a text is a str, not array.*; an image is sent by run_image, any other value by run",
+    ),
+    "image of a batch": (
+        with_model("good"),
+        lambda c: c.run_image_batch(np.zeros((9, 9, 3), np.uint8)),
+        TypeError,
+        "takes a list of images.*for one image there is run_image",
+    ),
+    "args": (with_model("good"), lambda c: c.run(1, "top=3"), TypeError, "args must be a dict, not str"),
+    "URL": (
+        lambda server: None,
+        lambda c: model_client.ModelClient("good", addresses=["http://localhost:50000"]),
+        ValueError,
+        "'http://localhost:50000' must be host:port, as in localhost:50000",
+    ),
+    "object": (
+        with_model("good"),
+        lambda c: c.run(object()),
+        TypeError,
+        "cannot serialize object at the top: send JSON",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", CALLS)
+def test_a_mistake_of_a_caller_is_answered_with_what_to_do(server: Server, mistake: str) -> None:
+    client, call, kind, pattern = CALLS[mistake]
+    with pytest.raises(kind, match=pattern):
+        call(client(server))
+
+
+def test_images_of_any_numeric_dtype_are_fine(server: Server) -> None:
+    image = np.linspace(0, 1, 27).reshape(3, 3, 3)
+    assert np.array_equal(server.client("good").run_image(image), image)
+
+
+@pytest.mark.parametrize(
+    ("way", "status", "pattern"),
+    [
+        (["models/good/run"], 405, "GET /models/good/run; .*post to /models/NAME/run"),
+        (["-d", "text=x", "models/goood/run"], 404, "no model 'goood' .did you mean 'good'"),
+        (["-d", "xx", "models/good/run"], 400, "send one of image .a file., text or data .JSON."),
+    ],
+)
+def test_a_mistake_with_curl_is_answered_with_what_to_do(
+    server: Server, way: list[str], status: int, pattern: str
+) -> None:
+    *options, path = way
+    command = ["curl", "-s", "-w", "%{http_code}", *options, f"http://127.0.0.1:{server.http_port}/{path}"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert answer.endswith(str(status))
+    assert re.search(pattern, answer), answer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "pattern"),
+    [
+        (["chek"], {}, "invalid choice: 'chek'.*check"),
+        (["check", "goood"], {}, "there is no model 'goood' .did you mean 'good'"),
+        (["check", "good"], {"TMS_MODEL_GOOD_WOKRERS": "2"}, "did you mean 'TMS_MODEL_GOOD_WORKERS'.*MAX_BATCH_SIZE"),
+        ([], {"TMS_MODEL_GOOD_WOKRERS": "2"}, "WOKRERS sets nothing .did you mean 'TMS_MODEL_GOOD_WORKERS'"),
+        ([], {"TMS_MODEL_GODO_WORKERS": "2"}, "did you mean 'TMS_MODEL_GOOD_WORKERS'.*models: good, net"),
+        ([], {"TMS_MODEL_NET_TIMEOUT": "2"}, "did you mean 'TMS_MODEL_NET_TIMEOUT_S'"),
+        ([], {"TMS_HTPP_PORT": "2"}, "TMS_HTPP_PORT is not a setting of the server .did you mean 'TMS_HTTP_PORT'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_stops_with_2(
+    tmp_path: Path, arguments: list[str], env: dict[str, str], pattern: str
+) -> None:
+    write(write(tmp_path, "good", WHOLE), "net", WHOLE)
+    ran = command(tmp_path, arguments, env)
+    assert ran.returncode == 2, ran.stderr
+    assert re.search(pattern, ran.stderr), ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def command(models: Path, arguments: list[str], env: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("TMS_")}
+    return subprocess.run(
+        [sys.executable, "server.py", *arguments],
+        cwd=ROOT,
+        env=clean | {"TMS_MODELS_DIR": str(models), "TMS_PORT": "0", "TMS_HTTP_PORT": "0"} | env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_variable_of_another_folder_does_not_stop_the_check_of_a_path(tmp_path: Path) -> None:
+    write(write(tmp_path / "here", "good", WHOLE), "net", WHOLE)
+    write(tmp_path / "there", "other", WHOLE)
+    ran = command(tmp_path / "here", ["check", str(tmp_path / "there" / "other")], {"TMS_MODEL_NET_WORKERS": "1"})
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_modelmesh_names_its_models_later(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    protocols = {"TMS_PROTOCOLS": "native,model_mesh", "TMS_MODEL_LATER_WORKERS": "2"}
+    server = start_server(write(tmp_path, "good", WHOLE), ready=False, **protocols)
+    server.wait_for_log("WARNING .*TMS_MODEL_LATER_WORKERS sets nothing")
+
+
+def test_variables_of_aliases_and_services_are_no_mistakes(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    server = start_server(
+        write(tmp_path, "good", WHOLE),
+        TMS_ALIASES="big=good",
+        TMS_LAZY=1,
+        TMS_MODEL_BIG_WORKERS=2,
+        TMS_MODEL_X_SERVICE_HOST="10.0.0.1",
+        TMS_MODEL_X_PORT="tcp://10.0.0.1:80",
+    )
+    assert server.client("big").run(1) == 1

@@ -111,7 +111,8 @@ def test_a_folder_that_goes_while_serving_harms_nobody(start_server: Callable[..
 
 def test_a_new_folder_with_a_wrong_setting_fails_alone(start_server: Callable[..., Server], tmp_path: Path) -> None:
     write_model(tmp_path, "one", ANSWERS.format("one"))
-    server = start_server(models=tmp_path, TMS_MODEL_TWO_WORKERS="many")
+    protocols = "native,model_mesh"  # which names its models later
+    server = start_server(models=tmp_path, TMS_PROTOCOLS=protocols, TMS_MODEL_TWO_WORKERS="many")
     write_model(tmp_path, "two", ANSWERS.format("two"))
     assert server.client("one").load_model()[0]["state"] == "READY"
     with pytest.raises(model_client.ModelUnavailable, match="TMS_MODEL_TWO_WORKERS='many' must be a whole number"):

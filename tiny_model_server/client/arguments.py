@@ -29,7 +29,7 @@ _ONE = (str, bytes, bytearray, os.PathLike, Mapping)
 def text(value: Any) -> str:
     """A text that can be sent; TypeError or ValueError for anything else."""
     if not isinstance(value, str):
-        raise TypeError(f"a text is a str, not {short(value)}")
+        raise TypeError(f"a text is a str, not {short(value)}; an image is sent by run_image, any other value by run")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -181,7 +181,11 @@ def _pixels_or_file(given: Image) -> Array:
     """The pixels of an image, HxW or HxWxC, or the bytes of its file, one dimension."""
     given = arguments.image(given)
     if isinstance(given, (str, os.PathLike)):
-        given = Path(given).read_bytes()
+        try:
+            given = Path(given).read_bytes()
+        except FileNotFoundError as error:
+            why = "there is no such image file; a text is sent by run_text"
+            raise FileNotFoundError(error.errno, why, os.fspath(given)) from None
     try:
         if not isinstance(given, (bytes, bytearray, memoryview)):
             return codec.portable(codec.check_image(conversions.as_array(given)))

@@ -138,7 +138,7 @@ class Transport:
             if why := self.why_silent(timeout=max(0.001, deadline - time.monotonic()), wait_for_ready=True):
                 self._check_refusal()
                 why = self.why_silent(timeout=_PROBE_S) or why
-                raise self._unreachable(f"it was not ready within {patience:g} s ({why})")
+                raise self._unreachable(f"it was not ready within {patience:g} s ({why}){_remedy(why)}")
         self.connected = True
 
     def why_silent(self, **options: Any) -> str | None:
@@ -175,3 +175,10 @@ class Transport:
         for address, name in addresses.replicas(self.options["addresses"]):
             if name and (why := self.credentials.refusal(*addresses.host_and_port(address), name)):
                 raise errors.from_status("UNAUTHENTICATED", f"{address}: {why}", self.model)
+
+
+def _remedy(why: str) -> str:
+    """What to do about gRPC's reason why no server answers."""
+    if "http1" in why:
+        return "; this is a port of HTTP: give that of gRPC, which is 50000 by default"
+    return "; start a server there: python server.py" if "refused" in why else ""
