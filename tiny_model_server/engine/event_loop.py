@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import os
 import queue
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor
 from types import AsyncGeneratorType
 from typing import Any
 
@@ -22,12 +23,11 @@ _END = object()  # stands for the end of an async generator
 
 
 class EventLoop:
-    """One loop for everything that a model does. It runs in the thread that calls ``call`` and ``run``."""
+    """One loop for everything that a model does. It runs in the thread that calls ``call`` and ``run_beside``."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
         asyncio.set_event_loop(self._loop)
-        self._stopped = False
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Calls a function of the model while the loop runs, and awaits what it returns if that is possible.
@@ -39,22 +39,19 @@ class EventLoop:
             result = call_directly(function, *arguments)
             if type(result) is AsyncGeneratorType:
                 async for value in result:
-                    await result.aclose()
                     return value
             return await result if _awaitable(result) else result
 
         return self._loop.run_until_complete(called())
 
-    def run(self) -> None:
-        """Runs the loop until ``stop`` is called. What a task of the model raises or does does not end it."""
-        while not self._stopped:
-            if failed(error := attempt(self._loop.run_forever)):
-                log.error("a task of the model raised", exc_info=error)
-
-    def stop(self) -> None:
-        """Ends ``run``. From any thread."""
-        self._stopped = True
-        self._loop.call_soon_threadsafe(self._loop.stop)
+    def run_beside(self, threads: Executor, functions: Iterable[Callable[[], None]]) -> None:
+        """Runs functions in threads, and the loop until all have ended, whatever a task of the model raises or does."""
+        running = [self._loop.run_in_executor(threads, function) for function in functions]
+        ended = asyncio.gather(*running)
+        while not ended.done():
+            if failed(error := attempt(self._loop.run_until_complete, ended)):
+                log.error("the event loop of the model was ended, and goes on", exc_info=error)
+        ended.result()
 
     def calls(self, connection: WorkerConnection) -> AsyncCalls:
         """What a slot with this connection needs."""
@@ -67,36 +64,32 @@ class AsyncCalls(Calls):
     def __init__(self, loop: asyncio.AbstractEventLoop, connection: WorkerConnection) -> None:
         self._loop, self._connection = loop, connection
         self._outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._task: asyncio.Task[None] | None = None
-        self._wanted: asyncio.Event | None = None
+        self._task: Any = None
+        self._wanted: Any = None
 
     def __call__(self, result: Any) -> Any:
-        """The value of an awaitable; it raises what that raises. A generator for an async one. Else what is given."""
+        """The value or the error of an awaitable; a generator for an async one; else what is given."""
         if type(result) is AsyncGeneratorType:
             return self._values(result)
         if not _awaitable(result):
             return result
-        self._start(self._settle, result)
-        return _raised(self._outcomes.get())
+        self._start(self._settle(result))
+        return self._outcomes.get()
 
-    def all(self, results: list[Any]) -> list[Any]:
+    def all(self, results: list[Any]) -> Any:
         """The values or errors of those results that can be awaited, at once; the others as they are."""
-        if not any(map(_awaitable, results)):
-            return results
-        return list(self(_all(results)))
+        return self(_all(results)) if any(map(_awaitable, results)) else results
 
-    def _start(self, work: Callable[[Any], Any], result: Any) -> None:
-        def start() -> None:
-            self._task = self._loop.create_task(work(result))
+    def _start(self, work: Any) -> None:
+        self._loop.call_soon_threadsafe(self._loop.create_task, work)
 
-        self._loop.call_soon_threadsafe(start)
-
-    async def _settle(self, result: Awaitable[Any]) -> None:
+    async def _settle(self, result: Any) -> None:
+        self._task = asyncio.current_task()
         self._outcomes.put(await self._attempt(result))
 
-    async def _attempt(self, result: Awaitable[Any]) -> Any:
+    async def _attempt(self, result: Any) -> Any:
         """The value or the error of an awaitable; Cancelled if it is cancelled because nobody wants it."""
-        if self.cancelled and self._task:
+        if self.cancelled:
             self._task.cancel()
         else:
             self._loop.add_reader(self._connection.socket, self._cancel)
@@ -111,28 +104,25 @@ class AsyncCalls(Calls):
         self._loop.remove_reader(self._connection.socket)
         self.cancelled = True
         attempt(self._connection.receive)  # if it is closed, the slot's thread notices it as well
-        if self._task:
-            self._task.cancel()
+        self._task.cancel()
 
     def _values(self, generator: Any) -> Generator[Any, None, None]:
         """What an async generator yields. If it raises, the error comes last."""
-        self._start(self._drive, generator)
+        self._start(self._drive(generator))
         value = None
         try:
             while (value := self._outcomes.get()) is not _END:
                 yield value
-                assert self._wanted
                 self._loop.call_soon_threadsafe(self._wanted.set)
         finally:
             if value is not _END:
-                assert self._task
                 self._loop.call_soon_threadsafe(self._task.cancel)
                 while self._outcomes.get() is not _END:
                     pass
 
     async def _drive(self, generator: Any) -> None:
         """Hands over the values one by one. One task runs the whole generator, as its context variables need."""
-        self._wanted = asyncio.Event()
+        self._task, self._wanted = asyncio.current_task(), asyncio.Event()
         try:
             while type(value := await self._attempt(generator.__anext__())) is not StopAsyncIteration:
                 self._outcomes.put(value)
@@ -144,11 +134,11 @@ class AsyncCalls(Calls):
             self._outcomes.put(_END)
 
 
-async def _attempt(result: Awaitable[Any]) -> Any:
-    """The value of an awaitable, or the exception that it raises, of whatever class."""
+async def _attempt(result: Any) -> Any:
+    """The value of what may be awaited, or the exception that it raises, of whatever class."""
     pid = os.getpid()
     try:
-        return await result
+        return await result if _awaitable(result) else result
     except BaseException as error:
         return error
     finally:
@@ -156,22 +146,8 @@ async def _attempt(result: Awaitable[Any]) -> Any:
 
 
 async def _all(results: list[Any]) -> list[Any]:
-    return list(await asyncio.gather(*(_attempt(one) if _awaitable(one) else _given(one) for one in results)))
-
-
-async def _given(result: Any) -> Any:
-    return result
+    return list(await asyncio.gather(*map(_attempt, results)))
 
 
 def _awaitable(result: Any) -> bool:
     return hasattr(type(result), "__await__")
-
-
-def _raised(outcome: Any) -> Any:
-    """The outcome, which is raised if it is an error."""
-    if not failed(outcome):
-        return outcome
-    try:
-        raise outcome
-    finally:
-        del outcome  # its traceback has this frame

@@ -19,14 +19,9 @@ from tiny_model_server.settings import ModelOptions, model_prefix
 
 _METHODS = {"run": ("data", "args"), "run_batch": ("items", "args"), "get_input_shape": (), "warmup": (), "close": ()}
 """What the server passes to each method."""
-_OPTIONS = ModelOptions.__dataclass_fields__.keys() - {"args"}
-_PACKAGES = {
-    "cv2": "opencv-python-headless",
-    "PIL": "pillow",
-    "sklearn": "scikit-learn",
-    "skimage": "scikit-image",
-    "yaml": "PyYAML",
-}
+_ATTRIBUTES = {name for name in dir(Pipeline) if name[0] != "_"} - _METHODS.keys()
+_NO_EFFECT = (ModelOptions.__dataclass_fields__.keys() | {"metadata"}) - {"args"}  # on self
+_PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 """Packages that are called otherwise than what is imported from them."""
 _LIKE = 0.82  # how much a name must be like one of the interface, from 0 to 1: "batch_size" is
 
@@ -37,7 +32,7 @@ def model_class(module: ModuleType, path: Path) -> type[ModelInterface]:
     if not issubclass(type(plugin), type) or not issubclass(plugin, ModelInterface):
         hint = _instead(module, path, plugin)
         raise TypeError(f"{path / '__init__.py'} must define class Model(ModelInterface){hint}")
-    _check_names(plugin)
+    _check_names(plugin, "".join(file.read_text(errors="replace") for file in path.glob("*.py")))
     _check_methods(plugin)
     if issubclass(plugin, Pipeline) and (isinstance(plugin.stages, str) or not plugin.stages):
         raise TypeError(f'a Pipeline names its models, as in stages = ["decode", "labels"]; it is {plugin.stages!r}')
@@ -53,31 +48,25 @@ def _instead(module: ModuleType, path: Path, found: Any) -> str:
     for name, value in vars(module).items():
         if issubclass(type(value), type) and issubclass(value, ModelInterface) and value.__module__ == module.__name__:
             return f"; its class is called {name}: rename it to Model"
-    for file in sorted(path.glob("[!_]*.py")):
+    for file in path.glob("[!_]*.py"):
         if re.search(r"^class Model\b", file.read_text(errors="replace"), re.MULTILINE):
             return f"; it is in {file.name}: write 'from .{file.stem} import Model'"
     return ""
 
 
-def _check_names(plugin: type[ModelInterface]) -> None:
+def _check_names(plugin: type[ModelInterface], source: str) -> None:
     """TypeError for a method or class attribute that nothing uses, and whose name is almost one of the interface."""
     ours = (ModelInterface, Pipeline)
     classes = [one for one in plugin.__mro__ if issubclass(one, ModelInterface) and one not in ours]
-    sources = ""
-    for module in {inspect.getmodule(one) for one in classes}:
-        with suppress(OSError, TypeError):
-            sources += inspect.getsource(module)  # type: ignore[arg-type]
     defined = [(name, value) for one in classes for name, value in vars(one).items()]
     names = [name for name, _ in defined]
     for name, value in defined:
-        is_method = inspect.isroutine(value)
-        kind = _METHODS.keys() if is_method else {*dir(ModelInterface), *dir(Pipeline)} - _METHODS.keys()
-        uses = len(re.findall(rf"\b{name}\b", sources)) - names.count(name)
-        if name in dir(Pipeline) or name.startswith("_") or isinstance(value, (type, property)) or uses:
+        kind = _METHODS.keys() if inspect.isroutine(value) else _ATTRIBUTES
+        right = name in dir(Pipeline) or name[0] == "_" or isinstance(value, (type, property))
+        if right or len(re.findall(rf"\b{name}\b", source)) != names.count(name):
             continue
-        if hint := suggestion(name, [one for one in kind if not one.startswith("_") and one not in names], _LIKE):
-            what = "method" if is_method else "class attribute"
-            raise TypeError(f"class Model has the {what} {name!r}, which nothing uses{hint}")
+        if hint := suggestion(name, kind - set(names), _LIKE):
+            raise TypeError(f"class Model has {name!r}, which nothing uses{hint}")
 
 
 def _check_methods(plugin: type[ModelInterface]) -> None:
@@ -86,48 +75,38 @@ def _check_methods(plugin: type[ModelInterface]) -> None:
         batch = "" if plugin.run_batch is ModelInterface.run_batch else " return self.run_batch([data], args)[0]"
         raise TypeError(f"class Model has no run: write 'def run(self, data, args):{batch}'")
     for name, arguments in _METHODS.items():
-        method = getattr(plugin, name)
         bound = isinstance(inspect.getattr_static(plugin, name), (staticmethod, classmethod))
-        right = ", ".join(["self", *arguments])
-        if not callable(method):
-            raise TypeError(f"{name} of class Model must be a method: 'def {name}({right})'")
         try:
-            signature = inspect.signature(method)
+            inspect.signature(getattr(plugin, name)).bind(*["self"] * (not bound), *arguments)
+        except TypeError as error:
+            right = ", ".join(["self", *arguments])
+            raise TypeError(f"write 'def {name}({right})' in class Model ({error})") from None
         except ValueError:  # it is not written in Python
-            continue
-        try:
-            signature.bind(*([] if bound else ["self"]), *arguments)
-        except TypeError:
-            found = ", ".join(signature.parameters)
-            raise TypeError(f"write 'def {name}({right})' in class Model, not 'def {name}({found})'") from None
+            pass
 
 
 def check_arguments(name: str, plugin: type[ModelInterface], arguments: Mapping[str, Any]) -> None:
     """TypeError if ``__init__`` cannot be called with the arguments that are set for the model of this name."""
-    try:
+    with suppress(ValueError):  # it is not written in Python
         signature = inspect.signature(plugin)
-    except ValueError:
-        return
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        wanted = ", ".join(f'"{one}": ...' for one in signature.parameters)
-        variable = f"{model_prefix(name)}ARGS='{{{wanted}}}'"
-        raise TypeError(f"__init__ of class Model: {error}; give defaults, or set {variable}") from None
+        try:
+            signature.bind(**arguments)
+        except TypeError as error:
+            wanted = ", ".join(f'"{one}": ...' for one in signature.parameters)
+            variable = f"{model_prefix(name)}ARGS='{{{wanted}}}'"
+            raise TypeError(f"__init__ of class Model: {error}; give defaults, or set {variable}") from None
 
 
-def doubts(name: str, model: ModelInterface) -> list[str]:
+def doubts(model: ModelInterface) -> list[str]:
     """What has no effect in a model, though its author may think that it has."""
-    plugin, found = type(model), []
-    if plugin.max_batch_size == 1 and plugin.run_batch is not ModelInterface.run_batch:
-        found.append("run_batch is not called, because max_batch_size is 1")
-    for option in sorted(vars(model).keys() & {*_OPTIONS, "metadata"}):
-        if vars(model)[option] is not getattr(plugin, option):
-            found.append(
-                f"self.{option} has no effect: write {option} = ... as a class attribute, not in __init__"
-                + (f", or set {model_prefix(name)}{option.upper()}" if option in _OPTIONS else "")
-            )
-    return found
+    plugin = type(model)
+    found = [
+        f"self.{name} has no effect: write {name} = ... as a class attribute, not in __init__"
+        for name in sorted(vars(model).keys() & _NO_EFFECT)
+        if vars(model)[name] is not getattr(plugin, name)
+    ]
+    unused = plugin.max_batch_size == 1 and plugin.run_batch is not ModelInterface.run_batch
+    return found + ["run_batch is not called, because max_batch_size is 1"] * unused
 
 
 def input_shape(shape: Any) -> list[int] | None:
@@ -153,33 +132,25 @@ def describe(error: BaseException, path: Path) -> str:
 
 def _remedy(error: BaseException, reason: str, path: Path) -> str:
     if isinstance(error, ImportError):
-        return _remedy_of_import(error, path)
-    if isinstance(error, FileNotFoundError) or "NO_SUCHFILE" in reason:
-        file = error.filename if isinstance(error, OSError) else "FILE"
-        if isinstance(file, str) and not os.path.isabs(file):
-            where = f"a relative path begins in {os.getcwd()}"
-            return f" ({where}; for the model's folder write Path(__file__).parent / {file!r})"
+        return _remedy_of_import(str(error.name or "").partition(".")[0], path)
+    file = error.filename if isinstance(error, FileNotFoundError) else "FILE" if "NO_SUCHFILE" in reason else None
+    if isinstance(file, str) and not os.path.isabs(file):
+        where = f"a relative path begins in {os.getcwd()}"
+        return f" ({where}; for the model's folder write Path(__file__).parent / {file!r})"
     if "asyncio.run() cannot be called from a running event loop" in reason:
         return " (an async model has a loop: await in 'async def warmup(self)')"
     return ""
 
 
-def _remedy_of_import(error: ImportError, path: Path) -> str:
-    first, needs = str(error.name or "").partition(".")[0], path / "requirements.txt"
-    if first == path.name:
+def _remedy_of_import(name: str, path: Path) -> str:
+    """What to do if a module, or something in it, cannot be imported."""
+    if name == path.name:
         return " (it is the model's own folder: write 'from . import ...' or 'from .MODULE import ...')"
-    if first and ((path / f"{first}.py").is_file() or (path / first).is_dir()):
-        return f" (it is in the model's folder: write 'from . import {first}' or 'from .{first} import ...')"
-    if first == "models":
+    if name and ((path / f"{name}.py").is_file() or (path / name).is_dir()):
+        return f" (it is in the model's folder: write 'from . import {name}' or 'from .{name} import ...')"
+    if name == "models":
         return ""
-    package = _PACKAGES.get(first, first)
-    if not needs.is_file():
-        return f" (pip install {package}, and name it in {needs})" if isinstance(error, ModuleNotFoundError) else ""
-    listed = re.findall(r"(?m)^\s*([\w.-]+)", needs.read_text(errors="replace"))
-    known = not package or _plain(package) in map(_plain, listed)
-    add = "" if known else f"name {package} in {needs}; "
-    return f" ({add}install what it needs: pip install -r {needs})"
-
-
-def _plain(package: str) -> str:
-    return re.sub("[-_.]+", "-", package).lower()
+    needs, package = path / "requirements.txt", _PACKAGES.get(name, name)
+    listed = needs.read_text(errors="replace").replace("_", "-").lower() if needs.is_file() else ""
+    add = "" if package.replace("_", "-").lower() in listed else f"name {package} in {needs}, and "
+    return f" ({add}install what it needs: pip install -r {needs})" if add or listed else ""

@@ -194,7 +194,7 @@ class Calls:
             raise ModelError(f"the model returned {type(result).__name__}: declare its run with 'async def'")
         return result
 
-    def all(self, results: list[Any]) -> list[Any]:
+    def all(self, results: list[Any]) -> Any:
         """The results of a batch."""
         return results
 
@@ -263,9 +263,11 @@ class Runner:
         log.warning("model %s: run_batch raised, running its items one by one: %s", self._name, reason)
         return [attempt(self._run_one, value, args) for value in values]
 
-    def _run_batch(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
-        """One result a value. ModelError if run_batch returns anything else."""
+    def _run_batch(self, values: list[Any], args: dict[str, Any]) -> Any:
+        """One result a value, or an exception. ModelError if run_batch returns anything else."""
         results = self._finished(self._model.run_batch(values, args))
+        if failed(results):
+            return results
         name, count = f"run_batch of model {self._name!r}", len(values)
         try:
             # iterable, but not one result an item

@@ -17,6 +17,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -214,46 +215,28 @@ def _serve(control: WorkerConnection) -> None:
     call = loop.call if loop else call_directly
     load(mistakes.check_arguments, name, plugin, options.args)
     model, input_shape = load(construct, plugin, options, threads, types, call)
-    for doubt in load(mistakes.doubts, name, model):
+    for doubt in load(mistakes.doubts, model):
         log.warning("model %s: %s", name, doubt)
     control.send(("ready", input_shape))
     _, fds = _receive(control)
     slots = [Slot(end, response, (name, model, options, types), loop) for end, response in zip(fds[::2], fds[1::2])]
     if loop:
-        _serve_beside(loop, slots)
+        loop.run_beside(ThreadPoolExecutor(len(slots)), [slot.serve for slot in slots])
     else:
-        _serve_all(slots)
+        others = [threading.Thread(target=slot.serve) for slot in slots[1:]]
+        for thread in others:
+            thread.start()
+        slots[0].serve()  # in the main thread, which some libraries need
+        for thread in others:
+            thread.join()
     _end_in(_CLOSE_S, f"close() of model {name!r}")
     call(model.close)
-
-
-def _serve_all(slots: Sequence[Slot]) -> None:
-    """Serves each slot in a thread, the first one in this thread, until the front has closed all."""
-    others = [threading.Thread(target=slot.serve) for slot in slots[1:]]
-    for thread in others:
-        thread.start()
-    slots[0].serve()  # in the main thread, which some libraries need
-    for thread in others:
-        thread.join()
 
 
 def _event_loop() -> Any:
     from tiny_model_server.engine.event_loop import EventLoop  # the other models need no asyncio
 
     return EventLoop()
-
-
-def _serve_beside(loop: Any, slots: Sequence[Slot]) -> None:
-    """Serves the slots in other threads, while an async model's loop runs in the main one."""
-
-    def serve() -> None:
-        try:
-            _serve_all(slots)
-        finally:
-            loop.stop()
-
-    threading.Thread(target=serve).start()
-    loop.run()
 
 
 def _receive(connection: WorkerConnection) -> tuple[Any, list[int]]:

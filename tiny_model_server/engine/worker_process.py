@@ -135,7 +135,8 @@ class WorkerProcess:
         name, options = self._plugin.name, loaded.options
         try:
             for _ in range(options.concurrency):
-                self.slots.append(WorkerSlot(name, options, batcher, metrics, self.kill, cancels=loaded.is_async))
+                self.slots.append(WorkerSlot(name, options, batcher, metrics, self.kill))
+                self.slots[-1].cancels = loaded.is_async
             self._control.send("slots", [fd for slot in self.slots for fd in (slot.theirs.fileno(), slot.response)])
         finally:
             for slot in self.slots:

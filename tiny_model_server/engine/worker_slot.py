@@ -28,21 +28,14 @@ class WorkerSlot:
     """One of the batches that a worker process can run at once."""
 
     def __init__(
-        self,
-        name: str,
-        options: ModelOptions,
-        batcher: Batcher,
-        metrics: ModelMetrics,
-        kill: Callable[[], None],
-        *,
-        cancels: bool,
+        self, name: str, options: ModelOptions, batcher: Batcher, metrics: ModelMetrics, kill: Callable[[], None]
     ) -> None:
         """Opens a connection, of which ``theirs`` is the worker's end, and a response buffer. OSError if it cannot.
 
-        ``kill`` kills the worker process; its supervisor answers what it holds then. ``cancels``: a batch can be
-        cancelled while it runs.
+        ``kill`` kills the worker process; its supervisor answers what it holds then.
         """
-        self._cancels = cancels
+        self.cancels = False
+        """True if a batch can be cancelled while it runs."""
         self._name, self._options, self._batcher, self._metrics, self._kill = name, options, batcher, metrics, kill
         self.most = options.max_batch_size
         self._loop = asyncio.get_running_loop()
@@ -73,7 +66,7 @@ class WorkerSlot:
         self._held = [buffers for item in batch for buffers in item.buffers]
         for item in batch:
             item.begun = now
-            item.abandoned = self._abandoned if self._cancels else None
+            item.abandoned = self._abandoned if self.cancels else None
         for buffers in self._held:
             buffers.holders += 1
         self._metrics.started([now - item.enqueued for item in batch])
@@ -211,13 +204,13 @@ class WorkerSlot:
             self._send_whether_wanted(False)
 
     def _on_timeout(self) -> None:
-        if self._cancels:
+        if self.cancels:
             self._limit(_CANCEL_S, self._broken)  # which the outcomes of a batch that can be cancelled prevent
         for item in self.batch:
             item.resolve(
                 DeadlineExceeded(f"model {self._name!r} took longer than its timeout_s={self._options.timeout_s:g}")
             )
-        if not self._cancels:
+        if not self.cancels:
             self._broken()
 
     def _broken(self) -> None:
@@ -228,7 +221,7 @@ class WorkerSlot:
     def _take_batch(self, retained: "set[int] | frozenset[int]" = frozenset()) -> list[Item]:
         batch, held = self.batch, self._held
         self.batch, self._held = [], []
-        for item in batch if self._cancels else ():
+        for item in batch if self.cancels else ():
             item.abandoned = None
         for buffers in held:
             buffers.retained |= buffers.name in retained
