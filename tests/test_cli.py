@@ -139,7 +139,7 @@ def test_a_pipeline_is_checked_with_its_stages(tmp_path: Path) -> None:
             ["check", "--models", "/no/such"],
             "must be a readable folder: .*; make a first model in it: tiny-m",
         ),
-        (["--prot", "1"], "unknown: --prot; did you mean --port[?]; see serve --help"),
+        (["--prot", "1"], "unknown: --prot .did you mean '--port'[?].; see serve --help"),
         (["chekc"], "invalid choice: 'chekc' .*check"),
         (["--port", "many"], "error: --port='many' must be a whole number from 0 to 65535"),
         (["--strict=maybe"], "error: --strict='maybe' must be 0 or 1"),
@@ -200,12 +200,12 @@ def test_an_empty_models_folder_is_served_with_a_warning(start_server: Callable[
         (
             "TMS_MODEL_ECHO_WOKRERS",
             "2",
-            "WOKRERS sets nothing (did you mean 'TMS_MODEL_ECHO_WORKERS'?); there are these",
+            "WOKRERS sets nothing (did you mean 'TMS_MODEL_ECHO_WORKERS'?); the models",
         ),
         (
             "TMS_MODEL_ECOH_WORKERS",
             "2",
-            "ECOH_WORKERS sets nothing (did you mean 'TMS_MODEL_ECHO_WORKERS'?); there are",
+            "ECOH_WORKERS sets nothing (did you mean 'TMS_MODEL_ECHO_WORKERS'?); the models",
         ),
         ("TMS_MODEL_NOBODY_WORKERS", "2", "TMS_MODEL_NOBODY_WORKERS sets nothing"),
     ],

@@ -21,7 +21,7 @@ from tiny_model_server.engine.repository import ServedModel, discover
 from tiny_model_server.errors import ModelNotFound, ServerError
 from tiny_model_server.server import tls
 from tiny_model_server.server.health import SERVICE as HEALTH_SERVICE
-from tiny_model_server.settings import Settings, SettingsError
+from tiny_model_server.settings import Settings, SettingsError, check_overrides
 
 _STOP_WORKERS_S = 5.0
 _HEALTH_S = 2.0
@@ -59,7 +59,7 @@ async def _check(settings: Settings, folder: Path, names: list[str]) -> list[boo
     aliases = settings.aliases if folder == settings.models_dir else ()
     engine = Engine(replace(settings, models_dir=folder, aliases=aliases, lazy=True))  # loads stages of pipelines
     if folder == settings.models_dir:
-        engine.check_overrides()
+        check_overrides([model.name for model in engine.models()], settings.protocols)
     await engine.use_loop()
     try:
         models = [engine.model(name) for name in names] or engine.models()

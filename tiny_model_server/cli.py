@@ -1,7 +1,6 @@
 """The command line: its commands, and a flag beside every setting."""
 
 import argparse
-import difflib
 import logging
 import signal
 import sys
@@ -10,6 +9,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from tiny_model_server import __version__, checks, logs, scaffold, serve
+from tiny_model_server.errors import suggestion
 from tiny_model_server.settings import PREFIX, Settings, SettingsError, default_text, flag_of, renamed
 
 log = logging.getLogger("tiny_model_server")
@@ -81,10 +81,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         flags = [flag_of(PREFIX + item.name) for item in fields(Settings)]
-        near = difflib.get_close_matches(unknown[0].partition("=")[0], ["--models", *flags], 1)
-        parser.error(
-            f"unknown: {unknown[0]}{f'; did you mean {near[0]}?' if near else ''}; see {options.command} --help"
-        )
+        hint = suggestion(unknown[0].partition("=")[0], ["--models", *flags])
+        parser.error(f"unknown: {unknown[0]}{hint}; see {options.command} --help")
     return options
 
 

@@ -18,7 +18,7 @@ from tiny_model_server.server.http_app import Web
 from tiny_model_server.server.http_server import HttpServer
 from tiny_model_server.server.local_server import LocalServer
 from tiny_model_server.server.reload import watch
-from tiny_model_server.settings import Settings
+from tiny_model_server.settings import Settings, check_overrides
 
 log = logging.getLogger("tiny_model_server")
 
@@ -34,7 +34,7 @@ def serve(settings: Settings) -> int:
     if settings.one_core:
         keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
     engine = Engine(settings)
-    engine.check_overrides()
+    check_overrides([model.name for model in engine.models()], settings.protocols)
     few = max(2, int(cpus()) // 2)  # to each call belong a caller and a worker, which need cores too
     seconds = settings.busy_poll_us / 1e6 if cpus() >= 2 else 0
     selector = BusyPollingSelector(seconds, lambda: engine.calls <= few)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tiny_model_server.errors import suggestion
+
+log = logging.getLogger("tiny_model_server.settings")
 
 PREFIX = "TMS_"
 MODEL_PREFIX = "TMS_MODEL_"
@@ -275,13 +278,17 @@ def stray_overrides(names: Sequence[str], env: Mapping[str, str] = os.environ) -
     """What is wrong with each ``TMS_MODEL_*`` variable that no model of these names reads."""
     options = [item.name.upper() for item in fields(ModelOptions)]
     read = {model_prefix(name) + option for name in names for option in options}
-    found = []
-    for variable in sorted(env.keys() - read - {*service_links(env)}):
-        if variable.startswith(MODEL_PREFIX):
-            owner = next((name for name in names if variable.startswith(model_prefix(name))), "")
-            known = f"options of model {owner!r}: {', '.join(options)}" if owner else f"models: {', '.join(names)}"
-            found.append(f"{variable} sets nothing{suggestion(variable, read)}; there are these {known}")
-    return found
+    strays = [name for name in sorted(env.keys() - read - {*service_links(env)}) if name.startswith(MODEL_PREFIX)]
+    known = f"the models are {', '.join(names) or 'none'}, their options {', '.join(options)}"
+    return [f"{stray} sets nothing{suggestion(stray, read)}; {known}" for stray in strays]
+
+
+def check_overrides(names: Sequence[str], protocols: Sequence[str]) -> None:
+    """SettingsError if no model of these names reads a ``TMS_MODEL_*`` variable; ModelMesh names its models later."""
+    for stray in stray_overrides(names):
+        if "model_mesh" not in protocols:
+            raise SettingsError(stray)
+        log.warning(stray)
 
 
 def model_prefix(name: str) -> str:

@@ -83,10 +83,6 @@ class Engine:
         self.started = True
         self._changed()
 
-    def check_overrides(self) -> None:
-        """SettingsError if a variable of the environment sets an option of no model."""
-        self._repository.check_overrides()
-
     async def use_loop(self) -> None:
         """Lets the running loop own the engine, from the first call on."""
         self._loop = asyncio.get_running_loop()
@@ -132,7 +128,7 @@ class Engine:
             if isinstance(run.outcomes[0], NowAPipeline):
                 run.outcomes, run.items, run.model = [], [], None
                 return self._start(run)
-            stages = [self.model(name).metrics for name in model.stages if self._repository.knows(name)]
+            stages = [self.model(name).metrics for name in model.stages if name in self._repository.names]
             run.report = model.metrics.report(min(metrics.capacity for metrics in stages or [model.metrics]))
         self.calls -= run.admitted
         run.done(run)

@@ -73,15 +73,12 @@ class AsyncCalls(Calls):
             return self._values(result)
         if not _awaitable(result):
             return result
-        self._start(self._settle(result))
+        self._loop.call_soon_threadsafe(self._loop.create_task, self._settle(result))
         return self._outcomes.get()
 
     def all(self, results: list[Any]) -> Any:
         """The values or errors of those results that can be awaited, at once; the others as they are."""
         return self(_all(results)) if any(map(_awaitable, results)) else results
-
-    def _start(self, work: Any) -> None:
-        self._loop.call_soon_threadsafe(self._loop.create_task, work)
 
     async def _settle(self, result: Any) -> None:
         self._task = asyncio.current_task()
@@ -108,7 +105,7 @@ class AsyncCalls(Calls):
 
     def _values(self, generator: Any) -> Generator[Any, None, None]:
         """What an async generator yields. If it raises, the error comes last."""
-        self._start(self._drive(generator))
+        self._loop.call_soon_threadsafe(self._loop.create_task, self._drive(generator))
         value = None
         try:
             while (value := self._outcomes.get()) is not _END:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 import os
 import re
 import traceback
@@ -32,7 +33,7 @@ def model_class(module: ModuleType, path: Path) -> type[ModelInterface]:
     if not issubclass(type(plugin), type) or not issubclass(plugin, ModelInterface):
         hint = _instead(module, path, plugin)
         raise TypeError(f"{path / '__init__.py'} must define class Model(ModelInterface){hint}")
-    _check_names(plugin, "".join(file.read_text(errors="replace") for file in path.glob("*.py")))
+    _check_names(plugin, "\n".join(file.read_text(errors="replace") for file in path.glob("*.py")))
     _check_methods(plugin)
     if issubclass(plugin, Pipeline) and (isinstance(plugin.stages, str) or not plugin.stages):
         raise TypeError(f'a Pipeline names its models, as in stages = ["decode", "labels"]; it is {plugin.stages!r}')
@@ -114,7 +115,7 @@ def input_shape(shape: Any) -> list[int] | None:
     if shape is None:
         return None
     with suppress(TypeError):
-        sizes = [size.__index__() if hasattr(type(size), "__index__") else -2 for size in shape]
+        sizes = [-2 if type(size) is bool else operator.index(size) for size in shape]
         if all(-1 <= size < 1 << 63 for size in sizes):  # protocols have 64 bits for it
             return sizes
     right = "whole numbers in a list, such as [224, 224, 3] (-1: any size), or None"

@@ -32,7 +32,6 @@ from tiny_model_server.settings import (
     model_overrides,
     model_prefix,
     service_links,
-    stray_overrides,
 )
 
 log = logging.getLogger("tiny_model_server.repository")
@@ -219,7 +218,7 @@ class ServedModel:
         for stage in loaded.stages:
             if stage == self.name:
                 raise ModelUnavailable(f"the pipeline names itself as a stage, {stage!r}; name other models")
-            if not self._repository.knows(stage):
+            if stage not in self._repository.names:
                 hint = suggestion(stage, self._repository.names)
                 raise ModelUnavailable(f"it names the stage {stage!r}, and there is no such model{hint}")
         return loaded
@@ -272,16 +271,6 @@ class Repository:
         if links := service_links():
             log.info("variables that Kubernetes sets for Services are not settings: %s", ", ".join(links))
 
-    def check_overrides(self) -> None:
-        """SettingsError if a ``TMS_MODEL_*`` variable is misspelt, or belongs to no model.
-
-        ModelMesh names its models later, so that it gets warnings instead.
-        """
-        for stray in stray_overrides(self.names):
-            if "model_mesh" not in self._settings.protocols:
-                raise SettingsError(stray)
-            log.warning(stray)
-
     def find(self) -> None:
         """Adds the model folders that are new, and the aliases of them; the log says if that cannot be done."""
         try:
@@ -312,10 +301,6 @@ class Repository:
     def names(self) -> list[str]:
         """The names of all models."""
         return list(self._models)
-
-    def knows(self, name: str) -> bool:
-        """Whether there is a model of this name."""
-        return name in self._models
 
     def model(self, name: str) -> ServedModel:
         """The model of this name; ModelNotFound names those that there are."""

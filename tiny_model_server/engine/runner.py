@@ -46,7 +46,6 @@ DEFAULT_BATCH = 32
 """max_batch_size of a plug-in that has a run_batch of its own and names no size."""
 ASYNC_CONCURRENCY = 16
 """concurrency of a plug-in whose run is a coroutine, that has no run_batch of its own and names none."""
-_MAX_SIZE = 1 << 63  # of an array's dimension: protocols have 64 bits for it
 _MAX_VALUES = 1 << 20  # of a generator whose caller wants a list: one that never ends would take all memory
 _END = object()  # stands for the end of a generator
 _COLOURS = {"rgb": "COLOR_RGB", "bgr": "COLOR", "gray": "GRAYSCALE", "unchanged": "UNCHANGED"}
@@ -152,16 +151,9 @@ def _checked_metadata(metadata: Any) -> dict[str, Any]:
 
 
 def _is_tensor(described: Any) -> bool:
-    if not isinstance(described, dict):
+    if not isinstance(described, dict) or failed(attempt(mistakes.input_shape, described.get("shape"))):
         return False
-    texts = (described.get("name", ""), described.get("dtype", ""))
-    return _is_shape(described.get("shape")) and all(isinstance(text, (str, type(None))) for text in texts)
-
-
-def _is_shape(shape: Any) -> bool:
-    """True for None, and for a list of sizes that protocols can write; -1 stands for any size."""
-    sizes = [] if shape is None else shape
-    return isinstance(sizes, list) and all(type(size) is int and -1 <= size < _MAX_SIZE for size in sizes)
+    return all(isinstance(described.get(name), (str, type(None))) for name in ("name", "dtype"))
 
 
 def attempt(function: Callable[..., Any], *arguments: Any) -> Any:

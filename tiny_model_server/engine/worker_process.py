@@ -61,8 +61,8 @@ class Loaded:
     schema: dict[str, Any]
     is_async: bool = False
 
-    def check_input(self, value: Encoded) -> None:
-        """InvalidInput if an array does not fit the only input that the metadata declares."""
+    def check_input(self, value: Encoded, what: str = "") -> None:
+        """InvalidInput, which begins with ``what``, if an array does not fit the only input that is declared."""
         inputs = self.metadata.get("inputs") or []
         if len(inputs) != 1 or len(value.arrays) != 1 or value.text != ARRAY:
             return
@@ -73,7 +73,8 @@ class Loaded:
         )
         if not fits or dtype not in (None, dtype_name(array.dtype)):
             wanted = f"{dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size)" if dtype != "str" else "a text"
-            raise InvalidInput(f"the model takes {wanted}, not {dtype_name(array.dtype)} of shape {list(array.shape)}")
+            found = f"{dtype_name(array.dtype)} of shape {list(array.shape)}"
+            raise InvalidInput(f"{what}the model takes {wanted}, not {found}")
 
 
 class Misplaced(Exception):
@@ -116,14 +117,14 @@ class WorkerProcess:
             if loaded.stages:
                 return loaded
             if loaded.example is not None:
-                _check_example(loaded, loaded.example)
+                loaded.check_input(loaded.example, "its example does not fit its metadata: ")
             if _placement(self._index, options) != self._placement:
                 raise Misplaced(options)
             self._control.send((options, placement.threads_for(options.workers)))
             return replace(loaded, input_shape=await self._receive("ready", options.load_timeout_s))
         except (ModelUnavailable, Misplaced):
             raise
-        except ValueError as error:
+        except (ValueError, InvalidInput) as error:
             raise ModelUnavailable(str(error)) from None
         except Exception as error:  # the worker has ended, or the model has written into its connection
             if lacks(error):
@@ -204,13 +205,6 @@ class WorkerProcess:
         how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}{hint}"
         if not self.ended.done():
             self.ended.set_result(how)
-
-
-def _check_example(loaded: Loaded, example: Encoded) -> None:
-    try:
-        loaded.check_input(example)
-    except InvalidInput as error:
-        raise ModelUnavailable(f"its example does not fit its metadata: {error}") from None
 
 
 async def _readable(end: socket.socket) -> None:
