@@ -33,6 +33,7 @@ MODELS = {
     "        return {'is': type(data).__name__, 'dtype': str(getattr(data, 'dtype', '')), 'args': args}",
     "arrays": "    example = [np.zeros((4, 4)), np.ones(2, 'i8')]\n    def run(self, data, args):\n"
     "        return [f'{one.dtype} {one.shape} {one.sum():g}' for one in data]",
+    "pixels": "    def run(self, data, args):\n        yield data.shape\n        yield 1",
     "declares": "    metadata = {'inputs': [{'name': 'x', 'dtype': 'float32', 'shape': [-1, 4]}]}\n"
     "    def run(self, data, args):\n        return str(data.shape)",
     "text": "    example = 'Grüße, \"you\" & \\'me\\''\n"
@@ -73,6 +74,24 @@ class Model(ModelInterface):
 
     def run(self, data: Request, args: Options):
         return {"data": vars(data), "args": vars(args)}
+"""
+CROP = """
+from dataclasses import dataclass
+from typing import Annotated
+import numpy as np
+from model_interface import ModelInterface
+
+
+@dataclass
+class Request:
+    photo: Annotated[np.ndarray, np.uint8, (None, None, 3)]
+    boxes: list[list[int]]
+    text: str = "it's \\"here\\""
+
+
+class Model(ModelInterface):
+    def run(self, data: Request, args):
+        return {"boxes": data.boxes, "shape": data.photo.shape, "text": data.text}
 """
 HELPERS = """
 import time
@@ -198,6 +217,7 @@ def shared(chromium: WebDriver, tmp_path_factory: pytest.TempPathFactory) -> Ite
         write_model(models, name, body)
         (models / name / "__init__.py").write_text(HELPERS + (models / name / "__init__.py").read_text())
     (write_model(models, "typed", "") / "typed" / "__init__.py").write_text(TYPED)
+    (write_model(models, "crop", "") / "crop" / "__init__.py").write_text(CROP)
     (models / HOSTILE).mkdir()
     (models / HOSTILE / "__init__.py").touch()
     server = Server(models, ready=False)
@@ -233,7 +253,7 @@ def photo(tmp_path: Path) -> Path:
 
 def test_the_list(page: Page) -> None:
     page.find("#models a[data-name=example]")
-    assert len(page.all("#models a")) == len(MODELS) + 4
+    assert len(page.all("#models a")) == len(MODELS) + 5
     page.wait("#models a[data-name=broken]", "FAILED: RuntimeError: <b>no weights</b>")
     page.wait("#models", HOSTILE)
     page.find("#states [data-state=FAILED]").click()
@@ -527,6 +547,16 @@ def test_snippets_do_what_the_page_does(page: Page, photo: Path) -> None:
     page.choose("arrays")
     for language in ("python", "curl", "grpcurl"):
         assert "float64 (4, 4) 0" in ran(language)
+    page.choose("crop")
+    page.find(".form input[type=file]").send_keys(str(photo))
+    page.find(".form textarea").send_keys("[[2, 2, 20, 12]]")
+    page.run()
+    assert page.find("polygon").get_attribute("points") == "2,2 20,2 20,12 2,12"
+    expected = {"boxes": [[2, 2, 20, 12]], "shape": [120, 200, 3], "text": 'it\'s "here"'}
+    assert page.script("return JSON.parse(document.querySelector('article .json').textContent)") == expected
+    assert ran("python") == f"{expected}\n"
+    assert json.loads(ran("curl")) == expected
+    assert json.loads(json.loads(ran("grpcurl"))["data"]) == expected
     page.choose("example")
     page.upload(photo)
     for language in ("python", "curl", "grpcurl"):
@@ -538,6 +568,13 @@ def test_snippets_do_what_the_page_does(page: Page, photo: Path) -> None:
     assert ran("python") == "one \ntwo\n"
     assert 'data: "two"' in ran("curl")
     assert "two" in ran("grpcurl")
+    page.choose("pixels")
+    page.upload(photo)
+    page.run()
+    page.wait("article .status", "2 values")
+    assert ran("python") == "[120, 200, 3]\n1\n"
+    assert "data: [120, 200, 3]" in ran("curl")
+    assert "[120, 200, 3]" in ran("grpcurl")
 
 
 def test_unloading_asks_first(page: Page) -> None:

@@ -2,6 +2,7 @@
 
 import { drawings } from "./draw.js";
 import { copyButton, h } from "./dom.js";
+import { files } from "./input.js";
 import { json } from "./json.js";
 
 const KEPT = 200;  // values of a stream that stay
@@ -28,7 +29,7 @@ export class Answer {
 class Run {
   constructor(place, input) {
     this.place = place;
-    this.file = input?.kind === "image" ? input.value : null;
+    this.file = input?.kind === "image" ? input.value : files(input?.value)[0];
     this.count = 0;
     this.pieces = [];
     this.isText = true;

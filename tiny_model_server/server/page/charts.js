@@ -37,7 +37,8 @@ export class History {
 }
 
 function measures(before, after) {
-  const grown = key => after.numbers[key] - before.numbers[key], seconds = (after.now - before.now) / 1000;
+  const grown = key => after.numbers[key] - before.numbers[key];
+  const seconds = after.now > before.now ? Math.max(POLL_MS, after.now - before.now) / 1000 : 0;
   return {
     rate: seconds ? grown("answered") / seconds : null,
     failed: seconds ? grown("failed") / seconds : null,

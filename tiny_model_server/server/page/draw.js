@@ -130,10 +130,17 @@ function shapes(outlines, points, width, height) {
   for (const { points: corners, label } of outlines) {
     const placed = corners.map(place), colour = COLOURS[labels.indexOf(label.split(" ")[0]) % COLOURS.length];
     drawing.append(svg("polygon", { points: placed.map(point => point.join(",")).join(" "), stroke: colour }));
-    if (label) drawing.append(svg("text", { x: Math.min(...placed.map(([x]) => x)), y: Math.max(size, Math.min(...placed.map(([, y]) => y)) - size / 4), "font-size": size }, label.slice(0, 60)));
+    if (label) drawing.append(caption(placed, label, size, width));
   }
   for (const [cx, cy] of points.map(placing(points))) drawing.append(svg("circle", { cx, cy, r: Math.max(1, size / 5) }));
   return drawing;
+}
+
+/** The label above a shape; it ends at its right side where the image ends soon. */
+function caption(corners, label, size, width) {
+  const xs = corners.map(([x]) => x), top = Math.min(...corners.map(([, y]) => y)), isRight = Math.min(...xs) > .75 * width;
+  const place = isRight ? { x: Math.min(width, Math.max(...xs)), "text-anchor": "end" } : { x: Math.max(0, Math.min(...xs)) };
+  return svg("text", { ...place, y: Math.max(size, top - size / 4), "font-size": size }, label.slice(0, 60));
 }
 
 /** A mask as colours over the image; null if it has another size. */

@@ -1,5 +1,6 @@
 // A form for a value that a JSON schema describes: a field for each property, JSON for what is nested.
 
+import { isArray } from "./arrays.js";
 import { h } from "./dom.js";
 
 /** What a schema's $ref and its choice between one type and null stand for. */
@@ -65,7 +66,14 @@ function field(schema, initial, required) {
   if (schema.type === "boolean") return check(initial);
   if (schema.type === "integer" || schema.type === "number") return number(schema, initial);
   if (schema.type === "string") return text(schema, initial);
-  return json(initial);
+  return isColourImage(schema) ? file(initial) : json(initial);
+}
+
+const isColourImage = schema => schema["x-dtype"] === "uint8" && schema["x-shape"]?.length === 3 && schema["x-shape"][2] === 3;
+
+function file(initial) {
+  const input = h("input", { type: "file", accept: "image/*" });
+  return { input, read: () => input.files[0] ?? (isArray(initial) ? initial : undefined) };
 }
 
 function choice(options, initial, required) {

@@ -117,7 +117,7 @@ export class Input {
     const args = this.argsForm ? this.argsForm.read() : readArgs(this.args.value);
     if (this.kind === "image") {
       if (!this.file && !isSketch) throw new Error("choose an image first");
-      return content("image", this.file ?? { name: "image.jpg" }, args);
+      return content("image", this.file ?? new File([], "image.jpg"), args);
     }
     if (this.kind === "text") return content("text", this.text.value, args);
     return content("data", this.kind === "form" ? this.form.read() : parseJson(this.json.value || "null"), args);
@@ -127,10 +127,26 @@ export class Input {
 function content(kind, value, args) {
   return { kind, value, args, body: () => {
     const body = new FormData();
-    body.append(kind, kind === "data" ? JSON.stringify(complete(value)) : value);
+    if (kind === "data" && files(value).length) fill(body, value);
+    else body.append(kind, kind === "data" ? JSON.stringify(complete(value)) : value);
     if (Object.keys(args).length) body.append("args", JSON.stringify(args));
     return body;
   } };
+}
+
+/** The image files of a form's value. */
+export const files = value => value && typeof value === "object" ? Object.values(value).filter(item => item instanceof File) : [];
+
+/** Adds a field for each property, because a file cannot stand in JSON. */
+function fill(body, value) {
+  const names = Object.keys(value);
+  if (names.includes("args") || (names.length === 1 && ["image", "text", "data"].includes(names[0]))) {
+    throw new Error(`an image beside a property called ${names[0]} cannot be sent as a form; use another name in the model`);
+  }
+  for (const [name, item] of Object.entries(value)) {
+    const isPlain = item instanceof File || (name === "text" && typeof item === "string");
+    body.append(name, isPlain ? item : new Blob([JSON.stringify(complete(item))], { type: "application/json" }));
+  }
 }
 
 function readArgs(text) {

@@ -2,6 +2,7 @@
 
 import { base64, complete, elements, isArray, shape } from "./arrays.js";
 import { hasToken } from "./api.js";
+import { files } from "./input.js";
 
 export const LANGUAGES = { python: "Python", curl: "curl", grpcurl: "grpcurl" };
 const LONGEST = 20_000;  // characters of an input that a snippet holds
@@ -19,11 +20,10 @@ const hasArgs = input => Object.keys(input.args).length > 0;
 
 function python(name, input, streams, server) {
   const method = streams ? "run_stream" : { image: "run_image", text: "run_text", data: "run" }[input.kind];
-  let value = input.kind === "data" ? pythonValue(input.value) : pythonText(input.kind === "image" ? input.value.name : input.value);
-  if (streams && input.kind === "image") value = `open(${value}, "rb").read()`;
-  const numpy = value.includes("np."), args = hasArgs(input) ? `, ${pythonValue(input.args)}` : "";
+  const value = method === "run_image" ? pythonText(input.value.name) : pythonValue(input.value);
+  const numpy = value.includes("np."), pillow = value.includes("Image.open("), args = hasArgs(input) ? `, ${pythonValue(input.args)}` : "";
   const options = [pythonText(name), `addresses=${pythonText(grpcAddress(server))}`, ...(isSecure() ? ["tls=True"] : [])];
-  const imports = `${numpy ? "import numpy as np\n\n" : ""}from model_client import ModelClient\n\n${hasToken() ? "# with TMS_TOKEN in the environment\n" : ""}`;
+  const imports = `${numpy ? "import numpy as np\n" : ""}${pillow ? "from PIL import Image\n" : ""}${numpy || pillow ? "\n" : ""}from model_client import ModelClient\n\n${hasToken() ? "# with TMS_TOKEN in the environment\n" : ""}`;
   const call = `model.${method}(${value}${args})`;
   return `${imports}model = ModelClient(${options.join(", ")})\n${streams ? `for value in ${call}:\n    print(value)` : `print(${call})`}`;
 }
@@ -32,6 +32,7 @@ const CONSTANTS = { true: "True", false: "False", null: "None" };
 
 function pythonValue(value) {
   if (isArray(value)) return pythonArray(value);
+  if (value instanceof File) return `Image.open(${pythonText(value.name)}).convert("RGB")`;
   if (Array.isArray(value)) return `[${value.map(pythonValue).join(", ")}]`;
   if (value && typeof value === "object") return `{${Object.entries(value).map(([key, item]) => `${pythonText(key)}: ${pythonValue(item)}`).join(", ")}}`;
   return typeof value === "string" ? pythonText(value) : CONSTANTS[value] ?? JSON.stringify(value);
@@ -51,12 +52,20 @@ const pythonText = text => JSON.stringify(text).replace(/\x7f/g, "\\x7f");
 
 function curl(name, input, streams) {
   const field = { image: () => `-F ${quoted(`image=@${curlName(input.value.name)}`)}`, text: () => `--form-string ${quoted(`text=${input.value}`)}`,
-    data: () => `--form-string ${quoted(`data=${JSON.stringify(complete(input.value))}`)}` }[input.kind]();
+    data: () => curlData(input.value) }[input.kind]();
   const url = new URL(`models/${encodeURIComponent(name)}/run`, location.href);
   url.hash = "";
   const parts = [`curl${streams ? " -N -H 'Accept: text/event-stream'" : ""}`, ...(hasToken() ? ['-H "Authorization: Bearer $TMS_TOKEN"'] : []), field,
     ...(hasArgs(input) ? [`--form-string ${quoted(`args=${JSON.stringify(input.args)}`)}`] : []), quoted(url.href)];
   return parts.join(" \\\n  ");
+}
+
+function curlData(value) {
+  if (!files(value).length) return `--form-string ${quoted(`data=${JSON.stringify(complete(value))}`)}`;
+  const field = ([name, item]) => item instanceof File ? quoted(`${name}=@${curlName(item.name)}`)
+    : name === "text" && typeof item === "string" ? quoted(`text="${item.replace(/["\\]/g, "\\$&")}"`)
+    : quoted(`${name}="${JSON.stringify(complete(item)).replace(/["\\]/g, "\\$&")}";type=application/json`);
+  return Object.entries(value).map(one => `-F ${field(one)}`).join(" \\\n  ");
 }
 
 /** A file's name for -F, in which ; and , have a meaning. */
@@ -68,27 +77,32 @@ const quoted = text => /^[\w.:/=@%+-]+$/.test(text) ? text : `'${text.replace(/'
 
 function grpcurl(name, input, streams, server) {
   const args = hasArgs(input) ? { args: JSON.stringify(input.args) } : {}, options = [isSecure() ? "" : "-plaintext ", hasToken() ? '-H "authorization: Bearer $TMS_TOKEN" ' : ""].join("");
-  const end = method => `${quoted(grpcAddress(server))} server.Server/${method}`;
-  if (input.kind === "image") {
-    const image = { encoded: true, data: "FILE" }, message = streams ? { model: name, data: { json: '{"$image": 0}', arrays: [{ dtype: "uint8", shape: [input.value.size ?? 0], data: "FILE" }] }, ...args } : { model: name, image, ...args };
-    const [before, after] = JSON.stringify(message).split('"FILE"');
-    return `(printf %s ${quoted(`${before}"`)}; base64 < ${quoted(input.value.name)} | tr -d '\\n'; printf %s ${quoted(`"${after}`)}) |\n  grpcurl ${options}-d @ ${end(streams ? "RunStream" : "RunImage")}`;
-  }
-  const isText = input.kind === "text" && !streams;
-  const message = { model: name, ...(isText ? { text: input.value } : { data: value(input.value) }), ...args };
-  return `grpcurl ${options}-d ${quoted(JSON.stringify(message))} \\\n  ${end(streams ? "RunStream" : isText ? "RunText" : "Run")}`;
+  const method = streams ? "RunStream" : { image: "RunImage", text: "RunText", data: "Run" }[input.kind], found = [];
+  const content = method === "RunImage" ? { image: { encoded: true, data: marked(input.value, found) } } : method === "RunText" ? { text: input.value } : { data: message(input.value, found) };
+  const text = JSON.stringify({ model: name, ...content, ...args }), call = `${quoted(grpcAddress(server))} server.Server/${method}`;
+  if (!found.length) return `grpcurl ${options}-d ${quoted(text)} \\\n  ${call}`;
+  const parts = text.split(MARK).map((part, index) => [part && `printf %s ${quoted(part)}`, found[index] && `base64 < ${quoted(found[index].name)} | tr -d '\\n'`]);
+  return `(${parts.flat().filter(Boolean).join("; ")}) |\n  grpcurl ${options}-d @ ${call}`;
 }
 
-/** A Value of server.proto: JSON that refers to arrays. */
-function value(found) {
+const MARK = "\ufffc\ufffc";  // stands for a file's bytes
+
+function marked(file, found) {
+  found.push(file);
+  return MARK;
+}
+
+/** A Value of server.proto: JSON that refers to arrays and files. */
+function message(value, files) {
   const arrays = [];
   const refer = one => {
     if (isArray(one)) return { $array: arrays.push({ dtype: one.$array.dtype, shape: shape(one), data: base64(one) }) - 1 };
+    if (one instanceof File) return { $image: arrays.push({ dtype: "uint8", shape: [one.size], data: marked(one, files) }) - 1 };
     if (Array.isArray(one)) return one.map(refer);
     if (!one || typeof one !== "object") return one;
     const inner = Object.fromEntries(Object.entries(one).map(([key, item]) => [key, refer(item)]));
     return Object.keys(one).some(key => key.startsWith("$")) ? { $dict: inner } : inner;
   };
-  const json = JSON.stringify(refer(found));
+  const json = JSON.stringify(refer(value));
   return arrays.length ? { json, arrays } : { json };
 }
