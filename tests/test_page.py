@@ -34,6 +34,9 @@ MODELS = {
     "arrays": "    example = [np.zeros((4, 4)), np.ones(2, 'i8')]\n    def run(self, data, args):\n"
     "        return [f'{one.dtype} {one.shape} {one.sum():g}' for one in data]",
     "pixels": "    def run(self, data, args):\n        yield data.shape\n        yield 1",
+    "huge": "    example = np.zeros((8000, 8000, 3), 'u1')\n    metadata = {'description': {'not': 'a text'}}\n"
+    "    def run(self, data, args):\n        return {'__proto__': [{'__proto__': 1, 'toString': 2}]}",
+    "wide": "    example = [np.zeros((2000, 2000))]\n    def run(self, data, args):\n        return 1",
     "declares": "    metadata = {'inputs': [{'name': 'x', 'dtype': 'float32', 'shape': [-1, 4]}]}\n"
     "    def run(self, data, args):\n        return str(data.shape)",
     "text": "    example = 'Grüße, \"you\" & \\'me\\''\n"
@@ -45,7 +48,8 @@ MODELS = {
     "refuses": "    def run(self, data, args):\n        raise InvalidInput('<b>never</b>')",
     "hostile": f"    metadata = {{'description': {HOSTILE!r}}}\n    def run(self, data, args):\n"
     f"        return {{'a': {HOSTILE!r}, {HOSTILE!r}: [{{{HOSTILE!r}: {HOSTILE!r}}}], 'png': 'javascript:alert(1)'}}",
-    "broken": "    run = None\n    def __init__(self):\n        raise RuntimeError('<b>no weights</b>')",
+    "broken": "    def run(self, data, args):\n        return 1\n"
+    "    def __init__(self):\n        raise RuntimeError('<b>no weights</b>')",
 }
 TYPED = """
 from dataclasses import dataclass
@@ -283,7 +287,11 @@ def test_the_keyboard(page: Page) -> None:
     assert page.script("return document.getElementById('filter').value") == ""
     assert page.script(focused) == "example"
     page.keys(Keys.END)
-    page.keys(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ENTER)
+    names = [one.get_attribute("data-name") for one in page.all("#models a")]
+    assert page.script(focused) == names[-1]
+    page.keys(Keys.ARROW_UP)
+    assert page.script(focused) == names[-2]
+    page.keys("/", "tok", Keys.ARROW_DOWN, Keys.ENTER)
     page.find("article[data-model=tokens]")
     page.enter("text", "/dev/null")
     page.find("[data-input=text]").send_keys(Keys.CONTROL, Keys.ENTER)
@@ -327,6 +335,14 @@ def test_examples_are_filled_in(page: Page) -> None:
     page.choose("declares")
     page.run()
     page.wait("article .json", "(1, 4)")
+    page.choose("wide")
+    page.run()
+    page.wait("article .status", "an array of 4000000 elements is too large for JSON")
+    page.choose("huge")
+    page.wait(".drop", "Drop, paste or choose an image")
+    page.enter("text", "x")
+    page.run()
+    page.wait("article .json", '"__proto__": 1, "toString": 2')
     page.choose("detector")  # its example is too large to be sent along; the page makes one of its size
     page.wait(".drop", "the model's example · 100x100")
 

@@ -30,6 +30,7 @@ from tiny_model_server import codec
 from tiny_model_server.codec import Encoded
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
+from tiny_model_server.engine.repository import ServedModel
 from tiny_model_server.errors import ServerError, Stopping
 from tiny_model_server.protocols import openai_rest
 from tiny_model_server.protocols.open_inference_rest import Rest
@@ -168,11 +169,7 @@ class Web:
     async def _stats(self, request: Request) -> Response:
         """Each model's state, and numbers of it, some of them counted since the start."""
         self._admit(request)
-        states = [
-            {"name": one.name, "state": one.state, "reason": one.reason, "worker_pids": one.pids}
-            | one.metrics.snapshot()
-            for one in self._engine.models()
-        ]
+        states = await asyncio.to_thread(lambda: [_numbers(model) for model in self._engine.models()])
         return json_response({"models": states, "grpc_port": self._grpc_port})
 
     async def _change(self, action: str, request: Request) -> Response:
@@ -388,6 +385,11 @@ def _error(
 
 def _is_openai(request: Request) -> bool:
     return bool(request.scope["path"].startswith("/v1/"))
+
+
+def _numbers(model: ServedModel) -> dict[str, Any]:
+    facts = {"name": model.name, "state": model.state, "reason": model.reason, "worker_pids": model.pids}
+    return facts | model.metrics.snapshot()
 
 
 def _view_text(value: Encoded) -> str:

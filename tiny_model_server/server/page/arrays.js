@@ -6,6 +6,9 @@ const BYTES = {
   float32: [Float32Array], float64: [Float64Array],
 };
 
+const MOST = 1_000_000;
+const MOST_PIXELS = 1 << 24;
+
 export const isArray = value => Boolean(value?.$array && typeof value.$array === "object" && Object.keys(value).length === 1);
 
 export function shapeOf(data) {
@@ -14,9 +17,12 @@ export function shapeOf(data) {
 
 export const shape = array => array.$array.shape ?? shapeOf(array.$array.data);
 
-/** The elements in C order; zeros if there are none. */
+const sizeOf = array => shape(array).reduce((product, size) => product * size, 1);
+
+/** The elements in C order; zeros if there are none. An Error if they are too many for the JSON of a request. */
 export function elements(array) {
-  const { data } = array.$array, count = shape(array).reduce((product, size) => product * size, 1);
+  const { data } = array.$array, count = sizeOf(array);
+  if (count > MOST) throw new Error(`an array of ${count} elements is too large for JSON`);
   return data === undefined ? new Array(count).fill(0) : [data].flat(Infinity);
 }
 
@@ -25,7 +31,7 @@ export const complete = value => convert(value, array => array.$array.data !== u
   : { $array: { ...array.$array, shape: shape(array), data: elements(array) } });
 
 /** The value without the data of arrays of zeros, for reading. */
-export const compact = value => convert(value, array => elements(array).some(Boolean) ? array
+export const compact = value => convert(value, array => array.$array.data === undefined || elements(array).some(Boolean) ? array
   : { $array: { dtype: array.$array.dtype, shape: shape(array) } });
 
 function convert(value, change) {
@@ -51,16 +57,22 @@ export function isImage(value) {
 
 export const isImageShape = sizes => sizes.length === 2 || (sizes.length === 3 && [1, 3].includes(sizes[2]));
 
-/** A PNG file of an image. */
-export function png(array, name) {
-  const [height, width, channels = 1] = shape(array), values = elements(array);
-  const canvas = document.createElement("canvas");
+/** A PNG file of an image; null if it is empty or too large. */
+export async function png(array, name) {
+  const [height, width, channels = 1] = shape(array), canvas = document.createElement("canvas");
+  if (!sizeOf(array) || width * height > MOST_PIXELS) return null;
   [canvas.width, canvas.height] = [width, height];
-  const context = canvas.getContext("2d"), pixels = context.createImageData(width, height);
+  const context = canvas.getContext("2d");
+  context.fillRect(0, 0, width, height);
+  if (array.$array.data !== undefined) paint(context, elements(array), width, height, channels);
+  return new Promise(resolve => canvas.toBlob(blob => resolve(blob && new File([blob], name, { type: "image/png" })), "image/png"));
+}
+
+function paint(context, values, width, height, channels) {
+  const pixels = context.createImageData(width, height);
   for (let at = 0; at < width * height; at++) {
     for (let channel = 0; channel < 3; channel++) pixels.data[4 * at + channel] = values[at * channels + (channels === 1 ? 0 : channel)];
     pixels.data[4 * at + 3] = 255;
   }
   context.putImageData(pixels, 0, 0);
-  return new Promise(resolve => canvas.toBlob(blob => resolve(new File([blob], name, { type: "image/png" })), "image/png"));
 }

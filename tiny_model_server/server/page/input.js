@@ -85,7 +85,7 @@ export class Input {
     this.showArgs();
     if (typeof example === "string") this.text.value = example;
     else this.json.value = hasValue(example) ? JSON.stringify(compact(example)) : data["x-dtype"] ? JSON.stringify(sketch(data)) : "";
-    if (isImage(example)) png(example, "example.png").then(file => { if (!this.touched) this.take(file, "the model's example"); });
+    if (isImage(example)) png(example, "example.png").then(file => { if (file && !this.touched) this.take(file, "the model's example"); });
     this.show(this.form ? "form" : kindOf(data, example));
   }
 

@@ -125,7 +125,7 @@ export class ModelView {
       answer.end(performance.now() - since);
       this.streams = answer.count > 1;
     } catch (error) {
-      answer.fail(running.signal.aborted ? "Cancelled" : error instanceof Failure ? error.words : String(error));
+      answer.fail(running.signal.aborted ? "Cancelled" : error.words ?? error.message);
     }
     if (this.running !== running) return;  // another call has begun
     this.running = null;
@@ -165,7 +165,7 @@ export class ModelView {
 
 function describe(facts, numbers) {
   const many = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
-  const parts = [facts.metadata.description?.replace(/\.$/, ""),
+  const parts = [String(facts.metadata.description ?? "").replace(/\.$/, ""),
     facts.input_shape && `takes ${facts.input_shape.join("x")}`,
     facts.stages.length ? `runs ${facts.stages.join(", then ")}` : many(numbers.worker_pids.length, "worker"),
     facts.max_batch_size > 1 && `batches of up to ${facts.max_batch_size}`,
