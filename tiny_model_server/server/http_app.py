@@ -35,7 +35,7 @@ from tiny_model_server.errors import ServerError, Stopping
 from tiny_model_server.protocols import openai_rest
 from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.protocols.openai_rest import Chat, OpenAI
-from tiny_model_server.server import events
+from tiny_model_server.server import events, openapi
 from tiny_model_server.server.answers import JSON, accepted, answer, compress, json_response
 from tiny_model_server.server.bodies import Body, read_body
 from tiny_model_server.server.forms import read_input
@@ -82,7 +82,8 @@ class Web:
         self._rest = Rest(engine)
         self._threads = ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="http")
         gets = {"/": self._page, "/livez": self._live, "/readyz": self._ready, "/models": self._models}
-        gets |= {"/page/{file}": self._page, "/stats": self._stats, "/models/{name}": self._model}
+        gets |= {"/page/{file}": self._page, "/docs": self._page, "/openapi.json": self._openapi}
+        gets |= {"/stats": self._stats, "/models/{name}": self._model}
         posts: dict[str, Any] = {name: partial(self._change, name) for name in ("load", "unload", "reload")}
         posts["run"] = self._run
         routes = [Route(path, answer) for path, answer in (gets | {"/metrics": self._metrics}).items()]
@@ -143,7 +144,8 @@ class Web:
 
     async def _page(self, request: Request) -> Response:
         self._sites.check(request)
-        path = _PAGE / request.path_params.get("file", "index.html")
+        shown = "docs.html" if request.scope["path"] == "/docs" else "index.html"
+        path = _PAGE / request.path_params.get("file", shown)
         if path not in set(_PAGE.iterdir()):
             raise HTTPException(404)
         media_type = f"{_PAGE_TYPES[path.suffix]}; charset=utf-8"
@@ -155,10 +157,19 @@ class Web:
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: Request) -> Response:
+        return await self._described(request, lambda models: {"models": models})
+
+    async def _openapi(self, request: Request) -> Response:
+        needs_token = bool(self._engine.settings.token)
+        return await self._described(request, partial(openapi.document, needs_token=needs_token))
+
+    async def _described(self, request: Request, make: Callable[[list[dict[str, Any]]], Any]) -> Response:
+        """JSON of what ``make`` makes of all models' descriptions, in a thread: they may be large."""
         self._admit(request)
 
         def answer() -> Response:
-            return _compressed(request, json_response({"models": [one.describe() for one in self._engine.models()]}))
+            made = make([model.describe() for model in self._engine.models()])
+            return _compressed(request, json_response(made))
 
         return await asyncio.to_thread(answer)
 
