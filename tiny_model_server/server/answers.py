@@ -46,9 +46,9 @@ def answer(value: Any, formats: list[str]) -> Response:
             try:
                 return Response(make(), media_type=kind, headers={"Vary": "Accept"})
             except ValueError as error:
-                raise HTTPException(406, f"the answer is {_described(value)}: {error}") from None
+                raise HTTPException(406, f"the answer does not fit: {error}") from None
     fitting = ", ".join(kind for kind, fits in _FORMATS.items() if fits(value))
-    raise HTTPException(406, f"the answer is {_described(value)}, which can be sent as {fitting}")
+    raise HTTPException(406, f"the answer is of type {type(value).__name__}, which can be sent as {fitting}")
 
 
 def json_response(value: Any, code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
@@ -76,12 +76,6 @@ def _ranges(header: str) -> dict[str, float]:
             raise HTTPException(400, f"malformed header: {part[:80]!r}; send types with q from 0 to 1: image/png;q=0.5")
         found[match[1].lower()] = float(quality[1]) if quality else 1.0
     return found
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"an array of {codec.dtype_name(value.dtype)}, shape {list(value.shape)}"
-    return f"of type {type(value).__name__}"
 
 
 def _image(kind: str, value: Any) -> _Make | None:
