@@ -147,7 +147,7 @@ def opened(page: Page, path: str) -> Any:
     summaries = wait_for(lambda: [one for one in page.all("summary") if path in one.text], path)
     summaries[0].click()
     details = summaries[0].find_element(By.XPATH, "..")
-    wait_for(lambda: [one for one in details.find_elements(By.CSS_SELECTOR, "button") if one.is_displayed()], "its form")
+    wait_for(lambda: any(one.is_displayed() for one in details.find_elements(By.TAG_NAME, "button")), "its form")
     return details
 
 
