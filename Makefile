@@ -9,7 +9,7 @@ CLUSTER ?= ../shared/cluster
 HOST ?= localhost:50000
 LOCUST ?=
 PORT ?= 50000
-AT_ONCE ?= 2
+AT_ONCE ?= 3
 HTTP_PORT ?= 8080
 PIP_FLAGS = --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 UV_FLAGS = --quiet --compile-bytecode
@@ -30,7 +30,7 @@ run: $(VENV)/run.done ## install, start the server, send real images through Mod
 serve: $(VENV)/run.done ## install and run the server until Ctrl-C
 	$(BIN)/python server.py
 
-test: $(VENV)/test.done ## install what the tests need and run them, AT_ONCE (2) files side by side
+test: $(VENV)/test.done ## install what the tests need and run them, AT_ONCE (3) files side by side
 	$(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile --no-loadscope-reorder
 
 run_tests: test ## the same

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,10 @@ class Names:
             self._socket.sendto(reply.pack(), sender)
 
 
-def start(port: int = 0, host: str = "127.0.0.1", **model_args: Any) -> Server:
-    """A replica whose model is constructed with these arguments."""
+def start(port: int = 0, host: str = "127.0.0.1", age_s: float = 6, **model_args: Any) -> Server:
+    """A replica whose model is constructed with these arguments, and whose connections become ``age_s`` old."""
     options = {"TMS_PORT": port, "TMS_HOST": host, "TMS_HTTP_PORT": "off", "TMS_LOG_LEVEL": "info"}
+    options["TMS_MAX_CONNECTION_AGE_S"] = age_s
     return Server(MODELS, TMS_MODEL_STEADY_ARGS=json.dumps(model_args), **options)
 
 
@@ -176,15 +178,26 @@ def rolling_restart(seconds: float = 16) -> Outcome:
         return steady(client, seconds, restart)
 
 
-def freeze_one(rate: float = RATE, frozen_s: float = 8) -> Outcome:
-    with replicas({}, {}, {}) as servers, ModelClient("steady", addresses=addresses(servers)) as client:
+def freeze_one(*rates: float, frozen_s: float = 8, after_s: float = 4) -> list[Outcome]:
+    """What the client of each rate sees, all at once."""
+    with replicas({}, {}, {}) as servers, ExitStack() as stack, ThreadPoolExecutor() as threads:
+        known = addresses(servers)
+        clients = [  # in another order, so that they share no connections
+            stack.enter_context(ModelClient("steady", addresses=known[index:] + known[:index]))
+            for index in range(len(rates))
+        ]
 
         def freeze() -> None:
             servers[0].process.send_signal(signal.SIGSTOP)
             time.sleep(frozen_s)
             servers[0].process.send_signal(signal.SIGCONT)
 
-        return steady(client, frozen_s + 6, freeze, rate=rate)
+        events = [freeze, *[None] * (len(rates) - 1)]
+        loads = [
+            threads.submit(steady, client, 2 + frozen_s + after_s, event, rate=rate)
+            for client, rate, event in zip(clients, rates, events, strict=True)
+        ]
+        return [load.result() for load in loads]
 
 
 def one_fails_fast(balancing: str = "load", seconds: float = 20) -> Outcome:
@@ -223,13 +236,13 @@ def one_is_full(seconds: float = 8) -> Outcome:
 
 
 @contextmanager
-def named(count: int) -> Iterator[tuple[list[Server], Names, str]]:
+def named(count: int, age_s: float = 6) -> Iterator[tuple[list[Server], Names, str]]:
     """Replicas on one port of several loopback addresses, the DNS server that knows the first, and their address."""
     servers: list[Server] = []
     names = Names(["127.0.0.2"])
     try:
-        servers.append(start(free_port(), "127.0.0.2"))
-        servers.extend(start(servers[0].port, f"127.0.0.{2 + index}") for index in range(1, count))
+        servers.append(start(free_port(), "127.0.0.2", age_s))
+        servers.extend(start(servers[0].port, f"127.0.0.{2 + index}", age_s) for index in range(1, count))
         yield servers, names, f"dns://127.0.0.1:{names.port}/replicas.test:{servers[0].port}"
     finally:
         for server in servers:
@@ -237,7 +250,7 @@ def named(count: int) -> Iterator[tuple[list[Server], Names, str]]:
 
 
 def names_gone(seconds: float = 16) -> Outcome:
-    with named(3) as (_, names, address):
+    with named(3, age_s=2) as (_, names, address):  # each connection is made anew meanwhile
         names.hosts = ["127.0.0.2", "127.0.0.3", "127.0.0.4"]
         with ModelClient("steady", addresses=address) as client:
 
@@ -257,8 +270,8 @@ SCENES: dict[str, Scene] = {
     "kill -9 of one of three": kill_one,
     "SIGTERM of one of three": terminate_one,
     "rolling restart of all three": rolling_restart,
-    "one of three frozen for 8 s": freeze_one,
-    "one of three frozen for 8 s, 5 calls/s": lambda: freeze_one(5),
+    "one of three frozen for 8 s": lambda: freeze_one(RATE)[0],
+    "one of three frozen for 8 s, 5 calls/s": lambda: freeze_one(5)[0],
     "one of three fails every call": one_fails_fast,
     "one of three fails every call, round robin": lambda: one_fails_fast("round_robin"),
     "one of three is 4x slower": one_is_slow,

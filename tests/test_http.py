@@ -86,6 +86,7 @@ def slow(start_server: StartServer, tmp_path: Path) -> Server:
 
 
 INNER = b"POST /models/echo/unload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n"
+CLOSE = "Connection: close\r\n"
 POST = b"POST /models/echo/run HTTP/1.1\r\nHost: localhost\r\nContent-Type: text/plain\r\n"
 
 
@@ -435,9 +436,8 @@ def test_a_page_whose_name_was_made_to_stand_for_this_host(server: Server, path:
     """A browser sends no Origin with what it gets from its own page's site."""
 
     def get(host: str) -> int:
-        return statuses(talk(server, f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode(), 10))[
-            0
-        ]
+        (status,) = statuses(talk(server, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{CLOSE}\r\n".encode(), 10))
+        return status
 
     for host in ("evil.test", f"evil.test:{server.http_port}", "127.0.0.1.evil.test", "localhost.evil.test", "[evil"):
         assert get(host) == 403, host
@@ -448,9 +448,9 @@ def test_a_page_whose_name_was_made_to_stand_for_this_host(server: Server, path:
 def test_names_that_are_allowed(start_server: StartServer) -> None:
     server = start_server(TMS_ALLOWED_HOSTS="Models.test,other.test")
     for host, status in (("models.test", 200), ("other.test:80", 200), ("evil.test", 403)):
-        assert statuses(talk(server, f"GET /models HTTP/1.1\r\nHost: {host}\r\n\r\n".encode(), 2)) == [status]
+        assert statuses(talk(server, f"GET /models HTTP/1.1\r\nHost: {host}\r\n{CLOSE}\r\n".encode())) == [status]
     server = start_server(TMS_ALLOWED_HOSTS="*")
-    assert statuses(talk(server, b"GET /models HTTP/1.1\r\nHost: evil.test\r\n\r\n", 2)) == [200]
+    assert statuses(talk(server, f"GET /models HTTP/1.1\r\nHost: evil.test\r\n{CLOSE}\r\n".encode())) == [200]
 
 
 def strict(text: bytes) -> Any:
