@@ -370,9 +370,9 @@ np.save(OBJECTS, np.array([{}, None]), allow_pickle=True)
 def test_hostile_arrays(formats: Server, body: bytes, message: str) -> None:
     begun = time.monotonic()
     assert message in error_of(send(formats, body, Content_Type="application/x-npy"), 400)
-    packed = zipfile.ZipFile(file := io.BytesIO(), "w")
-    packed.writestr("a.npy", body)
-    packed.close()
+    archive = zipfile.ZipFile(file := io.BytesIO(), "w")
+    archive.writestr("a.npy", body)
+    archive.close()
     assert message in error_of(send(formats, file.getvalue(), Content_Type="application/x-npz"), 400)
     assert time.monotonic() - begun < 5
 
@@ -494,8 +494,8 @@ def test_compressed_bodies(formats: Server) -> None:
     events = send(formats, gzip.compress(b"hi"), Content_Encoding="gzip", Accept="text/event-stream")
     assert events[2].startswith(b'data: ["str", "hi"]\n\n')
     tensor = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1], "data": [1]}]}
-    packed = gzip.compress(json.dumps(tensor).encode())
-    answer = send(formats, packed, path="/v2/models/m/infer", Content_Encoding="gzip")
+    compressed = gzip.compress(json.dumps(tensor).encode())
+    answer = send(formats, compressed, path="/v2/models/m/infer", Content_Encoding="gzip")
     assert answer[0] in (200, 400)
     assert b"JSON must be UTF-8" not in answer[2]
 
