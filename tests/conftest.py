@@ -34,7 +34,7 @@ settings.register_profile("fuzz", max_examples=5000, deadline=None, suppress_hea
 settings.load_profile("suite")
 
 
-LONGEST = "docker balancing workers limits docs faults http clients local_transport everywhere".split()
+LONGEST = "docker balancing workers limits docs faults page http clients local_transport everywhere".split()
 """The files that take longest. They begin first, so that no process is left with one of them in the end."""
 
 

@@ -33,6 +33,7 @@ MODELS = {
     "        return {'is': type(data).__name__, 'dtype': str(getattr(data, 'dtype', '')), 'args': args}",
     "arrays": "    example = [np.zeros((4, 4)), np.ones(2, 'i8')]\n    def run(self, data, args):\n"
     "        return [f'{one.dtype} {one.shape} {one.sum():g}' for one in data]",
+    "raises": "    def run(self, data, args):\n        raise KeyError('no such thing')",
     "pixels": "    def run(self, data, args):\n        yield data.shape\n        yield 1",
     "huge": "    example = np.zeros((8000, 8000, 3), 'u1')\n    metadata = {'description': {'not': 'a text'}}\n"
     "    def run(self, data, args):\n        return {'__proto__': [{'__proto__': 1, 'toString': 2}]}",
@@ -494,6 +495,12 @@ def test_errors_are_shown_in_words(page: Page) -> None:
     page.choose("refuses")
     page.run()
     page.wait("article .status", "400 INVALID_ARGUMENT: <b>never</b>")
+    assert "request" not in page.text("article .status")
+    page.choose("raises")
+    page.run()
+    page.wait("article .status", "500 INTERNAL: model 'raises' raised KeyError")
+    page.wait("article .status", "(request ")
+    page.choose("refuses")
     page.find("[data-input=args]").send_keys("[1]")
     page.run()
     page.wait("article .status", "args must be a JSON object")
@@ -650,9 +657,8 @@ def test_nothing_is_polled_while_nobody_looks(page: Page) -> None:
     wait_for(lambda: page.script(polls) > seen, "another poll")
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390, 320])
-def test_it_is_readable_and_fits(page: Page, photo: Path, dark: bool, width: int) -> None:
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, True), (320, False)])
+def test_it_is_readable_and_fits(page: Page, photo: Path, width: int, dark: bool) -> None:
     page.open(width=width, dark=dark)
     page.find("#models a")
     assert page.script(CONTRAST) == []

@@ -9,14 +9,16 @@ let declined = false;
 
 /** What went wrong, in words; `code` is the HTTP status, 0 if there was no answer. */
 export class Failure extends Error {
-  constructor(message, code = 0, status = "") {
+  constructor(message, response = null, status = "") {
     super(message);
-    this.code = code;
+    this.code = response?.ok ? 0 : response?.status ?? 0;
     this.status = status;
+    this.request = response?.headers.get("x-request-id") ?? "";
   }
 
   get words() {
-    return [[this.code || "", this.status].filter(Boolean).join(" "), this.message].filter(Boolean).join(": ");
+    const where = [this.code || "", this.status].filter(Boolean).join(" "), isInLog = this.request && (this.code >= 500 || this.status === "INTERNAL");
+    return `${where}${where ? ": " : ""}${this.message}${isInLog ? ` (request ${this.request})` : ""}`;
   }
 }
 
@@ -60,9 +62,9 @@ async function failureOf(response) {
   const text = await response.text();
   try {
     const { error, status } = JSON.parse(text);
-    return new Failure(String(error), response.status, status);
+    return new Failure(String(error), response, status);
   } catch {
-    return new Failure(text.slice(0, 300) || response.statusText, response.status);
+    return new Failure(text.slice(0, 300) || response.statusText, response);
   }
 }
 
@@ -79,7 +81,7 @@ export async function* values(response) {
   }
   for await (const { event, data } of events(response.body)) {
     if (event === "end") return;
-    if (event === "error") throw new Failure(data.error, 0, data.status);
+    if (event === "error") throw new Failure(data.error, response, data.status);
     yield data;
   }
   throw new Failure("the answer ended before its last part");
