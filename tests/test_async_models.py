@@ -304,6 +304,25 @@ def test_many_cancelled_calls_leave_every_slot_usable(client: model_client.Model
     assert state(client)["pid"] == pid
 
 
+def test_a_call_may_be_cancelled_at_any_moment(client: model_client.ModelClient) -> None:
+    pid = state(client)["pid"]
+    for number in range(300):
+        client.submit("gone", {"do": "forever"}).cancel()
+        assert client.run(number) == number
+    wait_for(lambda: state(client)["at_work"] == 1, "the end of the others")
+    assert state(client)["pid"] == pid
+
+
+def test_a_stream_may_be_left_at_any_moment(client: model_client.ModelClient) -> None:
+    streams = of(client, "streams")
+    names = {f"{number} {client.addresses}" for number in range(40)}
+    for name in names:
+        values = streams.run_stream(1000, {"name": name, "wait": True})
+        next(values)
+        values.close()
+    wait_for(lambda: names <= {*streams.run("closed")[0]}, "the end of all", 10)
+
+
 def test_an_async_generator_streams(client: model_client.ModelClient) -> None:
     streams = of(client, "streams")
     assert list(streams.run_stream(40)) == list(range(40))

@@ -86,10 +86,9 @@ class AsyncCalls(Calls):
 
     async def _attempt(self, result: Any) -> Any:
         """The value or the error of an awaitable; Cancelled if it is cancelled because nobody wants it."""
-        if self.cancelled:
-            self._task.cancel()
-        else:
-            self._loop.add_reader(self._connection.socket, self._cancel)
+        self._loop.add_reader(self._connection.socket, self._cancel)
+        if self.cancelled or self._connection.pending():
+            self._cancel()
         outcome = await _attempt(result)
         self._loop.remove_reader(self._connection.socket)
         if self.cancelled and type(outcome) is asyncio.CancelledError:
@@ -99,8 +98,9 @@ class AsyncCalls(Calls):
     def _cancel(self) -> None:
         """Cancels what runs: a message has come, or the front has closed the connection."""
         self._loop.remove_reader(self._connection.socket)
+        if not self.cancelled:
+            attempt(self._connection.receive)  # if it is closed, the slot's thread notices it as well
         self.cancelled = True
-        attempt(self._connection.receive)  # if it is closed, the slot's thread notices it as well
         self._task.cancel()
 
     def _values(self, generator: Any) -> Generator[Any, None, None]:

@@ -80,7 +80,7 @@ class Slot:
             poll = select.poll()
             poll.register(self._connection.socket, select.POLLIN)
             # A thread that waits in recv is woken in vain whenever the front takes an answer.
-            while poll.poll() and (message := self._connection.receive()):
+            while (self._connection.pending() or poll.poll()) and (message := self._connection.receive()):
                 self._serve(*message)
         except EOFError:
             pass
