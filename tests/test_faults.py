@@ -305,8 +305,14 @@ def test_load_unload_and_reload(start_server: StartServer, tmp_path: Path) -> No
 def test_a_failed_reload_leaves_the_old_one_at_work(start_server: StartServer, tmp_path: Path) -> None:
     write_model(tmp_path, "one", ANSWERS.format("old"))
     client = start_server(models=tmp_path).client("one")
-    write_model(tmp_path, "one", "    def __init__(self):\n        raise RuntimeError('worse')\n    def run(self): ...")
-    with pytest.raises(model_client.ModelUnavailable, match="RuntimeError: worse; the old one continues"):
+    write_model(
+        tmp_path,
+        "one",
+        "    def __init__(self):\n        raise RuntimeError('worse')\n    def run(self, data, args): ...",
+    )
+    with pytest.raises(
+        model_client.ModelUnavailable, match=r"RuntimeError: worse \(__init__.py, line 4\); the old one"
+    ):
         client.reload_model()
     assert client.run(1) == "old"
     assert client.model_info()[0]["state"] == "READY"

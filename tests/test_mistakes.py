@@ -104,8 +104,9 @@ FAILED: dict[str, tuple[Files, str]] = {
     ),
     "by_folder": (
         file("from by_folder.helpers import x\n" + WHOLE, helpers="x = 1"),
-        "own folder: write 'from . import ...'",
+        "pip install -r .*; for the model's own folder write 'from . import ...'",
     ),
+    "shared": (file("import _shared\n" + WHOLE), "write 'from .. import _shared' or 'from .._shared import ...'"),
     "no_package": (
         file("import sklaern\n" + WHOLE),
         r"name sklaern in .*requirements.txt, and install what it needs: pip install -r .*requirements.txt",
@@ -197,6 +198,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (folder / name).mkdir()
         for file_name, text in files.items():
             (folder / name / file_name).write_text(text)
+    write(folder, "_shared", "x = 1")
     server = Server(folder, ready=False, TMS_MODEL_UNKNOWN_ARGUMENT_ARGS='{"szie": 3}')
     server.wait_for_log(r"serving \d+ models", timeout=110)
     yield server

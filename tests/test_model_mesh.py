@@ -104,7 +104,7 @@ def test_what_cannot_be_loaded(sidecar: Sidecar, tmp_path: Path) -> None:
     for fields in ({}, {"modelId": "a"}, {"modelId": "a", "modelPath": str(tmp_path / "nothing")}):
         assert sidecar.refusal("loadModel", **fields) is Code.INVALID_ARGUMENT  # no load was tried
     broken = write_model(
-        tmp_path, "broken", "    def __init__(self):\n        raise ValueError('no weights')\n    run = None"
+        tmp_path, "broken", "    def __init__(self):\n        raise ValueError('no weights')\n    run = print"
     )
     for _ in range(2):
         with pytest.raises(grpc.RpcError, match="no weights") as caught:

@@ -225,7 +225,7 @@ class ModelOptions:
     max_wait_ms: float = _env(0.0, _number(float, 0, 60000), "how long a batch's first input waits for more, in ms")
     workers: int = _env(1, _number(int, 1, 256), "worker processes")
     max_workers: int = _env(0, _number(int, 0, 4096), "on Ray: most worker processes when it scales; 0: workers")
-    concurrency: int = _env(1, _number(int, 1, 64), "threads in a worker that call run at once")
+    concurrency: int = _env(1, _number(int, 1, 64), "calls that a worker runs at once")
     timeout_s: float = _env(60.0, _number(float, 0.001), "longest time of one batch")
     load_timeout_s: float = _env(300.0, _number(float, 0.001), "longest time of import, __init__ and warm-up")
     queue_size: int = _env(1024, _count, "most inputs waiting")

@@ -145,13 +145,14 @@ def _remedy(error: BaseException, reason: str, path: Path) -> str:
 
 def _remedy_of_import(name: str, path: Path) -> str:
     """What to do if a module, or something in it, cannot be imported."""
-    if name == path.name:
-        return " (it is the model's own folder: write 'from . import ...' or 'from .MODULE import ...')"
-    if name and ((path / f"{name}.py").is_file() or (path / name).is_dir()):
-        return f" (it is in the model's folder: write 'from . import {name}' or 'from .{name} import ...')"
+    for dots, folder in ((".", path), ("..", path.parent)):
+        found = name and ((folder / f"{name}.py").is_file() or (folder / name).is_dir())
+        if found and (dots == "." or name[0] == "_"):
+            return f" (it is in {folder}: write 'from {dots} import {name}' or 'from {dots}{name} import ...')"
     if name == "models":
         return ""
     needs, package = path / "requirements.txt", _PACKAGES.get(name, name)
     listed = needs.read_text(errors="replace").replace("_", "-").lower() if needs.is_file() else ""
     add = "" if package.replace("_", "-").lower() in listed else f"name {package} in {needs}, and "
-    return f" ({add}install what it needs: pip install -r {needs})" if add or listed else ""
+    own = "; for the model's own folder write 'from . import ...'" if name == path.name else ""
+    return f" ({add}install what it needs: pip install -r {needs}{own})" if add or listed else ""

@@ -1,8 +1,8 @@
 """Messages between the front and a worker: a stream socket with small pickles, and descriptors beside them.
 
-The ends take turns, except that the front may say that a batch is not wanted any more. A message is small: a long one is
-handed over as the descriptor of a file in memory. So neither end ever waits for room in the socket, and the front never
-waits at all.
+The ends take turns, except that the front may say that a batch is not wanted any more. A message is small: a long one
+is handed over as the descriptor of a file in memory. So neither end ever waits for room in the socket, and the front
+never waits at all.
 """
 
 from __future__ import annotations

@@ -188,29 +188,27 @@ class WorkerSlot:
         item.resolve(DeadlineExceeded(f"the caller read nothing of its stream for {idle_s:g} s (TMS_STREAM_IDLE_S)"))
 
     def _resume(self, item: Item) -> None:
+        """Says whether the outcome of an item of the batch is still wanted."""
         if self._open and item in self.batch:
             self._limit(self._options.timeout_s, self._on_timeout)
-            self._send_whether_wanted(not item.expired(time.monotonic()))
-
-    def _send_whether_wanted(self, wanted: bool) -> None:
-        try:
-            self._connection.send(wanted)
-        except OSError:
-            self._broken()
+            try:
+                self._connection.send(not item.expired(time.monotonic()))
+            except OSError:
+                self._broken()
 
     def _abandoned(self) -> None:
         """Cancels the batch in the worker, if nobody waits for any of its items."""
-        if self._open and self.batch and all(item.outcome is not None for item in self.batch):
-            self._send_whether_wanted(False)
+        if self.batch and all(item.outcome is not None for item in self.batch):
+            self._resume(self.batch[0])
 
     def _on_timeout(self) -> None:
-        if self.cancels:
-            self._limit(_CANCEL_S, self._broken)  # which the outcomes of a batch that can be cancelled prevent
         for item in self.batch:
             item.resolve(
                 DeadlineExceeded(f"model {self._name!r} took longer than its timeout_s={self._options.timeout_s:g}")
             )
-        if not self.cancels:
+        if self.cancels:
+            self._limit(_CANCEL_S, self._broken)  # the outcomes of the batch prevent it
+        else:
             self._broken()
 
     def _broken(self) -> None:
