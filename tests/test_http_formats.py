@@ -8,9 +8,11 @@ import struct
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,16 @@ import cv2
 import numpy as np
 import psutil
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.exceptions import HTTPException
 
 from tests.conftest import Server
 from tests.test_faults import write_model
+from tiny_model_server.errors import InvalidInput
+from tiny_model_server.server.answers import accepted
+from tiny_model_server.server.npy import read_npy, read_npz
+from tiny_model_server.settings import Settings, SettingsError
 
 StartServer = Callable[..., Server]
 ANSWERS = """
@@ -216,7 +225,7 @@ def test_answers_that_are_not_acceptable(formats: Server, what: str, accept: str
     + [f"image/png;q={quality}" for quality in ("abc", "2", "-1", "", "1e3", "nan", "0.12345", "٣")],
 )
 def test_malformed_accept(formats: Server, accept: str) -> None:
-    assert "malformed header" in error_of(asked(formats, "image", accept.encode().decode("latin-1")), 400)
+    assert "malformed Accept" in error_of(asked(formats, "image", accept.encode().decode("latin-1")), 400)
 
 
 def test_a_long_accept_is_read_quickly(formats: Server) -> None:
@@ -476,6 +485,39 @@ def test_charsets_of_texts(formats: Server) -> None:
     assert "must be US-ASCII" in error_of(send(formats, b"\xff", Content_Type="text/plain; charset=us-ascii"), 400)
 
 
+@pytest.mark.parametrize("body", [b'{"a": 1}', PNG, bytes(300_000), b"a=1&b=2&c=3&d=4&e=5"])
+def test_a_body_that_curl_calls_a_form(formats: Server, body: bytes) -> None:
+    answer = send(formats, body, Content_Type="application/x-www-form-urlencoded")
+    assert "curl -d and --data-binary send a form unless -H 'Content-Type: ...' says" in error_of(answer, 400)
+
+
+def changed(data: st.DataObject, *files: bytes) -> bytes:
+    """One of the files with some bytes changed, or cut off."""
+    file = bytearray(data.draw(st.sampled_from(files)))
+    for at, byte in data.draw(st.lists(st.tuples(st.integers(0, len(file) - 1), st.integers(0, 255)), max_size=6)):
+        file[at] = byte
+    return bytes(file[: data.draw(st.integers(0, len(file)) | st.just(len(file)))])
+
+
+@given(st.data())
+def test_changed_files_are_refused_or_read(data: st.DataObject) -> None:
+    files = [npy(IMAGE[:1]), npy(np.array(["a", "bc"])), npy(np.zeros((2, 3), ">f8", order="F"))]
+    npzs = [npz(a=IMAGE[:1], b=IMAGE[:1]), npz(compress=True, a=IMAGE)]
+    with suppress(InvalidInput), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's, of headers that only Python 2 wrote
+        assert read_npy(changed(data, *files)).nbytes < 1000
+    with suppress(InvalidInput), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        taken: list[int] = []
+        assert sum(array.nbytes for array in read_npz(changed(data, *npzs), taken.append).values()) <= sum(taken)
+
+
+@given(st.text(st.sampled_from('*/;=q01.,ajpngimetx -+\t"')))
+def test_any_accept_is_read_or_refused(header: str) -> None:
+    with suppress(HTTPException):
+        assert accepted(header)
+
+
 # ---- gzip
 
 
@@ -539,13 +581,21 @@ def test_expanded_bytes_count(start_server: StartServer, tmp_path: Path) -> None
 
 def test_compressed_answers(formats: Server) -> None:
     query = '?args={"what":"long","n":20000}'
-    for accept in ("gzip", "deflate, gzip;q=0.5, br", "GZIP"):
+    for accept in ("gzip", "deflate, gzip;q=0.5, br", "GZIP", "gzip;q=0.01", "nonsense;;, gzip"):
         code, headers, body = send(formats, query=query, Accept_Encoding=accept)
         assert (code, headers["Content-Encoding"]) == (200, "gzip")
         assert "Accept-Encoding" in headers["Vary"]
         assert len(body) == int(headers["Content-Length"]) < 80_000
         assert json.loads(gzip.decompress(body)) == list(range(20_000))
-    for accept in ("", "identity", "gzip;q=0", "br", "*"):
+    for accept in (
+        "",
+        "identity",
+        "gzip;q=0",
+        "gzip ; q=0.000 , br",
+        "x-gzip, gzipped",
+        "gzip;q=0;" + " " * 20_000,
+        "*",
+    ):
         code, headers, body = send(formats, query=query, Accept_Encoding=accept)
         assert headers["Content-Encoding"] is None
         assert json.loads(body) == list(range(20_000))
@@ -561,11 +611,11 @@ def test_compressed_answers(formats: Server) -> None:
 
 
 def test_request_ids(formats: Server) -> None:
-    for given in ("abc-1", "x" * 128, "a b"):
-        assert send(formats, X_Request_Id=given)[1]["X-Request-Id"] == given
+    for sent in ("abc-1", "x" * 128, "a b"):
+        assert send(formats, X_Request_Id=sent)[1]["X-Request-Id"] == sent
     made = set()
-    for given in ("", "x" * 129, "\xe9", "a\tb"):
-        made.add(send(formats, X_Request_Id=given)[1]["X-Request-Id"])
+    for sent in ("", "x" * 129, "\xe9", "a\tb"):
+        made.add(send(formats, X_Request_Id=sent)[1]["X-Request-Id"])
     assert len(made) == 4
     assert all(len(one) == 32 for one in made)
     for path in ("/nothing", "/models/nobody/run", "/livez", "/models", "/v1/models/x"):
@@ -657,3 +707,10 @@ def test_pages_of_other_sites_need_the_token_and_a_name(start_server: StartServe
     assert (code, headers["Access-Control-Allow-Origin"]) == (401, "*")
     assert send(server, path="/models/echo/run", Origin=APP, Authorization="Bearer sesame")[0] == 200
     assert send(server, path="/models/echo/run", Origin=APP, Authorization="Bearer sesame", Host="evil.test")[0] == 403
+
+
+@pytest.mark.parametrize("text", ["app.example.com", f"{APP}/", f"{APP}/path", "https://*.example.com", f"{APP} *"])
+def test_wrong_origins_stop_the_start(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"TMS_CORS_ORIGINS=.* must be origins such as https://app.example.com"):
+        Settings.from_env({"TMS_CORS_ORIGINS": text})
+    assert Settings.from_env({"TMS_CORS_ORIGINS": ""}).cors_origins == ()

@@ -17,6 +17,7 @@ JSON = "application/json"
 _Make = Callable[[], bytes | str]
 _RANGE = re.compile(r"\s*([\w.+*-]+(?:/[\w.+*-]+)?)\s*((?:;[^,;]*)*)", re.ASCII)
 _QUALITY = re.compile(r";\s*q\s*=\s*([^;\s]*)", re.I)
+_ACCEPTS_GZIP = re.compile(r"(?:^|,)\s*gzip(?![^,;\s])(?!\s*;\s*q=0(?:\.0*)?(?![.\d]))", re.I)
 _MAX_RANGES = 64
 _MIN_COMPRESSED = 1 << 15  # bytes; compressing a smaller answer takes longer than sending it
 _LEVEL = 1  # of gzip: levels above take several times the time, for little
@@ -28,7 +29,7 @@ def accepted(header: str) -> list[str]:
 
     Of formats with one quality, that whose range the header names first is better, then that which stands first here.
     """
-    ranges = _ranges(header or "*/*")
+    ranges = _ranges(header.strip() or "*/*")
     found = []
     for kind in _FORMATS:
         names = (kind, kind.partition("/")[0] + "/*", "*/*")
@@ -44,7 +45,7 @@ def answer(value: Any, formats: list[str]) -> Response:
     for kind in formats:
         if make := _FORMATS[kind](value):
             try:
-                return Response(make(), media_type=kind, headers={"Vary": "Accept"})
+                return Response(make(), media_type=kind)
             except ValueError as error:
                 raise HTTPException(406, f"the answer does not fit: {error}") from None
     fitting = ", ".join(kind for kind, fits in _FORMATS.items() if fits(value))
@@ -59,7 +60,7 @@ def json_response(value: Any, code: int = 200, headers: Mapping[str, str] | None
 def compress(response: Response, accept_encoding: str) -> Response:
     """The response, compressed if it is large JSON and its caller accepts gzip."""
     large = len(response.body) >= _MIN_COMPRESSED and response.media_type == JSON
-    if large and _ranges(accept_encoding).get("gzip"):
+    if large and _ACCEPTS_GZIP.search(accept_encoding):
         response.body = gzip.compress(response.body, _LEVEL)
         response.headers.update({"Content-Encoding": "gzip", "Content-Length": str(len(response.body))})
         response.headers.add_vary_header("Accept-Encoding")
@@ -67,13 +68,13 @@ def compress(response: Response, accept_encoding: str) -> Response:
 
 
 def _ranges(header: str) -> dict[str, float]:
-    """The qualities of what a header accepts, in its order. HTTPException 400 if it is malformed."""
+    """The qualities of what an Accept header names, in its order. HTTPException 400 if it is malformed."""
     found = {}
-    for part in header.split(",", _MAX_RANGES)[:_MAX_RANGES] if header.strip() else []:
+    for part in header.split(",", _MAX_RANGES)[:_MAX_RANGES]:
         match = _RANGE.fullmatch(part)
         quality = _QUALITY.search(match[2]) if match else None
         if not match or (quality and not re.fullmatch(r"0(\.\d{0,3})?|1(\.0{0,3})?", quality[1], re.ASCII)):
-            raise HTTPException(400, f"malformed header: {part[:80]!r}; send types with q from 0 to 1: image/png;q=0.5")
+            raise HTTPException(400, f"malformed Accept: {part[:80]!r}; send types with q from 0 to 1: image/png;q=0.5")
         found[match[1].lower()] = float(quality[1]) if quality else 1.0
     return found
 

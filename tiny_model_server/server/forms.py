@@ -26,6 +26,7 @@ _EXPECTED = (
     "a form, whose fields the model gets by name; or a body of type image/*, text/*, application/json, "
     f"{', '.join(_NUMPY)} or {_BYTES}"
 )
+_CURL = "curl -d and --data-binary send a form unless -H 'Content-Type: ...' says what the body is"
 
 
 class _Part(NamedTuple):
@@ -138,14 +139,13 @@ def _is_known(kind: str) -> bool:
 
 def _url_encoded(body: bytearray) -> Iterable[tuple[str, _Part]]:
     if len(body) > _MAX_URL_ENCODED:
-        raise InvalidInput(f"send more than {_MAX_URL_ENCODED} bytes as multipart/form-data")
+        raise InvalidInput(f"send more than {_MAX_URL_ENCODED} bytes as multipart/form-data; {_CURL}")
     try:
-        text = _text(_Part("", "utf-8", body))
-        pairs = parse_qsl(text, keep_blank_values=True, errors="strict", max_num_fields=len(_KINDS))
+        pairs = parse_qsl(str(body, "utf-8"), keep_blank_values=True, errors="strict", max_num_fields=len(_KINDS))
     except ValueError as error:  # too many fields, or not UTF-8
-        raise InvalidInput(f"malformed form: {error}") from None
+        raise InvalidInput(f"malformed form: {error}; {_CURL}") from None
     if not {name for name, _ in pairs} <= _KINDS.keys():
-        raise InvalidInput(_EXPECTED)
+        raise InvalidInput(f"{_EXPECTED}; {_CURL}")
     return [(name, _Part("", "utf-8", value.encode())) for name, value in pairs]
 
 
