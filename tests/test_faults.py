@@ -712,21 +712,25 @@ def test_metrics_are_the_truth_with_several_workers_and_through_restarts(start_s
 
 
 @contextmanager
-def every(seconds: float, action: Callable[[], Any]) -> Iterator[list[Exception]]:
-    end, errors = threading.Event(), []
+def every(seconds: float, action: Callable[[], Any]) -> Iterator[list[Exception | None]]:
+    """The outcomes of an action that is repeated: an error, or None if there was none."""
+    end, outcomes = threading.Event(), []
 
     def run() -> None:
         while not end.wait(seconds):
             try:
                 action()
+                outcomes.append(None)
             except Exception as error:
-                errors.append(error)
+                outcomes.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
-    yield errors
-    end.set()
-    thread.join()
+    try:
+        yield outcomes
+    finally:
+        end.set()
+        thread.join()
 
 
 @pytest.mark.timeout(180)
@@ -749,17 +753,17 @@ def test_chaos_fails_none_but_the_guilty(start_server: StartServer) -> None:
     with (
         Load(lambda number: client.run(number, {"sleep": 0.002}), callers=8) as load,
         Load(lambda number: np.array_equal(echo.run_image(image), image), callers=4) as neighbours,
-        every(5.1, kill_a_worker) as kills,
-        every(3.3, poison) as poisons,
-        every(7.7, hang) as hangs,
-        every(6.5, client.reload_model) as reloads,
+        every(2.1, kill_a_worker) as kills,
+        every(1.3, poison) as poisons,
+        every(3.1, hang) as hangs,
+        every(2.9, client.reload_model) as reloads,
     ):
-        time.sleep(16)
+        wait_for(lambda: min(map(len, (kills, poisons, hangs, reloads))) >= 2, "two of each", timeout=100)
         load.more(50)
     assert (load.failures, neighbours.failures) == ([], [])
-    assert (poisons, hangs, reloads) == ([], [], [])
-    assert all(isinstance(error, (IndexError, ProcessLookupError)) for error in kills)  # nobody there to kill
+    assert {*poisons, *hangs, *reloads} == {None}
+    assert all(error is None or isinstance(error, (IndexError, ProcessLookupError)) for error in kills)  # nobody there
     assert all(answer["item"] == number for number, answer in load.answers)
     assert all(same for _, same in neighbours.answers)
-    assert len(load.answers) > 1000
+    assert len(load.answers) > 500
     assert server.stop() == 0

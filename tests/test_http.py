@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from tests.conftest import Server, wait_for
+from tests.test_admin import PROXIES, health
 from tests.test_faults import write_model
 from tests.test_security import Certificates, tls
 from tests.test_web import form, post
@@ -375,7 +376,7 @@ def test_an_idle_server_sleeps(start_server: StartServer) -> None:
     assert after.voluntary - before.voluntary < 15
 
 
-@pytest.mark.parametrize("host", ["[::]", "::", "[::1]", "localhost", "0.0.0.0"])
+@pytest.mark.parametrize("host", ["[::]", "::", "[::1]", "localhost", "0.0.0.0", "127.0.0.1"])
 def test_hosts(start_server: StartServer, host: str) -> None:
     server = start_server(TMS_HOST=host)
     shown = f"[{host.strip('[]')}]" if ":" in host else host
@@ -390,8 +391,10 @@ def test_hosts(start_server: StartServer, host: str) -> None:
         admin = urllib.request.Request(f"{url}/models/echo/reload", b"")
         with urllib.request.urlopen(admin, timeout=30) as answer:
             assert json.load(answer)["state"] == "READY"
-    without = start_server(TMS_HOST=host, TMS_HTTP_PORT="off")
-    socket.create_connection((addresses[0], without.port), 10).close()
+    settings = {"TMS_HOST": host, "TMS_HTTP_PORT": "off", "TMS_TOKEN": "sesame"}
+    without = start_server(**settings)
+    ran = health(settings | {"TMS_PORT": without.port}, **PROXIES)
+    assert (ran.returncode, ran.stdout.strip()) == (0, '{"ready": true}'), ran.stderr
 
 
 def https(server: Server, context: ssl.SSLContext, path: str = "/livez") -> int:

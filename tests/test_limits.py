@@ -91,34 +91,41 @@ def test_silent_calls_of_many_connections_stop_nobody(server: Server, path: str)
         others_are_answered(server)
 
 
-@pytest.mark.parametrize("path", HALF_OPEN)
-def test_without_the_token_nothing_is_held(start_server: StartServer, path: str) -> None:
+def test_without_the_token_nothing_is_held(start_server: StartServer) -> None:
     server = start_server(TMS_TOKEN="secret", TMS_THREADS=4)
     before = psutil.Process(server.process.pid).num_threads()
-    with silent_calls(server, path, 100) as calls:
-        wait_for(lambda: codes(calls)["UNAUTHENTICATED"] == 100, "refusals")
-        assert psutil.Process(server.process.pid).num_threads() == before
+    with ExitStack() as stack:
+        for path in HALF_OPEN:
+            calls = stack.enter_context(silent_calls(server, path, 100))
+            wait_for(lambda calls=calls: codes(calls)["UNAUTHENTICATED"] == 100, f"refusals of {path}")
+            assert psutil.Process(server.process.pid).num_threads() == before
         others_are_answered(server, metadata=(("authorization", "Bearer secret"),))
 
 
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Server]:
+    """A server whose streams may be silent for half a second."""
+    server = Server(TMS_STREAM_IDLE_S=0.5)
+    yield server
+    server.kill()
+
+
 @pytest.mark.parametrize("path", [*HALF_OPEN, "/grpc.health.v1.Health/Check"])
-def test_calls_that_bring_nothing_are_ended(start_server: StartServer, path: str) -> None:
-    server = start_server(TMS_STREAM_IDLE_S=0.5)
-    with silent_calls(server, path, 2) as calls:
+def test_calls_that_bring_nothing_are_ended(impatient: Server, path: str) -> None:
+    with silent_calls(impatient, path, 2) as calls:
         wait_for(lambda: not codes(calls)["OPEN"], "their end")
         assert codes(calls) == {"DEADLINE_EXCEEDED": 2}
         assert "TMS_STREAM_IDLE_S" in calls[0].details()
 
 
-def test_a_request_that_is_long_on_its_way_is_waited_for(start_server: StartServer) -> None:
-    server = start_server(TMS_STREAM_IDLE_S=0.5)
+def test_a_request_that_is_long_on_its_way_is_waited_for(impatient: Server) -> None:
     arrives = threading.Event()
 
     def late() -> Iterator[bytes]:
         arrives.wait(2)
         yield text()
 
-    with channel(server) as one:
+    with channel(impatient) as one:
         answer = one.stream_unary(RUN_TEXT.path)(late(), timeout=60)
     assert RUN_TEXT.response.FromString(answer).data == '"x"'
 
@@ -156,9 +163,8 @@ def silent_streams(server: Server, count: int, connections: int) -> Iterator[lis
             never.put(None)
 
 
-def test_a_stream_that_falls_silent_is_ended(start_server: StartServer) -> None:
-    server = start_server(TMS_STREAM_IDLE_S=0.5)
-    with silent_streams(server, 2, 1) as streams:
+def test_a_stream_that_falls_silent_is_ended(impatient: Server) -> None:
+    with silent_streams(impatient, 2, 1) as streams:
         for stream in streams:
             assert next(stream)
             with pytest.raises(grpc.RpcError) as caught:
