@@ -5,7 +5,7 @@ import { copyButton, h } from "./dom.js";
 import { files } from "./input.js";
 import { json } from "./json.js";
 
-const KEPT = 200;  // values of a stream that stay
+const KEPT = 200; // values of a stream that stay
 
 /** Where the answers of a model appear. */
 export class Answer {
@@ -15,8 +15,13 @@ export class Answer {
     this.values = h("div", { class: "values" });
     this.copy = copyButton(() => this.run?.text ?? "");
     this.copy.hidden = true;
-    this.element = h("section", { class: "panel answer", "aria-label": "Answer" },
-      h("div", { class: "row" }, h("h3", {}, "Answer"), this.status, this.copy), this.drawn, this.values);
+    this.element = h(
+      "section",
+      { class: "panel answer", "aria-label": "Answer" },
+      h("div", { class: "row" }, h("h3", {}, "Answer"), this.status, this.copy),
+      this.drawn,
+      this.values,
+    );
   }
 
   /** Begins the answer to an input; what an older call still brings is dropped. */
@@ -44,7 +49,9 @@ class Run {
   }
 
   get text() {
-    return this.count > 1 && this.isText ? this.pieces.join("") : this.pieces.map(value => JSON.stringify(value)).join("\n");
+    return this.count > 1 && this.isText
+      ? this.pieces.join("")
+      : this.pieces.map(value => JSON.stringify(value)).join("\n");
   }
 
   add(value, ms) {
@@ -89,12 +96,15 @@ class Run {
   }
 }
 
-const time = ms => ms < 1000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(1)} s`;
+const time = ms => (ms < 1000 ? `${ms.toFixed(ms < 10 ? 1 : 0)} ms` : `${(ms / 1000).toFixed(1)} s`);
 
 /** The value without the images in it, which are drawn. */
 function withoutImages(value) {
   if (Array.isArray(value)) return value.map(withoutImages);
   if (!value || typeof value !== "object") return value;
-  return Object.fromEntries(Object.entries(value).filter(([key, item]) => !(key === "png" && typeof item === "string" && value.array))
-    .map(([key, item]) => [key, withoutImages(item)]));
+  return Object.fromEntries(
+    Object.entries(value)
+      .filter(([key, item]) => !(key === "png" && typeof item === "string" && value.array))
+      .map(([key, item]) => [key, withoutImages(item)]),
+  );
 }

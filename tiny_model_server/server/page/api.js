@@ -4,20 +4,21 @@ import { $, open } from "./dom.js";
 
 const KEY = "tiny-model-server-token";
 let token = sessionStorage.getItem(KEY) ?? "";
-let question = null;  // one dialog for all calls that wait for a token
+let question = null; // one dialog for all calls that wait for a token
 let declined = false;
 
 /** What went wrong, in words; `code` is the HTTP status, 0 if there was no answer. */
 export class Failure extends Error {
   constructor(message, response = null, status = "") {
     super(message);
-    this.code = response?.ok ? 0 : response?.status ?? 0;
+    this.code = response?.ok ? 0 : (response?.status ?? 0);
     this.status = status;
     this.request = response?.headers.get("x-request-id") ?? "";
   }
 
   get words() {
-    const where = [this.code || "", this.status].filter(Boolean).join(" "), isInLog = this.request && (this.code >= 500 || this.status === "INTERNAL");
+    const where = [this.code || "", this.status].filter(Boolean).join(" ");
+    const isInLog = this.request && (this.code >= 500 || this.status === "INTERNAL");
     return `${where}${where ? ": " : ""}${this.message}${isInLog ? ` (request ${this.request})` : ""}`;
   }
 }
@@ -28,9 +29,9 @@ export const hasToken = () => Boolean(token);
 export async function askForToken(error = "") {
   $("token-error").textContent = error;
   $("token").value = "";
-  const given = await open($("ask-token")) && $("token").value;
+  const given = (await open($("ask-token"))) && $("token").value;
   declined = !given;
-  if (given) sessionStorage.setItem(KEY, token = given);
+  if (given) sessionStorage.setItem(KEY, (token = given));
   return Boolean(given);
 }
 
@@ -42,9 +43,11 @@ export async function call(path, options = {}) {
     if (response.ok) return response;
     const failure = await failureOf(response);
     if (response.status !== 401 || declined) throw failure;
-    if (used !== token) continue;  // another call has asked meanwhile
-    question ??= askForToken(used ? "The server does not accept this token." : "").finally(() => { question = null; });
-    if (!await question) throw failure;
+    if (used !== token) continue; // another call has asked meanwhile
+    question ??= askForToken(used ? "The server does not accept this token." : "").finally(() => {
+      question = null;
+    });
+    if (!(await question)) throw failure;
   }
 }
 
@@ -88,7 +91,8 @@ export async function* values(response) {
 }
 
 async function* events(body) {
-  const decoder = new TextDecoder(), reader = body.getReader();
+  const decoder = new TextDecoder();
+  const reader = body.getReader();
   let text = "";
   try {
     for (;;) {
@@ -105,7 +109,12 @@ async function* events(body) {
 }
 
 function parse(part) {
-  const fields = part.split("\n").map(line => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 1).trim()]);
-  const data = fields.filter(([name]) => name === "data").map(([, value]) => value).join("\n");
+  const fields = part
+    .split("\n")
+    .map(line => [line.slice(0, line.indexOf(":")), line.slice(line.indexOf(":") + 1).trim()]);
+  const data = fields
+    .filter(([name]) => name === "data")
+    .map(([, value]) => value)
+    .join("\n");
   return data && { event: fields.find(([name]) => name === "event")?.[1] ?? "message", data: JSON.parse(data) };
 }

@@ -6,7 +6,7 @@ import { $, h, setText } from "./dom.js";
 import { ModelView } from "./model.js";
 
 const wide = matchMedia("(min-width: 48rem)");
-const rows = new Map();  // by the name of the model
+const rows = new Map(); // by the name of the model
 const views = new Map();
 const histories = new Map();
 let server = { models: [] };
@@ -18,10 +18,11 @@ let timer = 0;
 
 async function poll() {
   clearTimeout(timer);
-  if (document.hidden) return;  // goes on as soon as somebody looks
+  if (document.hidden) return; // goes on as soon as somebody looks
   try {
     server = await getJson("stats");
-    const now = performance.now(), found = JSON.stringify(server.models.map(({ name, state, worker_pids }) => [name, state, worker_pids]));
+    const now = performance.now();
+    const found = JSON.stringify(server.models.map(({ name, state, worker_pids }) => [name, state, worker_pids]));
     for (const model of server.models) history(model.name).add(now, model);
     if (found !== signature) {
       described = new Map((await getJson("models")).models.map(model => [model.name, model]));
@@ -61,52 +62,91 @@ function showStates() {
   const buttons = [...counts].map(([name, count]) => `${name}\n${count}`).join("\n") + state;
   if ($("states").dataset.shown === buttons) return;
   $("states").dataset.shown = buttons;
-  $("states").hidden = counts.size < 3;  // all of them have one state
+  $("states").hidden = counts.size < 3; // all of them have one state
   const focused = document.activeElement?.dataset.state;
-  $("states").replaceChildren(...[...counts].map(([name, count]) => h("button", {
-    type: "button", class: "chip", "data-state": name, "aria-pressed": String(name === state),
-    click: () => { state = name; showStates(); showList(); },
-  }, `${name === "all" ? "All" : name} ${count}`)));
+  $("states").replaceChildren(
+    ...[...counts].map(([name, count]) =>
+      h(
+        "button",
+        {
+          type: "button",
+          class: "chip",
+          "data-state": name,
+          "aria-pressed": String(name === state),
+          click: () => {
+            state = name;
+            showStates();
+            showList();
+          },
+        },
+        `${name === "all" ? "All" : name} ${count}`,
+      ),
+    ),
+  );
   if (focused) $("states").querySelector(`[data-state="${focused}"]`)?.focus();
 }
 
 function showList() {
   const wanted = $("filter").value.trim().toLowerCase();
-  const models = server.models.filter(model => model.name.toLowerCase().includes(wanted) && (state === "all" || model.state === state));
+  const models = server.models.filter(
+    model => model.name.toLowerCase().includes(wanted) && (state === "all" || model.state === state),
+  );
   const items = models.map(model => {
     const row = rows.get(model.name) ?? rows.set(model.name, makeRow(model.name)).get(model.name);
     row.update(model);
     return row.element;
   });
   const list = $("models");
-  if (items.length !== list.children.length || items.some((item, index) => item !== list.children[index])) list.replaceChildren(...items);
+  if (items.length !== list.children.length || items.some((item, index) => item !== list.children[index]))
+    list.replaceChildren(...items);
   $("none").hidden = items.length > 0;
   setText($("none"), server.models.length ? "No model fits the filter." : "There is no model folder yet.");
 }
 
 function makeRow(name) {
-  const dot = h("span", { class: "dot", "aria-hidden": "true" }), rate = h("span", { class: "rate" }), about = h("span", { class: "about" });
-  const busy = h("span", { class: "busy", hidden: true }, "running"), spark = sparkline(56, 18);
-  const link = h("a", { href: `#/models/${encodeURIComponent(name)}`, "data-name": name },
-    dot, h("span", { class: "name" }, name), busy, rate, about, spark.element);
-  return { element: h("li", {}, link), update: model => {
-    const past = history(name), { rate: now, p95, failed } = past.last ?? {};
-    link.dataset.state = model.state;
-    if (name === chosen) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
-    busy.hidden = !views.get(name)?.running;
-    rate.hidden = !busy.hidden;
-    setText(rate, now ? `${figure(now, 1)}/s` : "");
-    const facts = [model.state, failed ? `${figure(failed, 1)} failed/s` : "", p95 ? `p95 ${figure(p95)} ms` : "", model.queue_depth ? `queue ${model.queue_depth}` : ""];
-    setText(about, model.reason ? `${model.state}: ${model.reason}` : facts.filter(Boolean).join(" · "));
-    spark.draw(past.points.some(point => point.rate) ? past.points : [], "rate", past.last?.now ?? 0);
-  } };
+  const dot = h("span", { class: "dot", "aria-hidden": "true" });
+  const rate = h("span", { class: "rate" });
+  const about = h("span", { class: "about" });
+  const busy = h("span", { class: "busy", hidden: true }, "running");
+  const spark = sparkline(56, 18);
+  const link = h(
+    "a",
+    { href: `#/models/${encodeURIComponent(name)}`, "data-name": name },
+    dot,
+    h("span", { class: "name" }, name),
+    busy,
+    rate,
+    about,
+    spark.element,
+  );
+  return {
+    element: h("li", {}, link),
+    update: model => {
+      const past = history(name);
+      const { rate: now, p95, failed } = past.last ?? {};
+      link.dataset.state = model.state;
+      if (name === chosen) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+      busy.hidden = !views.get(name)?.running;
+      rate.hidden = !busy.hidden;
+      setText(rate, now ? `${figure(now, 1)}/s` : "");
+      const facts = [
+        model.state,
+        failed ? `${figure(failed, 1)} failed/s` : "",
+        p95 ? `p95 ${figure(p95)} ms` : "",
+        model.queue_depth ? `queue ${model.queue_depth}` : "",
+      ];
+      setText(about, model.reason ? `${model.state}: ${model.reason}` : facts.filter(Boolean).join(" · "));
+      spark.draw(past.points.some(point => point.rate) ? past.points : [], "rate", past.last?.now ?? 0);
+    },
+  };
 }
 
 const links = () => [...$("models").querySelectorAll("a")];
 
 function moveInList(event) {
-  const all = links(), at = all.indexOf(document.activeElement);
+  const all = links();
+  const at = all.indexOf(document.activeElement);
   const to = { ArrowDown: at + 1, ArrowUp: at - 1, Home: 0, End: all.length - 1 }[event.key];
   if (to === undefined) return;
   event.preventDefault();
@@ -119,7 +159,10 @@ $("list").addEventListener("keydown", event => {
 });
 $("filter").addEventListener("input", showList);
 $("filter").addEventListener("keydown", event => {
-  if (event.key === "ArrowDown") { event.preventDefault(); links()[0]?.focus(); }
+  if (event.key === "ArrowDown") {
+    event.preventDefault();
+    links()[0]?.focus();
+  }
   if (event.key === "Enter") links()[0]?.click();
 });
 addEventListener("keydown", event => {
@@ -167,7 +210,9 @@ function route() {
 }
 
 function showModel() {
-  const changed = route(), facts = described.get(chosen), numbers = server.models.find(model => model.name === chosen);
+  const changed = route();
+  const facts = described.get(chosen);
+  const numbers = server.models.find(model => model.name === chosen);
   const panel = $("model");
   if (!facts || !numbers) {
     const text = chosen && server.models.length ? `There is no model ${chosen}.` : "";
@@ -181,13 +226,25 @@ function showModel() {
   showList();
   if (wide.matches) rows.get(chosen)?.element.scrollIntoView({ block: "nearest" });
   panel.scrollTop = 0;
-  if (!wide.matches) { scrollTo(0, 0); view.focus(); }
+  if (!wide.matches) {
+    scrollTo(0, 0);
+    view.focus();
+  }
 }
 
-addEventListener("hashchange", () => { if (server.models.length) showModel(); });
-wide.addEventListener("change", () => { if (server.models.length) show(); });
-document.addEventListener("visibilitychange", () => { if (!document.hidden) poll(); });
-for (const button of document.querySelectorAll("[data-close]")) button.addEventListener("click", () => button.closest("dialog").close());
-$("use-token").addEventListener("click", async () => { if (await askForToken()) poll(); });
+addEventListener("hashchange", () => {
+  if (server.models.length) showModel();
+});
+wide.addEventListener("change", () => {
+  if (server.models.length) show();
+});
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden) poll();
+});
+for (const button of document.querySelectorAll("[data-close]"))
+  button.addEventListener("click", () => button.closest("dialog").close());
+$("use-token").addEventListener("click", async () => {
+  if (await askForToken()) poll();
+});
 addEventListener("paste", event => views.get(chosen)?.paste(event));
 poll();

@@ -1,15 +1,24 @@
-// Arrays with a dtype as the server writes them in JSON, {"$array": {"dtype", "shape", "data"}}, and images made of them.
+// Arrays with a dtype as the server writes them in JSON, {"$array": {"dtype", "shape", "data"}}; images made of them.
 
 const BYTES = {
-  bool: [Uint8Array], uint8: [Uint8Array], uint16: [Uint16Array], uint32: [Uint32Array], uint64: [BigUint64Array, BigInt],
-  int8: [Int8Array], int16: [Int16Array], int32: [Int32Array], int64: [BigInt64Array, BigInt],
-  float32: [Float32Array], float64: [Float64Array],
+  bool: [Uint8Array],
+  uint8: [Uint8Array],
+  uint16: [Uint16Array],
+  uint32: [Uint32Array],
+  uint64: [BigUint64Array, BigInt],
+  int8: [Int8Array],
+  int16: [Int16Array],
+  int32: [Int32Array],
+  int64: [BigInt64Array, BigInt],
+  float32: [Float32Array],
+  float64: [Float64Array],
 };
 
 const MOST = 1_000_000;
 const MOST_PIXELS = 1 << 24;
 
-export const isArray = value => Boolean(value?.$array && typeof value.$array === "object" && Object.keys(value).length === 1);
+export const isArray = value =>
+  Boolean(value?.$array && typeof value.$array === "object" && Object.keys(value).length === 1);
 
 export function shapeOf(data) {
   return Array.isArray(data) ? [data.length, ...(data.length ? shapeOf(data[0]) : [])] : [];
@@ -21,18 +30,27 @@ const sizeOf = array => shape(array).reduce((product, size) => product * size, 1
 
 /** The elements in C order; zeros if there are none. An Error if they are too many for the JSON of a request. */
 export function elements(array) {
-  const { data } = array.$array, count = sizeOf(array);
+  const { data } = array.$array;
+  const count = sizeOf(array);
   if (count > MOST) throw new Error(`an array of ${count} elements is too large for JSON`);
   return data === undefined ? new Array(count).fill(0) : [data].flat(Infinity);
 }
 
 /** The value with the data of every array in it, as the server wants it. */
-export const complete = value => convert(value, array => array.$array.data !== undefined ? array
-  : { $array: { ...array.$array, shape: shape(array), data: elements(array) } });
+export const complete = value =>
+  convert(value, array =>
+    array.$array.data !== undefined
+      ? array
+      : { $array: { ...array.$array, shape: shape(array), data: elements(array) } },
+  );
 
 /** The value without the data of arrays of zeros, for reading. */
-export const compact = value => convert(value, array => array.$array.data === undefined || elements(array).some(Boolean) ? array
-  : { $array: { dtype: array.$array.dtype, shape: shape(array) } });
+export const compact = value =>
+  convert(value, array =>
+    array.$array.data === undefined || elements(array).some(Boolean)
+      ? array
+      : { $array: { dtype: array.$array.dtype, shape: shape(array) } },
+  );
 
 function convert(value, change) {
   if (isArray(value)) return change(value);
@@ -59,19 +77,23 @@ export const isImageShape = sizes => sizes.length === 2 || (sizes.length === 3 &
 
 /** A PNG file of an image; null if it is empty or too large. */
 export async function png(array, name) {
-  const [height, width, channels = 1] = shape(array), canvas = document.createElement("canvas");
+  const [height, width, channels = 1] = shape(array);
+  const canvas = document.createElement("canvas");
   if (!sizeOf(array) || width * height > MOST_PIXELS) return null;
   [canvas.width, canvas.height] = [width, height];
   const context = canvas.getContext("2d");
   context.fillRect(0, 0, width, height);
   if (array.$array.data !== undefined) paint(context, elements(array), width, height, channels);
-  return new Promise(resolve => canvas.toBlob(blob => resolve(blob && new File([blob], name, { type: "image/png" })), "image/png"));
+  return new Promise(resolve =>
+    canvas.toBlob(blob => resolve(blob && new File([blob], name, { type: "image/png" })), "image/png"),
+  );
 }
 
 function paint(context, values, width, height, channels) {
   const pixels = context.createImageData(width, height);
   for (let at = 0; at < width * height; at++) {
-    for (let channel = 0; channel < 3; channel++) pixels.data[4 * at + channel] = values[at * channels + (channels === 1 ? 0 : channel)];
+    for (let channel = 0; channel < 3; channel++)
+      pixels.data[4 * at + channel] = values[at * channels + (channels === 1 ? 0 : channel)];
     pixels.data[4 * at + 3] = 255;
   }
   context.putImageData(pixels, 0, 0);

@@ -4,7 +4,8 @@ import { $, open } from "./dom.js";
 
 /** The photo that somebody took, or null. */
 export async function photo() {
-  const dialog = $("camera"), video = $("video");
+  const dialog = $("camera");
+  const video = $("video");
   $("camera-error").textContent = "";
   $("camera-ok").disabled = true;
   const taken = open(dialog);
@@ -18,7 +19,7 @@ export async function photo() {
     if (dialog.open) $("camera-error").textContent = `The camera cannot be used: ${error.message}`;
   }
   try {
-    return await taken && stream ? await still(video) : null;
+    return (await taken) && stream ? await still(video) : null;
   } finally {
     stream?.getTracks().forEach(track => track.stop());
     video.srcObject = null;
@@ -29,5 +30,7 @@ function still(video) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
   canvas.getContext("2d").drawImage(video, 0, 0);
-  return new Promise(resolve => canvas.toBlob(blob => resolve(new File([blob], "photo.jpg", { type: "image/jpeg" })), "image/jpeg", .92));
+  return new Promise(resolve =>
+    canvas.toBlob(blob => resolve(new File([blob], "photo.jpg", { type: "image/jpeg" })), "image/jpeg", 0.92),
+  );
 }

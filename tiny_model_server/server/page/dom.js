@@ -25,11 +25,21 @@ export function setText(element, text) {
 
 /** A button that copies what `text()` returns. */
 export function copyButton(text) {
-  const button = h("button", { type: "button", class: "quiet copy", click: async () => {
-    const copied = await copy(text());
-    button.textContent = copied ? "Copied" : "Not copied";
-    setTimeout(() => { button.textContent = "Copy"; }, 1500);
-  } }, "Copy");
+  const button = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet copy",
+      click: async () => {
+        const copied = await copy(text());
+        button.textContent = copied ? "Copied" : "Not copied";
+        setTimeout(() => {
+          button.textContent = "Copy";
+        }, 1500);
+      },
+    },
+    "Copy",
+  );
   return button;
 }
 
@@ -37,7 +47,8 @@ async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);
     return true;
-  } catch {  // browsers give pages of plain http, other than localhost, no clipboard
+  } catch {
+    // browsers give pages of plain http, other than localhost, no clipboard
     const area = h("textarea", { class: "offscreen" });
     area.value = text;
     document.body.append(area);
@@ -52,7 +63,9 @@ async function copy(text) {
 export function open(dialog) {
   dialog.returnValue = "";
   dialog.showModal();
-  return new Promise(resolve => dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok"), { once: true }));
+  return new Promise(resolve =>
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok"), { once: true }),
+  );
 }
 
 export async function confirm(title, text, action) {

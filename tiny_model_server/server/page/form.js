@@ -6,8 +6,16 @@ import { h } from "./dom.js";
 /** What a schema's $ref and its choice between one type and null stand for. */
 export function resolve(schema, root) {
   for (let depth = 0; depth < 20 && schema; depth++) {
-    const parts = schema.anyOf ?? schema.oneOf ?? schema.allOf, others = parts?.filter(part => part.type !== "null");
-    if (schema.$ref?.startsWith("#/")) schema = { ...schema.$ref.slice(2).split("/").reduce((at, key) => at?.[key], root), ...rest(schema, "$ref") };
+    const parts = schema.anyOf ?? schema.oneOf ?? schema.allOf;
+    const others = parts?.filter(part => part.type !== "null");
+    if (schema.$ref?.startsWith("#/"))
+      schema = {
+        ...schema.$ref
+          .slice(2)
+          .split("/")
+          .reduce((at, key) => at?.[key], root),
+        ...rest(schema, "$ref"),
+      };
     else if (others?.length === 1) schema = { ...others[0], ...rest(schema, "anyOf", "oneOf", "allOf") };
     else break;
   }
@@ -30,8 +38,14 @@ export class Form {
   constructor(schema, value) {
     const { properties, required = [] } = resolve(schema, schema);
     this.fields = Object.entries(properties).map(([name, property]) => {
-      const found = resolve(property, schema), initial = value?.[name] ?? found.default;
-      return { name, required: required.includes(name), ...field(found, initial, required.includes(name)), about: found };
+      const found = resolve(property, schema);
+      const initial = value?.[name] ?? found.default;
+      return {
+        name,
+        required: required.includes(name),
+        ...field(found, initial, required.includes(name)),
+        about: found,
+      };
     });
     this.element = h("div", { class: "form" }, ...this.fields.map(label));
   }
@@ -69,7 +83,8 @@ function field(schema, initial, required) {
   return isColourImage(schema) ? file(initial) : json(initial);
 }
 
-const isColourImage = schema => schema["x-dtype"] === "uint8" && schema["x-shape"]?.length === 3 && schema["x-shape"][2] === 3;
+const isColourImage = schema =>
+  schema["x-dtype"] === "uint8" && schema["x-shape"]?.length === 3 && schema["x-shape"][2] === 3;
 
 function file(initial) {
   const input = h("input", { type: "file", accept: "image/*" });
@@ -77,9 +92,13 @@ function file(initial) {
 }
 
 function choice(options, initial, required) {
-  const input = h("select", {}, ...(required ? [] : [h("option", { value: "" }, "")]),
-    ...options.map((option, index) => h("option", { value: index, selected: option === initial }, String(option))));
-  return { input, read: () => input.value === "" ? undefined : options[Number(input.value)] };
+  const input = h(
+    "select",
+    {},
+    ...(required ? [] : [h("option", { value: "" }, "")]),
+    ...options.map((option, index) => h("option", { value: index, selected: option === initial }, String(option))),
+  );
+  return { input, read: () => (input.value === "" ? undefined : options[Number(input.value)]) };
 }
 
 function check(initial) {
@@ -88,11 +107,20 @@ function check(initial) {
 }
 
 function number(schema, initial) {
-  const input = h("input", { type: "number", step: schema.type === "integer" ? 1 : "any", min: schema.minimum, max: schema.maximum, value: initial });
-  return { input, read: () => {
-    if (input.validity.badInput) throw new Error("not a number");
-    return input.value === "" ? undefined : Number(input.value);
-  } };
+  const input = h("input", {
+    type: "number",
+    step: schema.type === "integer" ? 1 : "any",
+    min: schema.minimum,
+    max: schema.maximum,
+    value: initial,
+  });
+  return {
+    input,
+    read: () => {
+      if (input.validity.badInput) throw new Error("not a number");
+      return input.value === "" ? undefined : Number(input.value);
+    },
+  };
 }
 
 function text(schema, initial) {
@@ -100,14 +128,16 @@ function text(schema, initial) {
   const input = h(long ? "textarea" : "input", long ? { rows: 3 } : { type: "text", maxlength: schema.maxLength });
   input.value = initial ?? "";
   let touched = initial !== undefined && initial !== null;
-  input.addEventListener("input", () => { touched = true; });
-  return { input, read: () => touched || input.value ? input.value : undefined };
+  input.addEventListener("input", () => {
+    touched = true;
+  });
+  return { input, read: () => (touched || input.value ? input.value : undefined) };
 }
 
 function json(initial) {
   const input = h("textarea", { rows: 2, class: "code", placeholder: "JSON", spellcheck: "false" });
   input.value = initial === undefined || initial === null ? "" : JSON.stringify(initial);
-  return { input, read: () => input.value.trim() ? parseJson(input.value) : undefined };
+  return { input, read: () => (input.value.trim() ? parseJson(input.value) : undefined) };
 }
 
 export function parseJson(text) {

@@ -1,5 +1,5 @@
-// One model: its state, its charts, an input, the answers to it, a snippet and its log. Each model has a view of its own,
-// which a call that takes long writes into, whatever is shown meanwhile.
+// One model: its state, its charts, an input, the answers to it, a snippet and its log. Each model has a view of its
+// own, which a call that takes long writes into, whatever is shown meanwhile.
 
 import { Answer } from "./answer.js";
 import { Failure, getJson, post, values } from "./api.js";
@@ -15,7 +15,7 @@ export class ModelView {
   constructor(name, changed) {
     this.name = name;
     this.changed = changed;
-    this.running = null;  // what ends the call that is under way
+    this.running = null; // what ends the call that is under way
     this.streams = false;
     this.charts = new Charts();
     this.input = new Input(() => this.showSnippet());
@@ -30,26 +30,78 @@ export class ModelView {
     this.reason = h("pre", { class: "reason error", hidden: true });
     this.outcome = h("span", { role: "status", class: "outcome" });
     this.buttons = Object.entries(CHANGES).map(([action, text]) =>
-      h("button", { type: "button", class: "quiet", "data-action": action, click: () => this.change(action) }, text));
+      h("button", { type: "button", class: "quiet", "data-action": action, click: () => this.change(action) }, text),
+    );
     this.runButton = h("button", { class: "main run" }, "Run");
-    this.cancelButton = h("button", { type: "button", class: "cancel", hidden: true, click: () => this.running?.abort() }, "Cancel");
-    const form = h("form", { class: "panel input", "aria-label": "Input", submit: event => { event.preventDefault(); this.run(); },
-      keydown: event => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) { event.preventDefault(); this.run(); } } },
-      this.input.element, h("div", { class: "row" }, this.runButton, this.cancelButton, h("span", { class: "muted hint" }, "Ctrl+Enter")));
-    this.element = h("article", { "data-model": this.name },
+    this.cancelButton = h(
+      "button",
+      { type: "button", class: "cancel", hidden: true, click: () => this.running?.abort() },
+      "Cancel",
+    );
+    const form = h(
+      "form",
+      {
+        class: "panel input",
+        "aria-label": "Input",
+        submit: event => {
+          event.preventDefault();
+          this.run();
+        },
+        keydown: event => {
+          if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+            event.preventDefault();
+            this.run();
+          }
+        },
+      },
+      this.input.element,
+      h("div", { class: "row" }, this.runButton, this.cancelButton, h("span", { class: "muted hint" }, "Ctrl+Enter")),
+    );
+    this.element = h(
+      "article",
+      { "data-model": this.name },
       h("a", { href: "#/", class: "back" }, "‹ Models"),
       h("header", {}, this.title, this.state, h("div", { class: "row actions" }, this.outcome, ...this.buttons)),
-      this.about, this.reason, this.charts.element,
-      h("div", { class: "work" }, form, this.answer.element), this.buildSnippet(), this.buildLog());
+      this.about,
+      this.reason,
+      this.charts.element,
+      h("div", { class: "work" }, form, this.answer.element),
+      this.buildSnippet(),
+      this.buildLog(),
+    );
   }
 
   buildSnippet() {
     this.code = h("pre", { class: "code", tabindex: "0" });
     this.language = "python";
-    this.tabs = Object.entries(LANGUAGES).map(([key, text]) => h("button", { type: "button", class: "chip", "data-language": key,
-      "aria-pressed": String(key === this.language), click: () => { this.language = key; this.showSnippet(); } }, text));
-    return h("section", { class: "panel snippet", "aria-label": "The same call from code" },
-      h("div", { class: "row" }, h("h3", {}, "The same call"), ...this.tabs, copyButton(() => this.code.textContent)), this.code);
+    this.tabs = Object.entries(LANGUAGES).map(([key, text]) =>
+      h(
+        "button",
+        {
+          type: "button",
+          class: "chip",
+          "data-language": key,
+          "aria-pressed": String(key === this.language),
+          click: () => {
+            this.language = key;
+            this.showSnippet();
+          },
+        },
+        text,
+      ),
+    );
+    return h(
+      "section",
+      { class: "panel snippet", "aria-label": "The same call from code" },
+      h(
+        "div",
+        { class: "row" },
+        h("h3", {}, "The same call"),
+        ...this.tabs,
+        copyButton(() => this.code.textContent),
+      ),
+      this.code,
+    );
   }
 
   buildLog() {
@@ -68,7 +120,8 @@ export class ModelView {
     this.reason.hidden = !numbers.reason;
     setText(this.reason, numbers.reason);
     setText(this.about, describe(facts, numbers));
-    for (const button of this.buttons) button.hidden = (button.dataset.action === "load") === (numbers.state === "READY");
+    for (const button of this.buttons)
+      button.hidden = (button.dataset.action === "load") === (numbers.state === "READY");
     if (!isNew) return;
     this.input.prefill(facts);
     this.showSnippet();
@@ -85,7 +138,7 @@ export class ModelView {
 
   async change(action) {
     const text = "Calls to it are refused until it is loaded again. Calls in work finish first.";
-    if (action === "unload" && !await confirm(`Unload ${this.name}?`, text, "Unload")) return;
+    if (action === "unload" && !(await confirm(`Unload ${this.name}?`, text, "Unload"))) return;
     this.report(`${CHANGES[action]}ing…`);
     this.busy(true);
     try {
@@ -116,18 +169,24 @@ export class ModelView {
     } catch (error) {
       return this.answer.begin().fail(error.message);
     }
-    const running = this.running = new AbortController(), answer = this.answer.begin(input), since = performance.now();
+    const running = (this.running = new AbortController());
+    const answer = this.answer.begin(input);
+    const since = performance.now();
     this.cancelButton.hidden = false;
     this.changed();
     try {
-      const response = await post(this.name, "run?view", { body: input.body(), signal: running.signal, headers: { Accept: "text/event-stream" } });
+      const response = await post(this.name, "run?view", {
+        body: input.body(),
+        signal: running.signal,
+        headers: { Accept: "text/event-stream" },
+      });
       for await (const value of values(response)) answer.add(value, performance.now() - since);
       answer.end(performance.now() - since);
       this.streams = answer.count > 1;
     } catch (error) {
-      answer.fail(running.signal.aborted ? "Cancelled" : error.words ?? error.message);
+      answer.fail(running.signal.aborted ? "Cancelled" : (error.words ?? error.message));
     }
-    if (this.running !== running) return;  // another call has begun
+    if (this.running !== running) return; // another call has begun
     this.running = null;
     this.cancelButton.hidden = true;
     this.changed();
@@ -165,11 +224,13 @@ export class ModelView {
 
 function describe(facts, numbers) {
   const many = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
-  const parts = [String(facts.metadata.description ?? "").replace(/\.$/, ""),
+  const parts = [
+    String(facts.metadata.description ?? "").replace(/\.$/, ""),
     facts.input_shape && `takes ${facts.input_shape.join("x")}`,
     facts.stages.length ? `runs ${facts.stages.join(", then ")}` : many(numbers.worker_pids.length, "worker"),
     facts.max_batch_size > 1 && `batches of up to ${facts.max_batch_size}`,
-    `${Math.round(100 * numbers.busy)} % busy`];
+    `${Math.round(100 * numbers.busy)} % busy`,
+  ];
   if (numbers.state !== "READY") parts.length = 1;
   return parts.filter(Boolean).join(" · ");
 }
