@@ -477,6 +477,7 @@ def test_odd_names_of_parts(formats: Server) -> None:
 
 
 def test_charsets_of_texts(formats: Server) -> None:
+    assert send(formats, PNG, Content_Type="image/png; charset=binary")[0] == 200  # what `file --mime` calls it
     for charset in ("utf-8", "UTF-8", "iso-8859-1", "latin-1", "utf-16"):
         answer = send(formats, "ü".encode(charset), Content_Type=f"text/plain; charset={charset}")
         assert json.loads(answer[2]) == ["str", "ü"], charset

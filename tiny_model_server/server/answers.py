@@ -2,8 +2,8 @@
 
 import gzip
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ _LEVEL = 1  # of gzip: levels above take several times the time, for little
 _IMAGE_FILES = {"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"}  # how they begin
 
 
-def accepted(header: str) -> list[str]:
+@lru_cache(64)
+def accepted(header: str) -> Sequence[str]:
     """The formats that an Accept header asks for, the best first. HTTPException 400 or 406 if there is none.
 
     Of formats with one quality, that whose range the header names first is better, then that which stands first here.
@@ -37,10 +38,10 @@ def accepted(header: str) -> list[str]:
             found.append((-ranges[name], list(ranges).index(name), kind))
     if not found:
         raise HTTPException(406, f"Accept names no format of answers; there are {', '.join(_FORMATS)}")
-    return [kind for _, _, kind in sorted(found, key=lambda one: one[:2])]
+    return tuple(kind for _, _, kind in sorted(found, key=lambda one: one[:2]))
 
 
-def answer(value: Any, formats: list[str]) -> Response:
+def answer(value: Any, formats: Sequence[str]) -> Response:
     """The response with a model's answer in the first format that it fits; HTTPException 406 if there is none."""
     for kind in formats:
         if make := _FORMATS[kind](value):

@@ -4,6 +4,7 @@ import mimetypes
 from collections.abc import Callable, Iterable, Iterator
 from email import message_from_string
 from email.message import Message
+from functools import lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
@@ -46,14 +47,13 @@ def read_input(
     is the JSON of args that the URL has. ``take(size)`` is called before a file in the body is expanded to so many
     bytes.
     """
-    header = _typed(content_type[:_MAX_HEADER_BYTES])
-    kind = header.get_content_type()
+    kind, charset, boundary = _parsed(content_type[:_MAX_HEADER_BYTES])
     if kind == "multipart/form-data":
-        fields = dict(_named(_multipart(body, header.get_boundary("").encode())))
+        fields = dict(_named(_multipart(body, boundary)))
     elif kind == "application/x-www-form-urlencoded":
         fields = dict(_named(_url_encoded(body)))
     else:
-        return _value(_Part(kind, _charset(header), body), take), codec.parse_args(query)
+        return _value(_Part(kind, charset, body), take), codec.parse_args(query)
     args = _text(fields.pop("args", _Part("", "utf-8", b"")))
     if args and query:
         raise InvalidInput("there are args in the URL and in the form; send them once")
@@ -92,17 +92,12 @@ def _value(part: _Part, take: Callable[[int], None]) -> Any:
     raise InvalidInput(f"{part.kind[:80]!r} is no type of an input; {_EXPECTED}")
 
 
-def _typed(content_type: str) -> Message:
+@lru_cache(64)
+def _parsed(content_type: str) -> tuple[str, str, bytes]:
+    """(type, charset, boundary) of a Content-Type."""
     header = Message()
     header["Content-Type"] = content_type
-    return header
-
-
-def _charset(header: Message) -> str:
-    charset = header.get_content_charset("utf-8")
-    if charset not in _CHARSETS:
-        raise InvalidInput(f"the charset {charset[:40]!r} is not known; send UTF-8")
-    return charset
+    return header.get_content_type(), header.get_content_charset("utf-8"), header.get_boundary("").encode()
 
 
 def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, _Part]]:
@@ -120,7 +115,7 @@ def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, _Part]]:
         name = headers.get_param("name", header="content-disposition")
         if not isinstance(name, str) or not name:
             raise InvalidInput("malformed form: a part has no name")
-        yield name, _Part(_kind(headers), _charset(headers), content[begin:end])
+        yield name, _Part(_kind(headers), headers.get_content_charset("utf-8"), content[begin:end])
         at = end + len(delimiter)
 
 
@@ -150,6 +145,8 @@ def _url_encoded(body: bytearray) -> Iterable[tuple[str, _Part]]:
 
 
 def _text(part: _Part) -> str:
+    if part.charset not in _CHARSETS:
+        raise InvalidInput(f"the charset {part.charset[:40]!r} is not known; send UTF-8")
     try:
         return str(part.content, part.charset)
     except UnicodeDecodeError:

@@ -74,7 +74,7 @@ _HEADERS = {
 
 
 class Web:
-    """Answers GET /, /livez, /readyz, /models and /metrics, POST /models/NAME/ACTION, and /v2 (Open Inference)."""
+    """Answers for probes, metrics and pages; describes, runs and changes models; speaks protocols that have HTTP."""
 
     def __init__(self, engine: Engine, settings: Settings, grpc_port: int = 0) -> None:
         self._engine, self._grpc_port = engine, grpc_port
@@ -167,15 +167,16 @@ class Web:
         """JSON of what ``make`` makes of all models' descriptions, in a thread: they may be large."""
         self._admit(request)
 
-        def answer() -> Response:
+        def describe() -> Response:
             made = make([model.describe() for model in self._engine.models()])
             return _compressed(request, json_response(made))
 
-        return await asyncio.to_thread(answer)
+        return await asyncio.to_thread(describe)
 
     async def _model(self, request: Request) -> Response:
         self._admit(request)
-        return json_response(self._engine.model(request.path_params["name"]).describe())
+        model = self._engine.model(request.path_params["name"])
+        return await asyncio.to_thread(lambda: _compressed(request, json_response(model.describe())))
 
     async def _stats(self, request: Request) -> Response:
         """Each model's state, and numbers of it, some of them counted since the start."""
