@@ -16,6 +16,7 @@ from tests.conftest import Server, wait_for
 from tests.test_faults import write_model
 from tests.test_http_formats import send
 from tests.test_page import Page, chromium  # noqa: F401  # a fixture
+from tiny_model_server.server.answers import accepted
 
 StartServer = Callable[..., Server]
 TYPED = """
@@ -103,6 +104,7 @@ def test_it_says_what_the_server_does(described: Server) -> None:
         run = found["paths"][path]["post"]
         example = json.dumps(run["requestBody"]["content"]["application/json"]["example"]).encode()
         assert send(described, example, path=path, Content_Type="application/json")[0] == 200
+        assert {*run["responses"]["200"]["content"], "application/zip"} == {*accepted("*/*")}
         for kind in run["responses"]["200"]["content"]:
             answer = send(described, example, path=path, Content_Type="application/json", Accept=kind)
             assert answer[0] in (200, 406)
