@@ -668,12 +668,17 @@ def test_a_pipeline_with_a_wrong_stage_is_reported(start_server: StartServer, tm
     for call in (lambda: server.client("pipe").run(1), lambda: server.client("pipe").load_model()):
         with pytest.raises(model_client.ModelUnavailable, match="could not be loaded: it names the stage 'nobody'"):
             call()
-    (tmp_path / "pipe" / "__init__.py").write_text(
-        "from model_interface import Pipeline\nclass Model(Pipeline):\n    stages = ['good', 'pipe']\n"
-    )
+    code = "from model_interface import Pipeline\nclass Model(Pipeline):\n    stages = ['good', 'pipe']\n"
+    (tmp_path / "pipe" / "__init__.py").write_text(code)
+    with pytest.raises(model_client.ModelUnavailable, match="names itself as a stage, 'pipe'; name other models"):
+        server.client("pipe").load_model()
+    (tmp_path / "pipe" / "__init__.py").write_text(code.replace(", 'pipe'", ""))
     server.client("pipe").load_model()
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "__init__.py").write_text(code)
+    server.client("outer").load_model()
     with pytest.raises(model_client.ModelUnavailable, match="stage 'pipe', which is a pipeline itself"):
-        server.client("pipe").run(1)
+        server.client("outer").run(1)
 
 
 # ---- metrics
