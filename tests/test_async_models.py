@@ -11,7 +11,7 @@ import pytest
 
 import model_client
 from tests.conftest import Server, running_engine, wait_for
-from tests.test_workers import write
+from tests.test_workers import own_interpreter, write
 from tiny_model_server.errors import ModelUnavailable
 from tiny_model_server.settings import Settings
 
@@ -74,6 +74,10 @@ WAITS = """
         async def block(self, data):
             time.sleep(60)
 
+        async def nap(self, data):
+            await asyncio.sleep(0.5)
+            return os.getpid()
+
         async def fail(self, data):
             raise ValueError("as usual")
 
@@ -131,7 +135,7 @@ STREAMS = """
                 for number in range(data):
                     if args.get("fail") == number:
                         raise ValueError("in the middle")
-                    yield number
+                    yield "x" * args["wide"] if args.get("wide") else number
                     if args.get("wait"):
                         await asyncio.Event().wait()
                     await asyncio.sleep(0)
@@ -413,3 +417,44 @@ def test_an_answer_to_the_example_that_cannot_be_encoded_is_reported_at_load(tmp
     message = "answer to its example cannot be encoded: cannot serialize"
     with running_engine(settings) as engine, pytest.raises(ModelUnavailable, match=message):
         engine.wait(engine.load("odd"))
+
+
+@pytest.mark.timeout(200)
+def test_async_models_run_on_the_oldest_python(start_server: StartServer, tmp_path: Path) -> None:
+    for name, code in {"waits": WAITS, "streams": STREAMS}.items():
+        own_interpreter(write(tmp_path, name, code) / name, "3.9", "numpy")
+    server = start_server(tmp_path)
+    client = server.client("waits", timeout=30)
+    assert client.run("hello", {"do": "subprocess"}) == "hello"
+    with pytest.raises(model_client.DeadlineExceeded):
+        client.run("late", {"do": "forever"}, timeout=0.3)
+    wait_for(lambda: state(client)["cancelled"] == ["late"], "the cancellation")
+    values = server.client("streams", timeout=30).run_stream(1000, {"name": "left", "wait": True})
+    assert next(values) == 0
+    values.close()
+    wait_for(lambda: "left" in server.client("streams").run("closed")[0], "the end of the stream")
+
+
+def test_a_reader_that_reads_nothing_ends_the_stream_and_not_the_worker(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    server = start_server(write(tmp_path, "streams", STREAMS), TMS_STREAM_IDLE_S=0.5)
+    client = server.client("streams", timeout=30)
+    pid = client.model_info()[0]["worker_pids"]
+    values = client.run_stream(100_000, {"name": "idle", "wide": 1_000_000})
+    assert len(next(values)) == 1_000_000
+    wait_for(lambda: "idle" in client.run("closed")[0], "the end of the stream")
+    with pytest.raises(model_client.DeadlineExceeded, match="TMS_STREAM_IDLE_S"):
+        list(values)
+    assert client.model_info()[0]["worker_pids"] == pid
+
+
+def test_calls_under_way_finish_while_their_model_is_reloaded(start_server: StartServer, tmp_path: Path) -> None:
+    client = start_server(write(tmp_path, "waits", WAITS)).client("waits", timeout=30)
+    before = state(client)["pid"]
+    with ThreadPoolExecutor(8) as pool:
+        naps = [pool.submit(client.run, None, {"do": "nap"}) for _ in range(8)]
+        wait_for(lambda: state(client)["at_work"] == 9, "eight calls beside this one")
+        assert client.reload_model()[0]["state"] == "READY"
+        assert [one.result() for one in naps] == [before] * 8
+    assert state(client)["pid"] != before
