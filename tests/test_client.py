@@ -169,7 +169,7 @@ with ThreadPoolExecutor(2) as threads:
     for _ in range(1500):
         keys = [channel.ChannelKey(sys.argv[1], Credentials(), generation=number) for number in range(2)]
         both = [channel.shared(key) for key in keys]
-        found = list(threads.map(lambda one: one.health_check()(timeout=10).status, both))
+        found = list(threads.map(lambda one: one.health_check()(timeout=10)[0].status, both))
         assert found == [1, 1]
         for one in both:
             assert one.drop(clients=1)  # closed

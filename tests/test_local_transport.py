@@ -36,8 +36,8 @@ METHODS = schemas.methods("server", "server.Server")
 
 def idle_connections(client: ModelClient) -> int:
     """Connections of the local transport that wait for the client's next calls."""
-    connections = client._transport.local
-    return len(connections.idle.get(None, ())) if connections else 0
+    connections = client._transport.locals
+    return len(connections[0].idle.get(None, ())) if connections else 0
 
 
 @pytest.fixture
@@ -477,7 +477,7 @@ from model_client import ModelClient
 client = ModelClient("echo", addresses=[sys.argv[1]])
 image = numpy.zeros((1080, 1920, 3), "uint8")
 client.run_image(image)
-assert client._transport.local.idle
+assert client._transport.locals[0].idle
 if sys.argv[2] == "busy":
     client.submit_image(image)
     client.submit_image(image)
@@ -515,7 +515,7 @@ def test_another_users_client_does_not_take_part(server: Server) -> None:
     code = (
         "import os, sys\nsys.path.insert(0, '.')\nfrom model_client import ModelClient\n"
         "client = ModelClient('echo', addresses=[sys.argv[1]])\nos.setresuid(65534, 65534, 65534)\n"
-        "print(client.run_text('x'), len(client._transport.local.idle))"
+        "print(client.run_text('x'), len(client._transport.locals[0].idle))"
     )
     command = [sys.executable, "-c", code, server.address]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
@@ -795,7 +795,7 @@ def test_a_forked_child_that_ends(server: Server, child: str) -> None:
         f"if not (pid := os.fork()):\n    {child}\n    sys.exit()\n"
         "assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0\n"
         "assert client.run_text('y', retry=False) == 'y'\n"
-        "assert len(client._transport.local.idle[None]) == 1"
+        "assert len(client._transport.locals[0].idle[None]) == 1"
     )
     run_application(code, server)
 

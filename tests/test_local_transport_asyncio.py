@@ -37,13 +37,13 @@ def sleeper(start_server: Callable[..., Server], tmp_path: Path) -> Server:
 
 def idle_connections(client: AsyncModelClient) -> int:
     """Connections of the local transport that wait for the client's next calls."""
-    connections = client._transport.local
-    return len(connections.idle.get(None, ())) if connections else 0
+    connections = client._transport.locals
+    return len(connections[0].idle.get(None, ())) if connections else 0
 
 
 def local_calls(client: AsyncModelClient) -> int:
     """Connections that a call uses now."""
-    return len(client._transport.local.busy) if client._transport.local else 0
+    return sum(len(one.busy) for one in client._transport.locals)
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -88,7 +88,7 @@ def test_answers_are_those_of_grpc(server: Server, monkeypatch: pytest.MonkeyPat
             frame[:] = IMAGE
             before = len(messages)
             assert np.array_equal(await client.run_image(frame), IMAGE)  # by gRPC, while its connection is made
-            await until(lambda: len(client._transport.local.idle) == 2)
+            await until(lambda: len(client._transport.locals[0].idle) == 2)
             assert np.array_equal(await client.run_image(frame), IMAGE)
             assert (before, len(messages)) == (0, 1)
             assert await client.run_text("x" * 100_000) == "x" * 100_000  # too long to be sent without waiting
@@ -263,8 +263,8 @@ def test_a_server_without_it_costs_nothing(
     async def main() -> None:
         async with AsyncModelClient("echo", addresses=[server.address]) as client:
             await client.run_text("x")
-            await until(lambda: client._transport.local.not_before)
-            client._transport.local.not_before += 60  # type: ignore[union-attr]
+            await until(lambda: client._transport.locals[0].not_before)
+            client._transport.locals[0].not_before += 60  # type: ignore[union-attr]
             monkeypatch.setattr(local, "LocalConnection", lambda *args: attempts.append(args))
             for _ in range(20):
                 assert await client.run_text("x") == "x"

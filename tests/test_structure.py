@@ -18,6 +18,7 @@ LAYERS = [
     ["schemas"],
     ["client.credentials", "client.stats", "client.fork_safety", "client.errors", "client.daemons"],
     ["client.addresses", "client.local"],
+    ["client.siblings"],
     ["client.channel"],
     ["client.arguments"],
     ["client.calls"],
@@ -40,13 +41,14 @@ LAYERS = [
     ["engine.engine"],
     ["protocols"],
     ["server.tls"],
+    ["server.siblings"],
     ["server.grpc_call"],
     ["server.admission", "server.events", "server.npy", "server.bodies", "server.sites"],
     ["server.view", "server.openapi"],
     ["server.forms", "server.answers"],
     ["server.health"],
     ["server.grpc_server", "server.local_server", "server.http_server", "server.http_app", "server.reload"],
-    ["serve", "checks", "scaffold"],
+    ["serve", "checks", "scaffold", "replicas"],
     ["cli"],
     ["__main__"],
     ["server"],
@@ -151,12 +153,13 @@ def test_each_file_says_its_job_in_its_first_line() -> None:
 
 def test_only_settings_and_client_read_the_environment() -> None:
     readers = {path.name for path in SOURCES if "os.environ" in path.read_text()}
-    # The pool hands it on to its workers, and a worker (and ``models``) to what its model starts; OpenTelemetry has
-    # variables of its own.
+    # The pool hands it on to its workers, the supervisor to its replicas, and a worker (and ``models``) to what its
+    # model starts; OpenTelemetry has variables of its own.
     assert readers == {
         "settings.py",
         "arguments.py",
         "worker_process.py",
+        "replicas.py",
         "placement.py",
         "tracing.py",
         "runner.py",

@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import reprlib
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from tiny_model_server.engine.repository import ServedModel, discover
 from tiny_model_server.errors import ModelNotFound, ServerError
 from tiny_model_server.server import tls
 from tiny_model_server.server.health import SERVICE as HEALTH_SERVICE
+from tiny_model_server.server.siblings import own_host
 from tiny_model_server.settings import Settings, SettingsError, check_overrides
 
 _STOP_WORKERS_S = 5.0
@@ -111,27 +111,36 @@ def list_models(settings: Settings) -> int:
 
 
 def health(settings: Settings) -> int:
-    """Asks the server of these settings whether it is ready: 0 if it is, 1 if not. For containers' health checks."""
-    address = f"unix:{settings.socket}" if settings.socket else _grpc_address(settings)
+    """Asks the server of these settings whether it is ready: 0 if it is, 1 if not. For containers' health checks.
+
+    With TMS_REPLICAS, each replica must be ready.
+    """
+    answers = [_ready_at(settings, address) for address in _addresses(settings)]
+    if None in answers:
+        return 1
+    print(json.dumps({"ready": all(answers)}))
+    return 0 if all(answers) else 1
+
+
+def _ready_at(settings: Settings, address: str) -> bool | None:
+    """Whether the server there is ready; None, with a line on stderr, if none answers."""
     check = schemas.methods("health", HEALTH_SERVICE)["Check"]
     try:
         with tls.own_channel(settings, address, _HEALTH_S) as channel:
             ask = channel.unary_unary(check.path, check.request.SerializeToString, check.response.FromString)
-            ready = ask(check.request(), timeout=_HEALTH_S).status == check.response.SERVING
+            return bool(ask(check.request(), timeout=_HEALTH_S).status == check.response.SERVING)
     except (OSError, grpc.RpcError) as error:
         why = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.Call) else error
         print(f"not ready by gRPC at {address}: {why}", file=sys.stderr)
-        return 1
-    print(json.dumps({"ready": ready}))
-    return 0 if ready else 1
+        return None
 
 
-def _grpc_address(settings: Settings) -> str:
-    """Where a process on this host finds the server; SettingsError if the settings do not say."""
+def _addresses(settings: Settings) -> list[str]:
+    """Where a process on this host finds the server's replicas; SettingsError if the settings do not say."""
+    if settings.socket:
+        return [f"unix:{settings.socket}"]
     if not settings.port:
         raise SettingsError("TMS_PORT=0 takes a free port; for the health command, name one, or set TMS_SOCKET")
-    host = settings.host.strip("[]")
-    host = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1" if socket.has_dualstack_ipv6() else "127.0.0.1"}.get(
-        host, host
-    )
-    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
+    host = own_host(settings)
+    ports = range(settings.port, settings.port + settings.replicas)
+    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for port in ports]

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import fields, replace
 from pathlib import Path
 
-from tiny_model_server import __version__, checks, logs, scaffold, serve
+from tiny_model_server import __version__, logs, replicas, scaffold
 from tiny_model_server.errors import suggestion
 from tiny_model_server.settings import PREFIX, Settings, SettingsError, default_text, flag_of, renamed
 
@@ -55,6 +55,10 @@ def program() -> str:
 
 
 def _run(settings: Settings, options: argparse.Namespace) -> int:
+    if options.command == "serve" and settings.replicas > 1 and not settings.replica:
+        return replicas.supervise(settings)
+    from tiny_model_server import checks, serve  # they need much memory, and the supervisor needs neither
+
     match options.command:
         case "check":
             return checks.check_models(settings, options.target)

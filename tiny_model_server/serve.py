@@ -35,8 +35,9 @@ def serve(settings: Settings) -> int:
         keep_to_one_core(settings.port or os.getpid())  # several servers on one host take several cores
     engine = Engine(settings)
     check_overrides([model.name for model in engine.models()], settings.protocols)
-    few = max(2, int(cpus()) // 2)  # to each call belong a caller and a worker, which need cores too
-    seconds = settings.busy_poll_us / 1e6 if cpus() >= 2 else 0
+    cores = cpus() / settings.sharing
+    few = max(2, int(cores) // 2)  # to each call belong a caller and a worker, which need cores too
+    seconds = settings.busy_poll_us / 1e6 if cores >= 2 else 0
     selector = BusyPollingSelector(seconds, lambda: engine.calls <= few)
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selector)) as runner:
         return ending.leave(runner.run(_serve(engine, settings)))
@@ -52,8 +53,9 @@ async def _serve(engine: Engine, settings: Settings) -> int:
     engine.access.ports = frozenset([grpc_server.port, *([http.port] if http else [])])
     local = _open_local(engine, settings, grpc_server)
 
-    def obey() -> None:
-        if engine.stop_requested.is_set():
+    def obey(number: int) -> None:
+        # The supervisor's first signal is SIGTERM. systemd sends it to each process as well, which is no hurry.
+        if engine.stop_requested.is_set() and not (settings.replica and number == signal.SIGTERM):
             hurry.set()
             ending.within(_STOP_WORKERS_S + _STOP_REST_S)
             grpc_server.stop(0)
@@ -62,7 +64,7 @@ async def _serve(engine: Engine, settings: Settings) -> int:
         engine.stop_requested.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, obey)
+        loop.add_signal_handler(number, obey, number)
     loop.add_signal_handler(signal.SIGCHLD, children.reap)
     grpc_server.start()
     if local:

@@ -152,6 +152,12 @@ class Settings:
     local_transport: bool = _env(True, _flag, "1: clients on this host use a unix socket and shared memory: faster")
     one_core: bool = _env(True, _flag, "1: the main process stays on one core, which is faster; workers use all cores")
     busy_poll_us: int = _env(300, _number(int, 0, 10000), "microseconds to poll before sleeping; not on one core")
+    replicas: int = _env(
+        1,
+        _number(int, 1, 256),
+        "servers to start, on ports that follow; they share cores, GPUs and each model's workers",
+    )
+    replica: int = _env(0, _number(int, 0, 256), "which of them a process is, from 1: the server sets it itself")
     strict: bool = _env(False, _flag, "1: the server stops if a model fails to load at the start")
     lazy: bool = _env(False, _flag, "1: each model is loaded at its first call")
     reload: bool = _env(False, _flag, "1: each model is reloaded when its files change")
@@ -195,7 +201,15 @@ class Settings:
         given = _values(cls, PREFIX, env, flags)
         if "modzy" in given.get("protocols", ()) and _MODZY_PORT in env:
             given.setdefault("port", _parsed(_MODZY_PORT, env[_MODZY_PORT], cls.__dataclass_fields__["port"]))
-        return cls(**given)
+        settings = cls(**given)
+        if settings.replica > settings.replicas:
+            raise SettingsError(f"TMS_REPLICA={settings.replica} must be at most TMS_REPLICAS={settings.replicas}")
+        return settings
+
+    @property
+    def sharing(self) -> int:
+        """How many replicas share the machine with this one, itself included."""
+        return self.replicas if self.replica else 1
 
     @property
     def admin_rule(self) -> str:

@@ -129,14 +129,15 @@ def options(given: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def local_port(options: Mapping[str, Any]) -> int | None:
-    """The port of the only server, if it is on this host and the local transport may be used."""
+def local_ports(options: Mapping[str, Any]) -> list[int]:
+    """The port of the only server, if it is on this host and the local transport may be used; else none."""
     switch = "TMS_LOCAL_TRANSPORT"
     if os.environ.get("TMS_LANE") and not os.environ.get(switch):
         log.warning("TMS_LANE is now called TMS_LOCAL_TRANSPORT; the old name works for one version")
         switch = "TMS_LANE"
     usable = local_transport.available() and not options["tls"] and not tracing.provider()
-    return addresses.local_port(options["addresses"]) if usable and _switch(switch, "1") else None
+    port = addresses.local_port(options["addresses"]) if usable and _switch(switch, "1") else None
+    return [port] if port else []
 
 
 def _switch(name: str, default: str) -> bool:

@@ -43,7 +43,7 @@ class BlockingTransport(Transport):
 
     def ahead(self, request: Request, timeout: float | None, retry: bool) -> "Future[Any] | LocalCall":
         """Like ``submit``. The local transport needs no thread for it."""
-        if self.connected and self.local:
+        if self.connected and self.locals:
             call = Call(self, request, timeout, retry)
             with fork_safety.in_flight:
                 self.channel()
@@ -64,12 +64,14 @@ class BlockingTransport(Transport):
         return result
 
     def each_server(self) -> Iterator["BlockingTransport"]:
-        """A transport to each single server."""
-        known = self.options["addresses"]
+        """A transport to each single server, also to those of TMS_REPLICAS beside the addresses given."""
+        self.follow()
+        known = self.addresses
         for address, host in addresses.replicas(known):
             name = self.options["server_name"] or (host if self.options["tls"] and address not in known else "")
             options = self.options | {"addresses": [address], "server_name": name}
             with closing(BlockingTransport(self.model, options)) as one:
+                one.follows = False
                 yield one
 
     def close(self) -> None:

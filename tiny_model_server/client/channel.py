@@ -119,10 +119,10 @@ class SharedChannel:
         return found
 
     def health_check(self) -> Callable[..., Any]:
-        """Asks a server whether it serves: ``health_check()(timeout=1).status``. Waits for none by default."""
+        """Asks a server whether it serves: ``answer, call = health_check()(timeout=1)``. Waits for none by default."""
         check = schemas.methods("health", _HEALTH)["Check"]
         stub = self._channel(True).unary_unary(check.path, check.request.SerializeToString, check.response.FromString)
-        return partial(stub, check.request(service=LIVE_SERVICE))
+        return partial(stub.with_call, check.request(service=LIVE_SERVICE))
 
     def _channel(self, retry: bool) -> Any:
         with _lock:

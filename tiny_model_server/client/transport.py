@@ -1,19 +1,25 @@
 """Connects a client, and begins and ends its calls: what the blocking and the asyncio client share."""
 
+import math
 import threading
 import time
+from concurrent import futures
+from dataclasses import replace
 from typing import Any
 
 import grpc
 
-from tiny_model_server.client import addresses, arguments, errors, fork_safety
+from tiny_model_server.client import addresses, arguments, errors, fork_safety, siblings
 from tiny_model_server.client.call import Call, LocalCall
 from tiny_model_server.client.channel import ChannelKey, SharedChannel, shared
 from tiny_model_server.client.credentials import Credentials
+from tiny_model_server.client.daemons import daemons
 from tiny_model_server.client.local import LocalConnections
 from tiny_model_server.client.stats import Stats
 
 _SERVING = 1
+_FOLLOW_S = 0.5  # that a first call waits until the other replicas are found
+_FOLLOW_AGAIN_S = 5.0
 _PROBE_S = 1.0  # how long a server is asked why a call was not answered
 
 
@@ -28,11 +34,21 @@ class Transport:
         token = options["admin_token"] or options["token"]
         self.metadata = (("authorization", f"Bearer {token}"),) if token else ()
         self.stats = Stats()
-        self.local: LocalConnections | None = None
+        self.locals: list[LocalConnections] = []
+        """Those to each replica on this host that the local transport may reach."""
+        self._turn = 0
+        self.follows = True
+        """Whether calls go to the other replicas of a server as well."""
         self.connected = False
         """True once a server has answered."""
-        self._local_port = arguments.local_port(options)
-        self._target = addresses.Target(options["addresses"])
+        self.addresses: list[str] = options["addresses"]
+        """Those given, and those of replicas that were found beside them."""
+        self._target = addresses.Target(self.addresses)
+        self._local_ports = arguments.local_ports(options)
+        self._has_siblings = False
+        self._follow_after = math.inf
+        """When to look for replicas that were not found yet, by ``time.monotonic``."""
+        self._following = threading.Lock()
         self._lock = threading.Lock()
         self._probing = threading.Lock()
         self._silence: str | None = None
@@ -64,6 +80,9 @@ class Transport:
             )
         try:
             target = self._target.current()
+            if time.monotonic() > self._follow_after:
+                self._follow_after = math.inf
+                daemons(fork_safety.generation).submit(self.follow)
         except OSError as error:
             raise self._unreachable(str(error)) from None
         return ChannelKey(target, self.credentials, self.options["balancing"], fork_safety.generation, loop)
@@ -75,24 +94,34 @@ class Transport:
             key.loop,
         ):  # after a fork, or in another loop
             self._calls.clear()
-            if self.local:
-                self.local.close(calls=False)
-            self.local = LocalConnections(self._local_port, dict(self.metadata)) if self._local_port else None
+            for local in self.locals:
+                local.close(calls=False)
+            self.locals = []
         else:
             self._closing += old.drop(clients=1)
+        new = self._local_ports[len(self.locals) :]
+        self.locals = self.locals + [LocalConnections(port, dict(self.metadata)) for port in new]
 
     def send(self, call: Call, *, wait: bool = True) -> LocalCall | None:
         """The call, under way by the local transport; None if gRPC must make it.
 
         Without ``wait``, what would block is left to gRPC, too.
         """
-        connections = self.local
-        if not connections or not (wait or call.request.short):
+        if not self.locals or not (wait or call.request.short):
             return None
-        if not (taken := connections.take(call.request.arrays, wait=wait)):
-            return None
-        local = LocalCall(call, connections, taken)
-        return local if local.send() else None
+        for connections in self._in_turn():
+            if taken := connections.take(call.request.arrays, wait=wait):
+                local = LocalCall(call, connections, taken)
+                return local if local.send() else None
+        return None
+
+    def _in_turn(self) -> list[LocalConnections]:
+        """The replicas on this host: first one with the fewest calls of this client."""
+        if len(self.locals) == 1:
+            return self.locals
+        self._turn += 1
+        first = self._turn % len(self.locals)
+        return sorted(self.locals[first:] + self.locals[:first], key=lambda one: len(one.busy))
 
     def begin(self, call: Call) -> Any:
         """Counts a call by gRPC, after ``channel()``; returns what makes it."""
@@ -117,9 +146,9 @@ class Transport:
             calls, self._calls = self._calls, set()
             closing, self._closing = self._closing, []
             channel, self._channel = self._channel, None
-            local, self.local = self.local, None
+            connections, self.locals = self.locals, []
             self.connected = False
-        if local:
+        for local in connections:
             local.close()
         for call in calls:
             if call.handle:
@@ -139,18 +168,60 @@ class Transport:
                 self._check_refusal()
                 why = self.why_silent(timeout=_PROBE_S) or why
                 raise self._unreachable(f"it was not ready within {patience:g} s ({why}){_remedy(why)}")
+        if self._has_siblings and self.follows:
+            futures.wait([daemons(fork_safety.generation).submit(self.follow)], _FOLLOW_S)
         self.connected = True
 
     def why_silent(self, **options: Any) -> str | None:
         """Asks for a server's health, and blocks. Returns gRPC's reason why no server answers; None if one does."""
         channel = shared(self._key(None))  # that of blocking clients; asyncio's borrow it
         try:
-            return None if channel.health_check()(**options).status == _SERVING else "it is not serving"
+            answer, done = channel.health_check()(**options)
+            self._has_siblings = siblings.replica(done.trailing_metadata()) is not None
+            return None if answer.status == _SERVING else "it is not serving"
         except grpc.RpcError as error:
             silent = error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
             return (error.details() or "no details") if silent else None
         finally:
             channel.drop(clients=1)
+
+    def follow(self) -> None:
+        """Finds the other replicas of each server that was started with TMS_REPLICAS. Blocks.
+
+        One that does not answer is looked for again while calls are made. One that was found stays.
+        """
+        with fork_safety.in_flight, self._following:
+            known, again = list(self.addresses), False
+            for address in self.options["addresses"]:
+                one = self._replica_at(address)
+                for other, expected in siblings.siblings(address, one).items() if one else ():
+                    if other not in known and self._replica_at(other) == expected:
+                        known.append(other)
+                    again |= other not in known
+            if known != self.addresses:
+                target = addresses.Target(known)
+                target.current()  # looks up names here, so that no call waits for it
+                if self._local_ports:
+                    self._local_ports = [addresses.host_and_port(address)[1] for address in known]
+                self.addresses, self.credentials, self._target = known, self._named(known[0]), target
+            self._follow_after = time.monotonic() + _FOLLOW_AGAIN_S if again else math.inf
+
+    def _replica_at(self, address: str) -> siblings.Replica | None:
+        """What the replica at an address of one host reports of itself; None if it is alone, or does not answer."""
+        if not (target := addresses.only_host(address)):
+            return None
+        channel = shared(self._key(None)._replace(target=target, credentials=self._named(address)))
+        try:
+            return siblings.replica(channel.health_check()(timeout=_PROBE_S)[1].trailing_metadata())
+        except grpc.RpcError:
+            return None
+        finally:
+            channel.drop(clients=1)
+
+    def _named(self, address: str) -> Credentials:
+        """The credentials for a target of IPs, whose certificates carry the name in an address."""
+        name = self.options["server_name"] or addresses.host_and_port(address)[0]
+        return replace(self.credentials, server_name=name) if self.credentials.tls else self.credentials
 
     def explained(self, call: Call, failed: Any) -> errors.ModelClientError:
         """This client's error for gRPC's. If no server answered in time, blocks for a moment to find out why."""
@@ -167,7 +238,7 @@ class Transport:
             return self._silence
 
     def _unreachable(self, why: str) -> errors.ModelClientError:
-        details = f"no server at {', '.join(self.options['addresses'])}: {why}"
+        details = f"no server at {', '.join(self.addresses)}: {why}"
         return errors.from_status("UNAVAILABLE", details, self.model)
 
     def _check_refusal(self) -> None:

@@ -1,6 +1,10 @@
-"""The processes that the front starts, and the orphans that it adopts. For the thread of the engine's loop."""
+"""The processes that the front starts, and the orphans that it adopts. For the thread of the engine's loop.
+
+The supervisor of several replicas starts them in the same way.
+"""
 
 import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +24,12 @@ def spawn(command: Sequence[str], env: Mapping[str, str], **options: Any) -> "su
     started = subprocess.Popen(command, env={**env, _MARK: str(os.getpid())}, **options)
     _guardians.add(started.pid)
     return started
+
+
+def how_ended(code: int) -> str:
+    """A process' end in words, by its ``returncode``: "was killed by SIGSEGV" or "exited with code 3"."""
+    hint = " (out of memory, or from outside)" if code == -signal.SIGKILL else ""
+    return f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}{hint}"
 
 
 def forget(started: "subprocess.Popen[bytes]") -> None:

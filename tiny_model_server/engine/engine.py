@@ -56,7 +56,7 @@ class Engine:
         self._repository = Repository(settings, self.metrics, self._changed)
         self.calls = 0
         """How many are at work."""
-        self.inflight = Budget((settings.max_inflight_mb << 20) or placement.memory() // 4)
+        self.inflight = Budget(((settings.max_inflight_mb << 20) or placement.memory() // 4) // settings.sharing)
         """Counts the bytes of requests under way; every transport takes from it before it reads or parses one."""
         self.access = Access(settings)
         self._loop: asyncio.AbstractEventLoop | None = None

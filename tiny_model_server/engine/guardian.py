@@ -36,8 +36,13 @@ def guard(control: int) -> None:
     if worker := _fork():
         _watch(worker, control)
     os.setsid()  # a signal that the worker sends to its process group does not reach the guardian
+    end_with(guardian)
+
+
+def end_with(parent: int) -> None:
+    """Lets this process be killed when ``parent``, its parent process, ends, where the system can do that."""
     _prctl(_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != guardian:
+    if os.getppid() != parent:  # it has ended already
         os._exit(1)
 
 

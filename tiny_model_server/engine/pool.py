@@ -43,14 +43,18 @@ class Pool:
         self._supervisors: list[asyncio.Task[None]] = []
 
     async def start(self) -> Loaded:
-        """Starts all workers and waits until each is ready. ModelUnavailable gives the reason why one is not."""
-        loaded = await self._start_worker(0)
+        """Starts all workers and waits until each is ready. ModelUnavailable gives the reason why one is not.
+
+        With several replicas, each starts its part of the workers, and at least one.
+        """
+        first, step = max(0, self._settings.replica - 1), self._settings.sharing
+        loaded = await self._start_worker(first)
         if not loaded.stages:
-            options = loaded.options
-            self._metrics.set_capacity(options.max_batch_size, options.workers * options.concurrency)
+            options, others = loaded.options, range(first + step, loaded.options.workers, step)
+            self._metrics.set_capacity(options.max_batch_size, (1 + len(others)) * options.concurrency)
             self._batcher.max_wait_s = options.max_wait_ms / 1000
             try:
-                await asyncio.gather(*(self._start_worker(index) for index in range(1, options.workers)))
+                await asyncio.gather(*(self._start_worker(index) for index in others))
             except ModelUnavailable:
                 await self.stop(0)
                 raise

@@ -88,9 +88,9 @@ class WorkerProcess:
     """One worker process, from its start to its end."""
 
     def __init__(self, plugin: Plugin, settings: Settings, index: int, options: ModelOptions) -> None:
-        """Starts the process of worker ``index``. ModelUnavailable or OSError if it cannot be started."""
+        """Starts the process of worker ``index``, counted in all replicas. ModelUnavailable or OSError if it cannot."""
         self._plugin, self._settings, self._index = plugin, settings, index
-        self._placement = _placement(index, options)
+        self._placement = self._place(options)
         self._popen, self._control = _start(plugin, _environment(plugin, settings) | self._placement)
         self._loop = asyncio.get_running_loop()
         self._pidfd: int | None = None
@@ -118,9 +118,9 @@ class WorkerProcess:
                 return loaded
             if loaded.example is not None:
                 loaded.check_input(loaded.example, "its example does not fit its metadata: ")
-            if _placement(self._index, options) != self._placement:
+            if self._place(options) != self._placement:
                 raise Misplaced(options)
-            self._control.send((options, placement.threads_for(options.workers)))
+            self._control.send((options, placement.threads_for(self._workers(options))))
             return replace(loaded, input_shape=await self._receive("ready", options.load_timeout_s))
         except (ModelUnavailable, Misplaced):
             raise
@@ -165,6 +165,14 @@ class WorkerProcess:
         children.forget(self._popen)
         return items
 
+    def _place(self, options: ModelOptions) -> dict[str, str]:
+        workers, found = self._workers(options), placement.gpus()
+        return placement.environment(self._index, workers, options.devices, os.environ, found)
+
+    def _workers(self, options: ModelOptions) -> int:
+        """The model's workers in all replicas."""
+        return max(options.workers, self._settings.sharing)
+
     async def _receive(self, expected: str, timeout_s: float) -> Any:
         try:
             async with asyncio.timeout(timeout_s):
@@ -201,10 +209,8 @@ class WorkerProcess:
             self._loop.remove_reader(self._pidfd)
             os.close(self._pidfd)
             self._pidfd = None
-        hint = " (out of memory, or from outside)" if code == -signal.SIGKILL else ""
-        how = f"exited with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}{hint}"
         if not self.ended.done():
-            self.ended.set_result(how)
+            self.ended.set_result(children.how_ended(code))
 
 
 async def _readable(end: socket.socket) -> None:
@@ -216,10 +222,6 @@ async def _readable(end: socket.socket) -> None:
         await ready.wait()
     finally:
         loop.remove_reader(end)
-
-
-def _placement(index: int, options: ModelOptions) -> dict[str, str]:
-    return placement.environment(index, options.workers, options.devices, os.environ, placement.gpus())
 
 
 def _environment(plugin: Plugin, settings: Settings) -> dict[str, str]:

@@ -98,6 +98,10 @@ class GrpcServer:
         name = socket.gethostname() if host in ("0.0.0.0", "::") else host  # in a container, the pod's name
         self.replica = ascii(f"{name}:{self.port}")[1:-1]  # metadata is ASCII
         """The name that answers carry."""
+        if settings.replica:  # from a health check, clients learn the ports of all replicas
+            first = self.port - settings.replica + 1
+            ports = f"{first}-{first + settings.replicas - 1}"
+            self._health.trailing = (("tms-replica", self.replica), ("tms-ports", ports))
         engine.on_change(self._update_health)
         self._update_health()
 

@@ -65,6 +65,8 @@ class Health:
         # A watch keeps its connection open, and so a descriptor. Other connections need some too.
         self._max_watchers = min(_MAX_WATCHERS, placement.descriptors() // 4)
         self._shut = False
+        self.trailing: tuple[tuple[str, str], ...] = ()
+        """Metadata of each answer to a Check."""
 
     def set(self, serving: Mapping[str, bool]) -> None:
         """Sets for each service name whether it serves. After ``shut_down``, none does."""
@@ -96,6 +98,7 @@ class Health:
         if not (answer := self._answers.get(service)):
             raise ModelNotFound(f"there is no service {service[:80]!r}")
         self._waits.begin(call, "probes", _PATIENCE_S, NOTHING_READ)
+        call.context.set_trailing_metadata(self.trailing)
         call.finish(answer)
 
     def _watch(self, call: GrpcCall, request: bytes | None) -> None:

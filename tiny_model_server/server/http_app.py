@@ -39,6 +39,7 @@ from tiny_model_server.server import events, openapi
 from tiny_model_server.server.answers import JSON, accepted, answer, compress, json_response
 from tiny_model_server.server.bodies import Body, read_body
 from tiny_model_server.server.forms import read_input
+from tiny_model_server.server.siblings import Siblings, labelled
 from tiny_model_server.server.sites import Sites
 from tiny_model_server.server.view import view
 from tiny_model_server.settings import Settings
@@ -79,7 +80,7 @@ class Web:
     def __init__(self, engine: Engine, settings: Settings, grpc_port: int = 0) -> None:
         self._engine, self._grpc_port = engine, grpc_port
         self._sites = Sites(settings)
-        self._rest = Rest(engine)
+        self._rest, self._siblings = Rest(engine), Siblings(settings)
         self._threads = ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="http")
         gets = {"/": self._page, "/livez": self._live, "/readyz": self._ready, "/models": self._models}
         gets |= {"/page/{file}": self._page, "/docs": self._page, "/openapi.json": self._openapi}
@@ -139,8 +140,12 @@ class Web:
         return json_response({"live": True})
 
     async def _ready(self, request: Request) -> Response:
-        ready = self._engine.ready and not self._engine.stopping
-        return json_response({"ready": ready}, 200 if ready else 503)
+        ready, more = self._engine.ready and not self._engine.stopping, {}
+        if self._siblings and "own" not in request.query_params:
+            others = {number: body is not None for number, body in (await self._siblings.ask("/readyz")).items()}
+            more = {"replicas": dict(sorted((others | {self._siblings.own: ready}).items()))}
+            ready = ready and all(others.values())
+        return json_response({"ready": ready} | more, 200 if ready else 503)
 
     async def _page(self, request: Request) -> Response:
         self._sites.check(request)
@@ -154,6 +159,8 @@ class Web:
     async def _metrics(self, request: Request) -> Response:
         self._sites.check(request)
         text = await asyncio.to_thread(self._engine.metrics.text)
+        if self._siblings and "own" not in request.query_params:
+            text = labelled(await self._siblings.ask("/metrics") | {self._siblings.own: text})
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: Request) -> Response:

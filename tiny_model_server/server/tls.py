@@ -36,6 +36,17 @@ def own_channel(settings: Settings, address: str, timeout_s: float) -> grpc.Chan
     return grpc.secure_channel(address, credentials, options)
 
 
+def own_context(settings: Settings) -> ssl.SSLContext | None:
+    """The same for a connection to the HTTP port; None without TLS."""
+    if not (files := Files.of(settings)):
+        return None
+    key, cert = client_certificate() or (files.key, files.cert)
+    context = files.trusting_itself()
+    if files.client_ca:
+        context.load_cert_chain(cert, key)
+    return context
+
+
 class Files:
     """The certificate's files. The next handshake uses their new content after a change."""
 
@@ -81,15 +92,19 @@ class Files:
 
     def name_at(self, address: str, timeout_s: float) -> str:
         """A name in the certificate that a server at "host:port" or "unix:path" shows, which must be of these files."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, not its authority
-        context.load_verify_locations(self.cert)
-        with _connect(address, timeout_s) as plain, context.wrap_socket(plain) as secured:
+        with _connect(address, timeout_s) as plain, self.trusting_itself().wrap_socket(plain) as secured:
             shown: Any = secured.getpeercert()
         names = [name for kind, name in sorted(shown.get("subjectAltName", ())) if kind in ("DNS", "IP Address")]
         names += [value for part in shown["subject"] for kind, value in part if kind == "commonName"]
         return next(iter(names), "").replace("*", "any")
+
+    def trusting_itself(self) -> ssl.SSLContext:
+        """The context of a client that trusts nothing but a server with this certificate."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is trusted, not its authority
+        context.load_verify_locations(self.cert)
+        return context
 
     def _renew(self) -> bool:
         """Reads the files if they have changed, and returns whether they have."""
