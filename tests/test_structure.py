@@ -54,7 +54,7 @@ LAYERS = [
     ["server"],
 ]
 """Each file may import what stands in a line before its own."""
-MOST_LINES = 9900
+MOST_LINES = 10250
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_THE_WAY = 2250
 WAY_OF_A_REQUEST = [
