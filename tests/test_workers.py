@@ -107,7 +107,8 @@ def test_they_do_where_another_package_is_called_models(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "TMS_MODELS_DIR": "models"}
     command = [sys.executable, "-m", "tiny_model_server", "check", "crunch"]
     ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
-    assert ran.stdout.endswith("crunch: answers its example with [1, 4]\n"), ran.stderr
+    assert ran.stdout.startswith("crunch  READY "), ran.stderr
+    assert ran.stdout.endswith(" answers its example with [1, 4]\n")
 
 
 def test_a_thread_or_a_slow_close_does_not_hold_up_a_reload(start_server: StartServer, tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ ODD = """
         "no length": lambda: NoLength([1]), "no items": lambda: NoItems([1]), "object": object,
         "returned": lambda: ValueError("bad row"), "returned mute": Mute, "generator": broken,
         "endless": lambda: itertools.count(), "key": lambda: {Mute: 1}, "own cycle": lambda: cycle(),
-        "yielded": lambda: (item for item in (ValueError("bad row"),)), "surrogate key": lambda: {"\\ud83d": {1, 2}},
+        "yielded": lambda: (item for item in (ValueError("bad row"),)), "surrogate key": lambda: {"\\ud83d": cycle()},
     }
 
     def cycle():
