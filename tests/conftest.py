@@ -34,7 +34,8 @@ settings.register_profile("fuzz", max_examples=5000, deadline=None, suppress_hea
 settings.load_profile("suite")
 
 
-LONGEST = "docker balancing workers limits docs faults page http clients local_transport everywhere".split()
+LONGEST = """docker workers docs balancing faults limits http page local_transport clients package everywhere cli admin
+locust openai large_messages monitoring manifests""".split()
 """The files that take longest. They begin first, so that no process is left with one of them in the end."""
 
 

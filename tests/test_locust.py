@@ -46,7 +46,7 @@ def test_a_rate(server: Server, tmp_path: Path) -> None:
     ],
 )
 def test_a_missed_service_level_is_an_exit_code(server: Server, tmp_path: Path, options: list[str], said: str) -> None:
-    code, _, printed = locust(server, tmp_path, *options)
+    code, _, printed = locust(server, tmp_path, *options, "-t", "2s")
     assert code == 1
     assert said in printed
 

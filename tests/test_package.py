@@ -40,6 +40,12 @@ def environment(folder: Path, *requirements: str) -> Path:
     return folder / "bin"
 
 
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment with the server."""
+    return environment(tmp_path_factory.mktemp("installed") / "venv", f"{wheel}[server]")
+
+
 def run(*command: str | Path, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("TMS_")}
     return subprocess.run(
@@ -71,10 +77,9 @@ def test_the_client_alone(wheel: Path, server: Server, tmp_path: Path) -> None:
     assert "the server needs: pip install 'tiny-model-server[server]'" in ran.stderr
 
 
-def test_the_server(wheel: Path, start_server: Callable[..., Server], tmp_path: Path) -> None:
+def test_the_server(installed: Path, start_server: Callable[..., Server], tmp_path: Path) -> None:
     """All is installed: the folder is empty, and the models are elsewhere."""
-    programs = environment(tmp_path / "venv", f"{wheel}[server]")
-    command, empty = programs / "tiny-model-server", tmp_path / "empty"
+    command, empty = installed / "tiny-model-server", tmp_path / "empty"
     empty.mkdir()
     models = write_model(tmp_path / "elsewhere", "mine", ANSWERS.format("here") + "\n    example = 'x'")
     for name in ("echo", "batches", "tokens", "misbehave"):
@@ -90,7 +95,7 @@ def test_the_server(wheel: Path, start_server: Callable[..., Server], tmp_path: 
     assert run(command, "health", cwd=empty, TMS_PORT=str(server.port)).returncode == 0
     shutil.copy(ROOT / "tests" / "everywhere" / "calls.py", empty)
     for way, local in (("same host", "1"), ("gRPC", "0")):
-        ran = run(programs / "python", "calls.py", server.address, way, cwd=empty, TMS_LOCAL_TRANSPORT=local)
+        ran = run(installed / "python", "calls.py", server.address, way, cwd=empty, TMS_LOCAL_TRANSPORT=local)
         assert ran.returncode == 0, ran.stderr
     assert server.client("mine").run_text("x") == "here"
     assert server.stop() == 0
@@ -107,21 +112,20 @@ def test_what_the_package_brings(wheel: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_models_becomes_an_image_without_a_clone(
-    wheel: Path, start_server: Callable[..., Server], tmp_path: Path
+    wheel: Path, installed: Path, start_server: Callable[..., Server], tmp_path: Path
 ) -> None:
     """Each step of the Dockerfile, done in a folder and an environment, as test_docker.py needs an engine."""
-    programs = environment(tmp_path / "venv", f"{wheel}[server]")
     project = tmp_path / "project"
     (project / "wheels").mkdir(parents=True)
     shutil.copy(wheel, project / "wheels")
     for name in ("mine", "own"):
-        made = run(programs / "tiny-model-server", "new", name, cwd=project)
+        made = run(installed / "tiny-model-server", "new", name, cwd=project)
         assert made.returncode == 0, made.stderr
         (project / "models" / name / "requirements.txt").write_text("h11\n")
     (project / "models" / "_shared").mkdir()
     (project / "models" / "_shared" / "requirements.txt").write_text("h11\n")
     (project / "models" / "own" / ".venv").mkdir()
-    command = [programs / "tiny-model-server", "dockerfile", "--wheel", f"wheels/{wheel.name}"]
+    command = [installed / "tiny-model-server", "dockerfile", "--wheel", f"wheels/{wheel.name}"]
     printed = run(*command, cwd=project)
     assert printed.returncode == 0, printed.stderr
     image = Image(tmp_path / "image", project)
@@ -132,7 +136,7 @@ def test_a_folder_of_models_becomes_an_image_without_a_clone(
     assert [server.client(name).run_text("a b") for name in ("mine", "own")] == [{"words": 2}] * 2
     assert "python:3." in printed.stdout
     assert '-r "/tmp/_shared.txt" -r "/tmp/mine.txt"' in printed.stdout
-    released = run(programs / "tiny-model-server", "dockerfile", cwd=project).stdout
+    released = run(installed / "tiny-model-server", "dockerfile", cwd=project).stdout
     assert f'RUN pip install "tiny-model-server[server]=={tiny_model_server.__version__}"\n' in released
     assert "@" not in released
 

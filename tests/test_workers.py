@@ -437,7 +437,7 @@ def test_a_model_that_breaks_its_process_harms_nobody_else(
     write_model(tmp_path, "good", ANSWERS.format("good"))
     server = start_server(models=write(tmp_path, "evil", EVIL), TMS_LOCAL_TRANSPORT=local)
     evil, good = server.client("evil", timeout=30), server.client("good")
-    with Load(lambda number: good.run(number), callers=2) as load:
+    with Load(lambda number: (good.run(number), time.sleep(0.01)), callers=2) as load:
         for what in EVILS:
             started = time.monotonic()
             try:
