@@ -20,6 +20,7 @@ CLASS = "from pathlib import Path\nfrom model_interface import ModelInterface, P
 RUN = "    def run(self, data, args): return data\n"
 WHOLE = CLASS + RUN
 PIPELINE = CLASS.replace("(ModelInterface)", "(Pipeline)")
+BASE = WHOLE.replace("Model(", "Base(") + "    def look(self): return self.examples\n"
 Files = dict[str, str]
 
 
@@ -185,8 +186,9 @@ FINE: dict[str, Files] = {
     "shape_numpy": model("def get_input_shape(self):\n        import numpy\n        return numpy.array([-1, 3])"),
     "base_elsewhere": file(
         "from .base import Base\nclass Model(Base):\n    examples = [1]\n",
-        base=WHOLE.replace("Model(", "Base(") + "    def look(self): return self.examples",
+        base=BASE,
     ),
+    "base_shared": file("from .._shared import Base\nclass Model(Base):\n    n_workers = 1\n"),
     "endless": file(CLASS + "    example = 1\n    def run(self, data, args):\n        while True: yield data"),
 }
 
@@ -198,7 +200,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         (folder / name).mkdir()
         for file_name, text in files.items():
             (folder / name / file_name).write_text(text)
-    write(folder, "_shared", "x = 1")
+    write(folder, "_shared", BASE.replace("examples", "n_workers"))
     server = Server(folder, ready=False, TMS_MODEL_UNKNOWN_ARGUMENT_ARGS='{"szie": 3}')
     server.wait_for_log(r"serving \d+ models", timeout=110)
     yield server

@@ -33,7 +33,9 @@ def model_class(module: ModuleType, path: Path) -> type[ModelInterface]:
     if not issubclass(type(plugin), type) or not issubclass(plugin, ModelInterface):
         hint = _instead(module, path, plugin)
         raise TypeError(f"{path / '__init__.py'} must define class Model(ModelInterface){hint}")
-    _check_names(plugin, "\n".join(file.read_text(errors="replace") for file in path.glob("*.py")))
+    patterns = ((path, "*.py"), (path, "*/*.py"), (path.parent, "_*.py"), (path.parent, "_*/*.py"))
+    files = [file for folder, pattern in patterns for file in folder.glob(pattern) if file.is_file()]
+    _check_names(plugin, "\n".join(file.read_text(errors="replace") for file in files))
     _check_methods(plugin)
     if issubclass(plugin, Pipeline) and (isinstance(plugin.stages, str) or not plugin.stages):
         raise TypeError(f'a Pipeline names its models, as in stages = ["decode", "labels"]; it is {plugin.stages!r}')
