@@ -173,7 +173,7 @@ def test_models_share_the_code_of_a_folder_that_begins_with_an_underscore(
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(textwrap.dedent(SHARES))
-    write_model(tmp_path, "apart", ANSWERS.format("apart"))
+    write_model(tmp_path, "alone", ANSWERS.format("alone"))
     shared = tmp_path / "_shared"
     shared.mkdir()
     (shared / "__init__.py").write_text("")
@@ -193,7 +193,7 @@ def test_models_share_the_code_of_a_folder_that_begins_with_an_underscore(
     for name in ("one", "two", "three"):
         wait_for(lambda name=name: server.client(name).run_text("x")[0] == "X?", f"the reload of {name}")
     assert server.client("one").run_text("x") == ["X?", 4, "B?", "C?"]
-    assert server.client("apart").run_text("x") == "apart"
+    assert server.client("alone").run_text("x") == "alone"
     file = tmp_path / "one" / "__init__.py"
     file.write_text(file.read_text().replace("double(2)", "double(3)"))
     for name in ("one", "three"):

@@ -32,6 +32,8 @@ ALLOWED = {
     "tests/test_models.py": "shift",  # of pixels
     "tiny_model_server/schemas.py": "packed",  # numbers of protobuf
     "tiny_model_server/access.py": "packed",  # bytes of an address
+    "tiny_model_server/server/npy.py": "tell",  # a file's method
+    "tiny_model_server/server/bodies.py": "tail",  # zlib's unconsumed_tail
 }
 """What a file may say all the same, where a word has its everyday meaning."""
 _WORD = re.compile("|".join(f"(?P<r{number}>{words})" for number, words in enumerate(RETIRED)))

@@ -62,10 +62,10 @@ def _content(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
         return file.read(entry.file_size)  # without a size, it would expand whatever follows
 
 
-def _check_directory(tail: bytes) -> None:
+def _check_directory(end: bytes) -> None:
     """InvalidInput if reading a zip file's directory would take much: zipfile makes an object of each entry."""
-    mark, count, size, comment = _END.unpack(tail[-_END.size :].rjust(_END.size))
-    if mark != b"PK\5\6" or comment or tail.startswith(b"PK\6\7"):  # the last stands before it in a zip64 file
+    mark, count, size, comment = _END.unpack(end[-_END.size :].rjust(_END.size))
+    if mark != b"PK\5\6" or comment or end.startswith(b"PK\6\7"):  # the last stands before it in a zip64 file
         raise InvalidInput("malformed .npz: it is cut off, or not as numpy.savez writes it")
     if count > _MAX_ENTRIES or size > _MAX_DIRECTORY:
         raise InvalidInput(f"a .npz may have {_MAX_ENTRIES} arrays, with short names; this has {count}")
