@@ -9,7 +9,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,28 @@ from tests.test_faults import ANSWERS, write_model
 from tiny_model_server.settings import RENAMED, ModelOptions, Settings, SettingsError, model_overrides, renamed
 
 BROKEN = ROOT / "tests" / "broken_models"
+DEFAULTS = {"TMS_MODELS_DIR": MODELS, "TMS_HTTP_PORT": "off", "TMS_HOST": "127.0.0.1", "TMS_PORT": 0}
+COMMANDS = """
+import contextlib, io, json, os, sys
+from tiny_model_server import cli
+for line in sys.stdin:
+    arguments, settings = json.loads(line)
+    os.environ.update(settings)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            code = cli.main(arguments)
+        except SystemExit as end:
+            code = end.code
+    for name in settings:
+        del os.environ[name]
+    print(json.dumps([code, said.getvalue()]), flush=True)
+"""
+Refuse = Callable[..., str]
 
 
 def run(*arguments: str, timeout: float = 60, **env: object) -> subprocess.CompletedProcess[str]:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("TMS_")}
-    settings = {"TMS_MODELS_DIR": MODELS, "TMS_HTTP_PORT": "off", "TMS_HOST": "127.0.0.1", "TMS_PORT": 0} | env
+    settings = DEFAULTS | env
     return subprocess.run(
         [sys.executable, "server.py", *arguments],
         cwd=ROOT,
@@ -39,6 +56,29 @@ def run(*arguments: str, timeout: float = 60, **env: object) -> subprocess.Compl
         timeout=timeout,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def refuse() -> Iterator[Refuse]:
+    """What commands say that are refused with code 2. One process runs them all, for its start takes long."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("TMS_")}
+    command = [sys.executable, "-c", COMMANDS]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=clean, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        stdin, stdout = process.stdin, process.stdout
+        assert stdin
+        assert stdout
+
+        def ask(*arguments: str, **env: object) -> str:
+            settings = {name: str(value) for name, value in (DEFAULTS | env).items()}
+            print(json.dumps([arguments, settings]), file=stdin, flush=True)
+            code, said = json.loads(stdout.readline())
+            assert code == 2
+            return str(said)
+
+        yield ask
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -154,11 +194,17 @@ def test_a_pipeline_is_checked_with_its_stages(tmp_path: Path) -> None:
         (["dockerfile", "--models", "models", "--wheel", "gone.whl"], "there is no wheel gone.whl"),
     ],
 )
-def test_a_wrong_argument_is_named(arguments: list[str], message: str) -> None:
-    ran = run(*arguments)
-    assert ran.returncode == 2
-    assert re.search(message, ran.stderr), ran.stderr
-    assert "Traceback" not in ran.stderr
+def test_a_wrong_argument_is_named(refuse: Refuse, arguments: list[str], message: str) -> None:
+    said = refuse(*arguments)
+    assert re.search(message, said), said
+    assert "Traceback" not in said
+
+
+def test_a_refused_command_ends_its_process() -> None:
+    for ran in (run("check", "nobody"), run("--port", "many"), run(TMS_STRICT="maybe"), run(TMS_MODEL_ECHO_ARGS="[]")):
+        assert ran.returncode == 2
+        assert re.search("^error: |there is no model 'nobody'", ran.stderr, re.M), ran.stderr
+        assert "Traceback" not in ran.stderr
 
 
 def test_a_flag_beside_every_setting(start_server: Callable[..., Server]) -> None:
@@ -210,11 +256,10 @@ def test_an_empty_models_folder_is_served_with_a_warning(start_server: Callable[
         ("TMS_MODEL_NOBODY_WORKERS", "2", "TMS_MODEL_NOBODY_WORKERS sets nothing"),
     ],
 )
-def test_a_wrong_setting_is_named_and_stops_the_start(variable: str, value: str, message: str) -> None:
-    ran = run(**{variable: value})
-    assert ran.returncode == 2
-    assert message in ran.stderr
-    assert "Traceback" not in ran.stderr
+def test_a_wrong_setting_is_named_and_stops_the_start(refuse: Refuse, variable: str, value: str, message: str) -> None:
+    said = refuse(**{variable: value})
+    assert message in said
+    assert "Traceback" not in said
 
 
 def test_settings_of_a_model_from_outside(start_server: Callable[..., Server]) -> None:
