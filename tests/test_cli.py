@@ -115,7 +115,7 @@ def test_a_broken_plugin_stops_no_other_and_is_no_unknown_one(broken: Server) ->
     assert broken.client("good").run_text("x") == "fine"
     with pytest.raises(model_client.ModelNotFound):
         broken.client("no_init").run_text("x")
-    assert any("no_init is no model: it has no __init__.py" in line for line in broken.log)
+    assert any("no_init is not a model folder: it has no __init__.py" in line for line in broken.log)
     status, answer = http(broken, "/readyz")
     assert (status, answer) == (503, {"ready": False})
 
@@ -153,9 +153,19 @@ def test_check_of_all_models_and_of_paths(tmp_path: Path) -> None:
     assert re.match(r"one  READY .* answers its example with 1$", lines[0])
     assert re.match(r"two  FAILED .* ZeroDivisionError", lines[1])
     assert lines[2] == "2 models: 1 ready, 1 failed"
-    by_path = run("check", f"{tmp_path}/one/", TMS_MODELS_DIR="/no/such/folder")
-    assert by_path.returncode == 0, by_path.stderr
-    assert by_path.stdout.startswith("one  READY")
+    for path in (f"{tmp_path}/one/", f"{tmp_path}/one/__init__.py"):
+        by_path = run("check", path, TMS_MODELS_DIR="/no/such/folder")
+        assert by_path.returncode == 0, by_path.stderr
+        assert by_path.stdout.startswith("one  READY")
+
+
+def test_a_model_that_is_a_file_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "single.py").write_text("class Model(ModelInterface): pass\n")
+    (tmp_path / "other.py").write_text("")
+    listed = run("list", "--models", str(tmp_path))
+    assert listed.stdout == ""
+    assert f"{tmp_path}/single.py is not a model folder: it is a file; move it to single/__init__.py" in listed.stderr
+    assert "other" not in listed.stderr
 
 
 def test_a_pipeline_is_checked_with_its_stages(tmp_path: Path) -> None:
@@ -173,6 +183,7 @@ def test_a_pipeline_is_checked_with_its_stages(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["check", "nobody"], "there is no model 'nobody'"),
+        (["check", "./no/such"], "there is no folder ./no/such"),
         (["check", "./tests"], "./tests is not a model's folder: it has no __init__.py"),
         (["check", "--models", "docs"], "there is no model in .*/docs; make one: tiny-model-server new NAME"),
         (

@@ -65,7 +65,7 @@ def test_what_is_not_a_model_is_logged_in_one_line_each(folder: Path) -> None:
     assert [line.split("\t")[0] for line in ran.stdout.splitlines()] == ["good", "linked"]
     lines = ran.stderr.splitlines()
     for name in SKIPPED:
-        assert len([line for line in lines if f"/{name} is no model: " in line]) == 1
+        assert len([line for line in lines if f"/{name} is not a model folder: " in line]) == 1
     assert len(lines) == len(SKIPPED)
 
 

@@ -49,6 +49,10 @@ def _place(settings: Settings, target: str) -> tuple[Path, str]:
     if os.sep not in target or target in dict(settings.aliases):
         return settings.models_dir, target
     path = Path(os.path.abspath(target))
+    if path.name == "__init__.py":
+        path = path.parent
+    if not path.exists():
+        raise SettingsError(f"there is no folder {target}")
     if not (path / "__init__.py").is_file():
         raise SettingsError(f"{target} is not a model's folder: it has no __init__.py")
     return path.parent, path.name

@@ -341,7 +341,7 @@ def discover(folder: Path) -> list[tuple[str, Path, str]]:
             continue
         if problem := _problem(path):
             if problem != _FILE:
-                log.warning("%s is no model: %s", printable(str(path)), problem)
+                log.warning("%s is not a model folder: %s", printable(str(path)), problem)
             continue
         reason = name_problem(path.name)
         if not reason and (other := prefixes.setdefault(model_prefix(path.name), path.name)) != path.name:
@@ -352,16 +352,20 @@ def discover(folder: Path) -> list[tuple[str, Path, str]]:
 
 def name_problem(name: str) -> str:
     """Why a model folder cannot have this name; "" if it can."""
-    return "" if _NAME.fullmatch(name) else "a model's name is a letter, then up to 63 letters, digits, _ and -"
+    right = "a model's name is a letter from a to z, then up to 63 of them, digits, _ and -"
+    return "" if _NAME.fullmatch(name) else right
 
 
 _FILE = "it is a file"
 
 
 def _problem(path: Path) -> str:
-    """Why this entry of the models folder is no model; "" if it is one."""
+    """Why this entry of the models folder is not a model folder; "" if it is one."""
     try:
-        if not stat.S_ISDIR(path.stat().st_mode):
+        mode = path.stat().st_mode
+        if path.suffix == ".py" and stat.S_ISREG(mode) and "(ModelInterface)" in path.read_text(errors="replace"):
+            return f"it is a file; move it to {path.stem}/__init__.py"
+        if not stat.S_ISDIR(mode):
             return _FILE
         names = os.listdir(path)
         if "__init__.py" not in names:
