@@ -95,6 +95,7 @@ ARRIVE = {
     "integer": (torch.tensor(7), np.array(7)),
     "bool": (torch.tensor([True]), np.array([True])),
     "size": (torch.zeros(2, 3).shape, [2, 3]),
+    "dtypes": ([ROWS.dtype, torch.zeros(1).dtype, torch.zeros(1).device], ["float32", "torch.float32", "cpu"]),
     "bfloat16 of numpy": (ROWS.astype(ml_dtypes.bfloat16), ROWS),
     "bfloat16 of JAX": (Foreign(ROWS.astype(ml_dtypes.bfloat16)), ROWS),
     "array": (Foreign(ROWS), ROWS),

@@ -42,7 +42,7 @@ def test_new_models_answer_and_refuse(start_server: Callable[..., Server], tmp_p
     wrong = {
         "text": (1, "data: must be a text"),
         "image": (np.zeros((2, 2)), r"uint8 of shape \[-1, -1, 3\]"),
-        "batch": ([1, 2], r"data: must be an array of number of shape \[4\]"),
+        "batch": ([1, 2], r"data: must be an array of numbers of shape \[4\]"),
         "stream": (None, "data: must be a text"),
     }
     for name, (data, message) in wrong.items():

@@ -379,7 +379,7 @@ class Pixels(pydantic.BaseModel):
             NDArray[np.floating],
             np.zeros(3),
             np.zeros(3, int),
-            "data: must be an array of floating, not an array of int64",
+            "data: must be an array of floats, not an array of int64",
         ),
         (
             Annotated[np.ndarray, "uint8"],

@@ -378,7 +378,8 @@ def _array(annotation: Any, metadata: Iterable[Any]) -> Type:
     name = np.dtype(dtype).name if numeric else None
     facts = {"x-dtype": name, "x-shape": shape}
     sizes = "" if shape is None else f" of shape [{', '.join('any' if size < 0 else str(size) for size in shape)}]"
-    noun = f"an array{'' if dtype is np.generic else f' of {dtype.__name__}'}{sizes}"
+    kinds = {np.generic: "", np.number: " of numbers", np.integer: " of whole numbers", np.floating: " of floats"}
+    noun = f"an array{kinds.get(dtype, f' of {dtype.__name__}')}{sizes}"
 
     def convert(value: Any, seen: _Seen) -> Any:
         array = _from_list(value, name) if type(value) is list else value
