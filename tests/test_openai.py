@@ -97,7 +97,7 @@ def test_a_model_is_called_for_its_own_task_only(ai: openai.OpenAI) -> None:
         ai.chat.completions.create(model="letters", messages=[{"role": "user", "content": "hi"}])
     with pytest.raises(openai.NotFoundError, match="post to /v1/chat/completions"):
         ai.embeddings.create(model="chatty", input="hi")
-    with pytest.raises(openai.NotFoundError, match="embeddings\"}; its task is ''; see /v1/models"):
+    with pytest.raises(openai.NotFoundError, match='embeddings"}; it has no task; see /v1/models'):
         ai.embeddings.create(model="echo", input="hi")
 
 
@@ -441,6 +441,7 @@ def test_a_server_that_does_not_speak_it(start_server: StartServer, tmp_path: Pa
     ("method", "path", "status", "message"),
     [
         ("POST", "/v1/responses", 404, "post to /v1/embeddings or /v1/chat/completions"),
+        ("POST", "/embeddings", 404, "post to /v1/embeddings or /v1/chat/completions"),
         ("GET", "/v1/embeddings", 405, "Method Not Allowed"),
         ("DELETE", "/v1/models/chatty", 405, "Method Not Allowed"),
         ("POST", "/v1/embeddings", 413, "TMS_MAX_MESSAGE_MB"),

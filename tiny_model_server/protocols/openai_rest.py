@@ -93,7 +93,8 @@ class OpenAI:
             raise WrongField("model", "the name of a model, a text")
         model = self._engine.wait(self._engine.loaded(name))
         if (task := _task(model)) not in tasks:
-            hint = f"post to {PATHS[task]}" if task in PATHS else f"its task is {task!r}; see /v1/models"
+            other = f"its task is {task!r}" if task else "it has no task"
+            hint = f"post to {PATHS[task]}" if task in PATHS else f"{other}; see /v1/models"
             wanted = " or ".join(f'metadata = {{"task": "{one}"}}' for one in tasks)
             raise ModelNotFound(f"model {name!r} does not declare {wanted}; {hint}")
         return model

@@ -403,7 +403,9 @@ def _error(
 
 
 def _is_openai(request: Request) -> bool:
-    return bool(request.scope["path"].startswith("/v1/"))
+    """Whether OpenAI's clients read the answer; those whose base_url lacks /v1 do, too."""
+    path = request.scope["path"]
+    return path.startswith("/v1/") or f"/v1{path}" in openai_rest.PATHS.values()
 
 
 def _numbers(model: ServedModel) -> dict[str, Any]:
