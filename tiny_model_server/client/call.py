@@ -15,6 +15,7 @@ from tiny_model_server.local_transport import FINAL
 
 NOT_ANSWERED = object()
 """Returned if gRPC must make the call instead."""
+_NO_ANSWER = "Deadline Exceeded"  # gRPC's words if no server has said why
 
 
 class Call:
@@ -62,6 +63,8 @@ class Call:
     def failed(self, trailing: Any, status: str, details: str) -> errors.ModelClientError:
         """Counts the call, which has failed; returns the exception for the application."""
         replica = self.ended(trailing, status)
+        if details == _NO_ANSWER:
+            details = f"no answer within timeout={self.timeout:g} s"
         return errors.from_status(status, details, self.transport.model, "" if replica == NOBODY else replica)
 
     def cancelled(self, why: str = "the client was closed") -> errors.ModelClientError:
@@ -106,7 +109,7 @@ class LocalCall:
             call.ended(self._trailing)
             return call.request.decode(call.request.method.response.FromString(answer.body), connection.response)
         except TimeoutError:
-            raise call.failed(self._trailing, "DEADLINE_EXCEEDED", "Deadline Exceeded") from None
+            raise call.failed(self._trailing, "DEADLINE_EXCEEDED", _NO_ANSWER) from None
         except OSError as error:
             if self._cancelled or self._connections.closed:
                 raise call.cancelled() from None

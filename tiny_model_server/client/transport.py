@@ -1,9 +1,11 @@
 """Connects a client, and begins and ends its calls: what the blocking and the asyncio client share."""
 
 import math
+import socket
 import threading
 import time
 from concurrent import futures
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -167,7 +169,7 @@ class Transport:
             if why := self.why_silent(timeout=max(0.001, deadline - time.monotonic()), wait_for_ready=True):
                 self._check_refusal()
                 why = self.why_silent(timeout=_PROBE_S) or why
-                raise self._unreachable(f"it was not ready within {patience:g} s ({why}){_remedy(why)}")
+                raise self._unreachable(f"it was not ready within {patience:g} s ({why}){self._remedy(why)}")
         if self._has_siblings and self.follows:
             futures.wait([daemons(fork_safety.generation).submit(self.follow)], _FOLLOW_S)
         self.connected = True
@@ -241,6 +243,12 @@ class Transport:
         details = f"no server at {', '.join(self.addresses)}: {why}"
         return errors.from_status("UNAVAILABLE", details, self.model)
 
+    def _remedy(self, why: str) -> str:
+        """What to do about gRPC's reason why no server answers, which holds for one IP address of a name only."""
+        if "http1" in why or any(map(_speaks_http, self.options["addresses"])):
+            return "; this is a port of HTTP: give that of gRPC, which is 50000 by default"
+        return "; start a server there: python server.py" if "refused" in why else ""
+
     def _check_refusal(self) -> None:
         """Raises Unauthenticated if a server is there, but TLS with it fails."""
         for address, name in addresses.replicas(self.options["addresses"]):
@@ -248,8 +256,8 @@ class Transport:
                 raise errors.from_status("UNAUTHENTICATED", f"{address}: {why}", self.model)
 
 
-def _remedy(why: str) -> str:
-    """What to do about gRPC's reason why no server answers."""
-    if "http1" in why:
-        return "; this is a port of HTTP: give that of gRPC, which is 50000 by default"
-    return "; start a server there: python server.py" if "refused" in why else ""
+def _speaks_http(address: str) -> bool:
+    with suppress(OSError, ValueError), socket.create_connection(addresses.host_and_port(address), _PROBE_S) as probe:
+        probe.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+        return probe.recv(5) == b"HTTP/"
+    return False
