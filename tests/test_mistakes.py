@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import model_client
-from model_client import ModelNotFound, ModelUnavailable, ServerUnavailable
+from model_client import DeadlineExceeded, ModelNotFound, ModelUnavailable, ServerUnavailable
 from tests.conftest import ROOT, Server, free_port
 from tests.test_workers import write
+from tiny_model_server.engine import mistakes
 
 CLASS = "from pathlib import Path\nfrom model_interface import ModelInterface, Pipeline\nclass Model(ModelInterface):\n"
 RUN = "    def run(self, data, args): return data\n"
@@ -72,6 +73,9 @@ FAILED: dict[str, tuple[Files, str]] = {
     # its options
     "batchsize": (model("max_batchsize = 8"), "'max_batchsize', which nothing uses .did you mean 'max_batch_size'"),
     "batch_size": (model("batch_size = 8"), "did you mean 'max_batch_size'"),
+    "num_workers": (model("num_workers = 2"), "did you mean 'workers'"),
+    "max_batch": (model("max_batch = 8"), "did you mean 'max_batch_size'"),
+    "max_wait": (model("max_wait = 8"), "did you mean 'max_wait_ms'"),
     "worker": (model("worker = 2"), "did you mean 'workers'"),
     "examples": (model("examples = [1]"), "did you mean 'example'"),
     "option": (model("workers = 'two'"), "class attribute workers = 'two' must be a whole number from 1 to 256"),
@@ -103,6 +107,10 @@ FAILED: dict[str, tuple[Files, str]] = {
         file("from . import helpers\n" + WHOLE, helpers="import deeper", deeper=""),
         r"\(helpers.py, line 1\) .*write 'from . import deeper'",
     ),
+    "interface": (
+        file("from tiny_model_server import ModelInterface\n" + RUN.replace("    def", "def")),
+        "write 'from model_interface import ModelInterface'",
+    ),
     "by_folder": (
         file("from by_folder.helpers import x\n" + WHOLE, helpers="x = 1"),
         "pip install -r .*; for the model's own folder write 'from . import ...'",
@@ -110,15 +118,15 @@ FAILED: dict[str, tuple[Files, str]] = {
     "shared": (file("import _shared\n" + WHOLE), "write 'from .. import _shared' or 'from .._shared import ...'"),
     "no_package": (
         file("import sklaern\n" + WHOLE),
-        r"name sklaern in .*requirements.txt, and install what it needs: pip install -r .*requirements.txt",
+        r"name sklaern in .*requirements.txt, and install what it needs: .*pip install -r .*requirements.txt",
     ),
     "not_listed": (
         {"__init__.py": "import no_such_thing\n" + WHOLE, "requirements.txt": "numpy\n"},
-        r"name no_such_thing in .*requirements.txt, and install what it needs: pip install -r .*requirements.txt",
+        r"name no_such_thing in .*requirements.txt, and install what it needs: .*pip install -r .*requirements.txt",
     ),
     "not_installed": (
         {"__init__.py": "import no_such_thing\n" + WHOLE, "requirements.txt": "numpy\nno-such-thing==1\n"},
-        r"\(install what it needs: pip install -r .*requirements.txt\)",
+        r"\(install what it needs: .*pip install -r .*requirements.txt\)",
     ),
     "weights": (
         model("def __init__(self): open('weights.bin')"),
@@ -189,6 +197,8 @@ FINE: dict[str, Files] = {
         base=BASE,
     ),
     "base_shared": file("from .._shared import Base\nclass Model(Base):\n    n_workers = 1\n"),
+    "slow": file("import time\n" + CLASS + "    def run(self, data, args): time.sleep(5)"),
+    "part_of_a_name": model("batch = max_ = load = 1"),
     "endless": file(CLASS + "    example = 1\n    def run(self, data, args):\n        while True: yield data"),
 }
 
@@ -237,6 +247,20 @@ def test_what_is_fine_is_not_complained_of(server: Server, states: dict[str, dic
     assert not [line for line in server.log if f"WARNING tiny_model_server.worker: model {name}:" in line]
 
 
+def test_a_traceback_begins_in_the_models_folder(server: Server) -> None:
+    server.wait_for_log("ERROR .*model name_error could not be loaded")
+    begin = next(number for number, line in enumerate(server.log) if "model name_error could not" in line)
+    assert "Traceback" in server.log[begin + 1]
+    assert re.search(r'File ".*/name_error/__init__.py", line 5', server.log[begin + 2])
+
+
+def test_a_requirement_is_installed_where_the_model_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs = Path("models/m/requirements.txt")
+    assert mistakes.install_command(needs) == f"{sys.executable} -m pip install -r {needs}"
+    monkeypatch.setattr(mistakes, "find_spec", lambda name: None)
+    assert mistakes.install_command(needs) == f"uv pip install -r {needs} --python {sys.executable}"
+
+
 # ---- clients and commands
 
 
@@ -244,10 +268,10 @@ def with_model(name: str) -> Callable[[Server], model_client.ModelClient]:
     return lambda server: server.client(name, timeout=20)
 
 
-def elsewhere(port: str) -> Callable[[Server], model_client.ModelClient]:
+def elsewhere(port: str, host: str = "127.0.0.1") -> Callable[[Server], model_client.ModelClient]:
     def client(server: Server) -> model_client.ModelClient:
         number = {"none": free_port(), "http": server.http_port}[port]
-        return model_client.ModelClient("good", addresses=[f"127.0.0.1:{number}"], connect_timeout=0.5)
+        return model_client.ModelClient("good", addresses=[f"{host}:{number}"], connect_timeout=0.5)
 
     return client
 
@@ -274,6 +298,12 @@ CALLS: dict[str, tuple[Callable[[Server], Any], Callable[[Any], Any], type[Excep
     ),
     "HTTP port": (
         elsewhere("http"),
+        lambda c: c.run(1),
+        ServerUnavailable,
+        "this is a port of HTTP: give that of gRPC, which is 50000 by default",
+    ),
+    "HTTP port by name": (  # of its IP addresses, gRPC names the one that was tried last
+        elsewhere("http", "localhost"),
         lambda c: c.run(1),
         ServerUnavailable,
         "this is a port of HTTP: give that of gRPC, which is 50000 by default",
@@ -318,6 +348,13 @@ def test_a_mistake_of_a_caller_is_answered_with_what_to_do(server: Server, mista
     client, call, kind, pattern = CALLS[mistake]
     with pytest.raises(kind, match=pattern):
         call(client(server))
+
+
+@pytest.mark.parametrize("local", ["0", "1"])
+def test_who_waits_too_short_reads_for_how_long(server: Server, monkeypatch: pytest.MonkeyPatch, local: str) -> None:
+    monkeypatch.setenv("TMS_LOCAL_TRANSPORT", local)
+    with pytest.raises(DeadlineExceeded, match="^slow: no answer within timeout=0.5 s"):
+        server.client("slow").run(1, timeout=0.5)
 
 
 def test_images_of_any_numeric_dtype_are_fine(server: Server) -> None:

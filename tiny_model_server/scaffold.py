@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from tiny_model_server import __version__
+from tiny_model_server.engine.mistakes import install_command
 from tiny_model_server.engine.repository import name_problem
 from tiny_model_server.settings import SettingsError, model_prefix
 
@@ -39,7 +40,7 @@ def new_model(models: Path, name: str, kind: str, program: str) -> int:
         raise SettingsError(f"{folder} cannot be made: {error}") from None
     print(f"made {folder}: put your model into {folder / '__init__.py'}")
     if (folder / "requirements.txt").exists():
-        print(f"install what it needs:  {sys.executable} -m pip install -r {folder / 'requirements.txt'}")
+        print(f"install what it needs:  {install_command(folder / 'requirements.txt')}")
     where = "" if models == Path("models") else f" --models {models}"
     print(f"try it:                 {program} check {name}{where}")
     print(f"serve it:               {program} serve{where}")

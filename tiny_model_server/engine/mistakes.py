@@ -6,9 +6,11 @@ import inspect
 import operator
 import os
 import re
+import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from reprlib import repr as short
 from types import ModuleType
@@ -24,6 +26,7 @@ _ATTRIBUTES = {name for name in dir(Pipeline) if name[0] != "_"} - _METHODS.keys
 _NO_EFFECT = (ModelOptions.__dataclass_fields__.keys() | {"metadata"}) - {"args"}  # on self
 _PACKAGES = {"cv2": "opencv-python-headless", "PIL": "pillow", "sklearn": "scikit-learn", "yaml": "PyYAML"}
 """Packages that are called otherwise than what is imported from them."""
+_COUNT = re.compile("^(num|n)_")  # of num_workers
 _LIKE = 0.82  # how much a name must be like one of the interface, from 0 to 1: "batch_size" is
 
 
@@ -68,8 +71,14 @@ def _check_names(plugin: type[ModelInterface], source: str) -> None:
         right = name in dir(Pipeline) or name[0] == "_" or isinstance(value, (type, property))
         if right or len(re.findall(rf"\b{name}\b", source)) != names.count(name):
             continue
-        if hint := suggestion(name, kind - set(names), _LIKE):
+        if hint := _near(name, kind - set(names)):
             raise TypeError(f"class Model has {name!r}, which nothing uses{hint}")
+
+
+def _near(name: str, right: Set[str]) -> str:
+    """The name of the interface that is meant, as a hint: "num_workers" is almost one, "max_batch" begins one."""
+    begun = [one for one in right if "_" in name and one.startswith(f"{name.lower()}_")]
+    return suggestion(_COUNT.sub("", name), right, _LIKE) or suggestion(name, begun)
 
 
 def _check_methods(plugin: type[ModelInterface]) -> None:
@@ -133,9 +142,19 @@ def describe(error: BaseException, path: Path) -> str:
     return f"{reason}{where}{_remedy(error, reason, path)}"
 
 
+def without_import_system(error: BaseException, path: Path) -> BaseException:
+    """The error with a traceback that begins in the model's folder, if it comes from there."""
+    begin = error.__traceback__
+    while begin and not begin.tb_frame.f_code.co_filename.startswith(f"{path}{os.sep}"):
+        begin = begin.tb_next
+    return BaseException.with_traceback(error, begin or error.__traceback__)
+
+
 def _remedy(error: BaseException, reason: str, path: Path) -> str:
     if isinstance(error, ImportError):
-        return _remedy_of_import(str(error.name or "").partition(".")[0], path)
+        if reason.startswith("ImportError: cannot import name 'ModelInterface'"):
+            return " (write 'from model_interface import ModelInterface')"
+        return _remedy_of_import(str(error.name or "").partition(".")[0], path, type(error) is ModuleNotFoundError)
     file = error.filename if isinstance(error, FileNotFoundError) else "FILE" if "NO_SUCHFILE" in reason else None
     if isinstance(file, str) and not os.path.isabs(file):
         where = f"a relative path begins in {os.getcwd()}"
@@ -145,8 +164,8 @@ def _remedy(error: BaseException, reason: str, path: Path) -> str:
     return ""
 
 
-def _remedy_of_import(name: str, path: Path) -> str:
-    """What to do if a module, or something in it, cannot be imported."""
+def _remedy_of_import(name: str, path: Path, missing: bool) -> str:
+    """What to do if a module is missing, or something in it, as in another version of it."""
     for dots, folder in ((".", path), ("..", path.parent)):
         found = name and ((folder / f"{name}.py").is_file() or (folder / name).is_dir())
         if found and (dots == "." or name[0] == "_"):
@@ -154,7 +173,15 @@ def _remedy_of_import(name: str, path: Path) -> str:
     if name == "models":
         return ""
     needs, package = path / "requirements.txt", _PACKAGES.get(name, name)
-    listed = needs.read_text(errors="replace").replace("_", "-").lower() if needs.is_file() else ""
-    add = "" if package.replace("_", "-").lower() in listed else f"name {package} in {needs}, and "
+    text = needs.read_text(errors="replace").replace("_", "-").lower() if needs.is_file() else ""
+    listed = bool(name) and package.replace("_", "-").lower() in text
+    add = "" if listed else f"name {package} in {needs}, and "
     own = "; for the model's own folder write 'from . import ...'" if name == path.name else ""
-    return f" ({add}install what it needs: pip install -r {needs}{own})" if add or listed else ""
+    return f" ({add}install what it needs: {install_command(needs)}{own})" if listed or (name and missing) else ""
+
+
+def install_command(requirements: Path) -> str:
+    """What installs a file of requirements for this interpreter, which may lack pip, as uv makes environments."""
+    if find_spec("pip"):
+        return f"{sys.executable} -m pip install -r {requirements}"
+    return f"uv pip install -r {requirements} --python {sys.executable}"

@@ -200,7 +200,8 @@ def _serve(control: WorkerConnection) -> None:
         """What a step of loading returns. If it fails, the front gets the reason, and the process ends."""
         result = attempt(function, *arguments)
         if failed(result):
-            log.error("model %s could not be loaded", name, exc_info=result)
+            shown = mistakes.without_import_system(result, path)
+            log.error("model %s could not be loaded", name, exc_info=shown)
             control.send(("failed", mistakes.describe(result, path)))
             _end(1)
         return result
