@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -21,9 +22,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from model_client import AsyncModelClient, ModelClient
-from tests.conftest import MODELS, Server, only, wait_for
+from tests.conftest import MODELS, ROOT, Server, only, wait_for
 from tests.test_cli import run as run_command
 from tests.test_security import Certificates, tls
+from tiny_model_server.client import siblings
 
 StartServer = Callable[..., Server]
 
@@ -170,6 +172,29 @@ def test_what_else_listens_beside_a_forwarded_port_is_not_called(three: Server, 
     assert stranger.stop() == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "ports"),
+    [
+        ("", ""),
+        ("host", "1-2"),
+        ("host:1", "1"),
+        ("host:1", "2-3"),
+        ("host:3", "4-2"),
+        ("h:1", "1-65535"),
+        ("h:x", "1-2"),
+    ],
+)
+def test_nonsense_of_a_server_is_not_followed(name: str, ports: str) -> None:
+    assert siblings.replica([("tms-replica", name), ("tms-ports", ports)]) is None
+
+
+def test_ports_that_are_mapped_in_order() -> None:
+    one = siblings.replica([("tms-replica", "models:50001"), ("tms-ports", "50000-50002")])
+    assert one == ("models", 50001, 50000, 50002)
+    found = siblings.siblings("[::1]:7001", one)
+    assert {address: other.port for address, other in found.items()} == {"[::1]:7000": 50000, "[::1]:7002": 50002}
+
+
 def test_one_health(three: Server) -> None:
     assert ready(three) == {"ready": True, "replicas": {"1": True, "2": True, "3": True}}
     assert json.loads(get(three, "/readyz?own", 2)) == {"ready": True}
@@ -203,6 +228,7 @@ def test_a_killed_replica_is_replaced_and_no_call_fails(
     server = start(start_server)
     with server.client("worker") as client:
         client.run_text("x")
+        workers = client.model_info()[victim]["worker_pids"]
         with load(client) as failures:
             wait_for(lambda: len(counts(client)) == 2, "calls of both")
             port = server.port + victim
@@ -212,6 +238,7 @@ def test_a_killed_replica_is_replaced_and_no_call_fails(
             before = counts(client)[port]
             wait_for(lambda: counts(client)[port] > before + 10, "calls of the new one", timeout=30)
         assert failures == []
+    assert not any(map(exists, workers))
     assert wait_for(lambda: ready(server)["ready"], "health")
     assert any("replica" in line and "killed by SIGKILL" in line for line in server.log)
     assert server.stop() == 0
@@ -250,7 +277,7 @@ def test_a_second_signal_hurries(start_server: StartServer) -> None:
     server = start(start_server)
     with server.client("worker") as client:
         client.run_text("x")
-        call = client.submit_text("x", {"sleep": 50})
+        call = client.submit_text("x", {"sleep": 50}, timeout=8)
         wait_for(lambda: in_flight(server) == 1, "the call")
         server.process.send_signal(signal.SIGTERM)
         server.wait_for_log("stopping")
@@ -295,6 +322,33 @@ def pair(client: ModelClient) -> dict[int, str]:
     """The process of the worker that answers, and its GPU."""
     answer = client.run_text("x")
     return {answer["pid"]: answer["env"]["CUDA_VISIBLE_DEVICES"]}
+
+
+def test_each_keeps_to_a_core_of_its_own(three: Server) -> None:
+    cores = [os.sched_getaffinity(pid) for _, pid in sorted(pids(three).items())]
+    assert [len(one) for one in cores] == [1, 1, 1]
+    assert len({frozenset(one) for one in cores}) == min(3, len(os.sched_getaffinity(0)))
+
+
+def test_the_supervisor_is_small(three: Server) -> None:
+    """It serves nothing, so it has none of the libraries that serve, and no threads."""
+    status = Path(f"/proc/{three.process.pid}/status").read_text()
+    assert "Threads:\t1\n" in status
+    mapped = Path(f"/proc/{three.process.pid}/maps").read_text()
+    assert "grpc" not in mapped
+    assert "numpy" not in mapped
+
+
+def test_a_fork_after_the_first_call(three: Server) -> None:
+    code = (
+        "import os, sys\nfrom model_client import ModelClient\n"
+        "client = ModelClient('echo', addresses=[sys.argv[1]])\nclient.run_text('x')\n"
+        "child = os.fork()\n"
+        "for _ in range(9):\n    assert client.run_text('y') == 'y'\n"
+        "assert len(client.stats()['replicas']) == 3\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, three.address], cwd=ROOT, check=True, timeout=60)
 
 
 def test_tls_with_clients_certificates(start_server: StartServer, tmp_path: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from tiny_model_server import __version__
 from tiny_model_server.engine.mistakes import install_command
-from tiny_model_server.engine.repository import name_problem
-from tiny_model_server.settings import SettingsError, model_prefix
+from tiny_model_server.settings import SettingsError, model_prefix, name_problem
 
 _HERE = Path(__file__).resolve().parent
 _TEMPLATES = _HERE / "templates"

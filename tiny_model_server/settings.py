@@ -26,6 +26,7 @@ _SERVICE_LINK = re.compile(
     r"|PORT_\d+_(TCP|UDP|SCTP)_(PROTO|PORT|ADDR)=.*)"
 )
 _ORIGIN = re.compile(r"\*|https?://([a-z0-9.-]+|\[[0-9a-f:]+\])(:\d+)?")  # as browsers send one
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 _CUDA = re.compile(r"(?:cuda:)?(\d+)|(GPU-[0-9a-fA-F-]+|MIG-[0-9a-zA-Z/-]+)")
 _CLIENT = {"TMS_ADDRESS", "TMS_TLS", "TMS_TLS_CA", "TMS_CLIENT_CERT", "TMS_CLIENT_KEY"}  # read by the client
 _MODZY_PORT = "PSC_MODEL_PORT"  # Modzy's own name for what is TMS_PORT here
@@ -308,6 +309,12 @@ def check_overrides(names: Sequence[str], protocols: Sequence[str]) -> None:
 def model_prefix(name: str) -> str:
     """TMS_MODEL_MY_NET_ for a model called my-net."""
     return f"{MODEL_PREFIX}{re.sub(r'[^A-Z0-9]', '_', name.upper())}_"
+
+
+def name_problem(name: str) -> str:
+    """Why a model folder cannot have this name; "" if it can."""
+    right = "a model's name is a letter from a to z, then up to 63 of them, digits, _ and -"
+    return "" if _NAME.fullmatch(name) else right
 
 
 def flag_of(variable: str) -> str:

@@ -65,7 +65,8 @@ class BlockingTransport(Transport):
 
     def each_server(self) -> Iterator["BlockingTransport"]:
         """A transport to each single server, also to those of TMS_REPLICAS beside the addresses given."""
-        self.follow()
+        if self._has_siblings or not self.connected:
+            self.follow()
         known = self.addresses
         for address, host in addresses.replicas(known):
             name = self.options["server_name"] or (host if self.options["tls"] and address not in known else "")

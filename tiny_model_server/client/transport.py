@@ -21,7 +21,7 @@ from tiny_model_server.client.stats import Stats
 
 _SERVING = 1
 _FOLLOW_S = 0.5  # that a first call waits until the other replicas are found
-_FOLLOW_AGAIN_S = 5.0
+_FOLLOW_AGAIN_S, _LONGEST_PAUSE_S = 2.0, 300.0  # between looks for those that were not found; it doubles
 _PROBE_S = 1.0  # how long a server is asked why a call was not answered
 
 
@@ -50,6 +50,7 @@ class Transport:
         self._has_siblings = False
         self._follow_after = math.inf
         """When to look for replicas that were not found yet, by ``time.monotonic``."""
+        self._follow_pause_s = _FOLLOW_AGAIN_S
         self._following = threading.Lock()
         self._lock = threading.Lock()
         self._probing = threading.Lock()
@@ -206,7 +207,8 @@ class Transport:
                 if self._local_ports:
                     self._local_ports = [addresses.host_and_port(address)[1] for address in known]
                 self.addresses, self.credentials, self._target = known, self._named(known[0]), target
-            self._follow_after = time.monotonic() + _FOLLOW_AGAIN_S if again else math.inf
+            self._follow_after = time.monotonic() + self._follow_pause_s if again else math.inf
+            self._follow_pause_s = min(2 * self._follow_pause_s, _LONGEST_PAUSE_S)
 
     def _replica_at(self, address: str) -> siblings.Replica | None:
         """What the replica at an address of one host reports of itself; None if it is alone, or does not answer."""

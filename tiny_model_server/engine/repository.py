@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,12 +30,11 @@ from tiny_model_server.settings import (
     SettingsError,
     model_overrides,
     model_prefix,
+    name_problem,
     service_links,
 )
 
 log = logging.getLogger("tiny_model_server.repository")
-
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 
 
 class State(StrEnum):
@@ -348,12 +346,6 @@ def discover(folder: Path) -> list[tuple[str, Path, str]]:
             reason = f"its settings {model_prefix(path.name)}* would be those of model {other!r} too"
         found.append((printable(path.name), path, reason))
     return found
-
-
-def name_problem(name: str) -> str:
-    """Why a model folder cannot have this name; "" if it can."""
-    right = "a model's name is a letter from a to z, then up to 63 of them, digits, _ and -"
-    return "" if _NAME.fullmatch(name) else right
 
 
 _FILE = "it is a file"
