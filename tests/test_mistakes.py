@@ -66,18 +66,7 @@ FAILED: dict[str, tuple[Files, str]] = {
     "batch_one": (model("def run_batch(self, items): return items"), r"write 'def run_batch\(self, items, args\)'"),
     "warmup_two": (model("def warmup(self, data): pass"), r"write 'def warmup\(self\)' in class Model"),
     "run_value": (file(CLASS + "    run = 3"), r"write 'def run\(self, data, args\)' .*\(3 is not a callable"),
-    "run_bacth": (model("def run_bacth(self, items, args): pass"), "'run_bacth', .*did you mean 'run_batch'"),
-    "shpae": (model("def get_input_shpae(self): return [3]"), "'get_input_shpae', .*did you mean 'get_input_shape'"),
-    "warm_up": (model("def warm_up(self): pass"), "'warm_up', which nothing uses .did you mean 'warmup'"),
-    "camel": (model("def runBatch(self, items, args): pass"), "did you mean 'run_batch'"),
     # its options
-    "batchsize": (model("max_batchsize = 8"), "'max_batchsize', which nothing uses .did you mean 'max_batch_size'"),
-    "batch_size": (model("batch_size = 8"), "did you mean 'max_batch_size'"),
-    "num_workers": (model("num_workers = 2"), "did you mean 'workers'"),
-    "max_batch": (model("max_batch = 8"), "did you mean 'max_batch_size'"),
-    "max_wait": (model("max_wait = 8"), "did you mean 'max_wait_ms'"),
-    "worker": (model("worker = 2"), "did you mean 'workers'"),
-    "examples": (model("examples = [1]"), "did you mean 'example'"),
     "option": (model("workers = 'two'"), "class attribute workers = 'two' must be a whole number from 1 to 256"),
     "shape_text": (model("def get_input_shape(self): return '224x224'"), r"such as \[224, 224, 3\].*not '224x224'"),
     "shape_digits": (model("def get_input_shape(self): return '224'"), "get_input_shape.. must return whole numbers"),
@@ -170,6 +159,17 @@ WARNED: dict[str, tuple[Files, str]] = {
         r"self.max_batch_size has no effect: write max_batch_size = ... as a class attribute, not in __init__",
     ),
     "metadata_on_self": (model("def __init__(self): self.metadata = {}"), "self.metadata has no effect"),
+    "run_bacth": (model("def run_bacth(self, items, args): pass"), "'run_bacth', .*did you mean 'run_batch'"),
+    "shpae": (model("def get_input_shpae(self): return [3]"), "'get_input_shpae', .*did you mean 'get_input_shape'"),
+    "warm_up": (model("def warm_up(self): pass"), "'warm_up', which nothing uses .did you mean 'warmup'"),
+    "camel": (model("def runBatch(self, items, args): pass"), "did you mean 'run_batch'"),
+    "num_workers": (model("num_workers = 2"), "did you mean 'workers'"),
+    "max_batch": (model("max_batch = 8"), "did you mean 'max_batch_size'"),
+    "max_wait": (model("max_wait = 8"), "did you mean 'max_wait_ms'"),
+    "batchsize": (model("max_batchsize = 8"), "'max_batchsize', which nothing uses .did you mean 'max_batch_size'"),
+    "batch_size": (model("batch_size = 8"), "did you mean 'max_batch_size'"),
+    "worker": (model("worker = 2"), "did you mean 'workers'"),
+    "examples": (model("examples = [1]"), "did you mean 'example'"),
 }
 FINE: dict[str, Files] = {
     "good": file(WHOLE),
@@ -199,6 +199,19 @@ FINE: dict[str, Files] = {
     "base_shared": file("from .._shared import Base\nclass Model(Base):\n    n_workers = 1\n"),
     "slow": file("import time\n" + CLASS + "    def run(self, data, args): time.sleep(5)"),
     "part_of_a_name": model("batch = max_ = load = 1"),
+    "used_in_a_folder": file(
+        CLASS + "    device = 'cpu'\n    def run(self, data, args):\n        from .sub.net import go; return go(self)",
+        **{"sub/net": "def go(model): return model.device"},
+    ),
+    "used_by_a_base": file(
+        "from threading import Event\nfrom model_interface import ModelInterface\n"
+        "class Model(Event, ModelInterface):\n    timeout = 1\n" + RUN
+    ),
+    "callable_object": file(
+        CLASS
+        + "    class Net:\n        def __call__(self, data, args): return data\n    run, _run = Net(), Net()\n"
+        + "    __signature__ = _run.__signature__ = 3"
+    ),
     "endless": file(CLASS + "    example = 1\n    def run(self, data, args):\n        while True: yield data"),
 }
 
@@ -209,6 +222,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for name, files in {**{name: files for name, (files, _) in {**FAILED, **WARNED}.items()}, **FINE}.items():
         (folder / name).mkdir()
         for file_name, text in files.items():
+            (folder / name / file_name).parent.mkdir(exist_ok=True)
             (folder / name / file_name).write_text(text)
     write(folder, "_shared", BASE.replace("examples", "n_workers"))
     server = Server(folder, ready=False, TMS_MODEL_UNKNOWN_ARGUMENT_ARGS='{"szie": 3}')

@@ -108,6 +108,8 @@ def types_of(plugin: type[ModelInterface]) -> Types:
 def _annotations(plugin: type[ModelInterface], method: str, problems: list[str]) -> list[Any]:
     """The annotations of the first two parameters after self, and of what is returned; Any for those without."""
     found: list[Any] = []
+    if not inspect.isroutine(getattr(plugin, method)):  # an object that can be called
+        return [Any, Any, Any]
     lazy: Any = sys.modules.get("annotationlib")  # since Python 3.14
     for index in (1, 2, -1):
         try:

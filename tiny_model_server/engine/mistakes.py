@@ -36,9 +36,6 @@ def model_class(module: ModuleType, path: Path) -> type[ModelInterface]:
     if not issubclass(type(plugin), type) or not issubclass(plugin, ModelInterface):
         hint = _instead(module, path, plugin)
         raise TypeError(f"{path / '__init__.py'} must define class Model(ModelInterface){hint}")
-    patterns = ((path, "*.py"), (path, "*/*.py"), (path.parent, "_*.py"), (path.parent, "_*/*.py"))
-    files = [file for folder, pattern in patterns for file in folder.glob(pattern) if file.is_file()]
-    _check_names(plugin, "\n".join(file.read_text(errors="replace") for file in files))
     _check_methods(plugin)
     if issubclass(plugin, Pipeline) and (isinstance(plugin.stages, str) or not plugin.stages):
         raise TypeError(f'a Pipeline names its models, as in stages = ["decode", "labels"]; it is {plugin.stages!r}')
@@ -60,21 +57,6 @@ def _instead(module: ModuleType, path: Path, found: Any) -> str:
     return ""
 
 
-def _check_names(plugin: type[ModelInterface], source: str) -> None:
-    """TypeError for a method or class attribute that nothing uses, and whose name is almost one of the interface."""
-    ours = (ModelInterface, Pipeline)
-    classes = [one for one in plugin.__mro__ if issubclass(one, ModelInterface) and one not in ours]
-    defined = [(name, value) for one in classes for name, value in vars(one).items()]
-    names = [name for name, _ in defined]
-    for name, value in defined:
-        kind = _METHODS.keys() if inspect.isroutine(value) else _ATTRIBUTES
-        right = name in dir(Pipeline) or name[0] == "_" or isinstance(value, (type, property))
-        if right or len(re.findall(rf"\b{name}\b", source)) != names.count(name):
-            continue
-        if hint := _near(name, kind - set(names)):
-            raise TypeError(f"class Model has {name!r}, which nothing uses{hint}")
-
-
 def _near(name: str, right: Set[str]) -> str:
     """The name of the interface that is meant, as a hint: "num_workers" is almost one, "max_batch" begins one."""
     begun = [one for one in right if "_" in name and one.startswith(f"{name.lower()}_")]
@@ -87,30 +69,35 @@ def _check_methods(plugin: type[ModelInterface]) -> None:
         batch = "" if plugin.run_batch is ModelInterface.run_batch else " return self.run_batch([data], args)[0]"
         raise TypeError(f"class Model has no run: write 'def run(self, data, args):{batch}'")
     for name, arguments in _METHODS.items():
-        bound = isinstance(inspect.getattr_static(plugin, name), (staticmethod, classmethod))
-        try:
-            inspect.signature(getattr(plugin, name)).bind(*["self"] * (not bound), *arguments)
-        except TypeError as error:
-            right = ", ".join(["self", *arguments])
-            raise TypeError(f"write 'def {name}({right})' in class Model ({error})") from None
-        except ValueError:  # it is not written in Python
-            pass
+        method, static = getattr(plugin, name), inspect.getattr_static(plugin, name)
+        bound = isinstance(static, (staticmethod, classmethod)) or not hasattr(type(static), "__get__")
+        problem = "" if callable(method) else f"{short(method)} is not a callable"
+        with suppress(Exception):  # it is not written in Python, or describes itself wrongly
+            signature = inspect.signature(method)
+            try:
+                signature.bind(*["self"] * (not bound), *arguments)
+            except TypeError as error:
+                problem = str(error)
+        if problem:
+            raise TypeError(f"write 'def {name}({', '.join(['self', *arguments])})' in class Model ({problem})")
 
 
 def check_arguments(name: str, plugin: type[ModelInterface], arguments: Mapping[str, Any]) -> None:
     """TypeError if ``__init__`` cannot be called with the arguments that are set for the model of this name."""
-    with suppress(ValueError):  # it is not written in Python
+    try:
         signature = inspect.signature(plugin)
-        try:
-            signature.bind(**arguments)
-        except TypeError as error:
-            wanted = ", ".join(f'"{one}": ...' for one in signature.parameters)
-            variable = f"{model_prefix(name)}ARGS='{{{wanted}}}'"
-            raise TypeError(f"__init__ of class Model: {error}; give defaults, or set {variable}") from None
+    except Exception:  # it is not written in Python, or describes itself wrongly
+        return
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        wanted = ", ".join(f'"{one}": ...' for one in signature.parameters)
+        variable = f"{model_prefix(name)}ARGS='{{{wanted}}}'"
+        raise TypeError(f"__init__ of class Model: {error}; give defaults, or set {variable}") from None
 
 
-def doubts(model: ModelInterface) -> list[str]:
-    """What has no effect in a model, though its author may think that it has."""
+def doubts(model: ModelInterface, path: Path) -> list[str]:
+    """What has no effect in the model of this folder, though its author may think that it has."""
     plugin = type(model)
     found = [
         f"self.{name} has no effect: write {name} = ... as a class attribute, not in __init__"
@@ -118,7 +105,38 @@ def doubts(model: ModelInterface) -> list[str]:
         if vars(model)[name] is not getattr(plugin, name)
     ]
     unused = plugin.max_batch_size == 1 and plugin.run_batch is not ModelInterface.run_batch
-    return found + ["run_batch is not called, because max_batch_size is 1"] * unused
+    return found + ["run_batch is not called, because max_batch_size is 1"] * unused + _odd_names(plugin, path)
+
+
+def _odd_names(plugin: type[ModelInterface], path: Path) -> list[str]:
+    """The methods and class attributes that nothing seems to use, and whose name is almost one of the interface."""
+    ours = (ModelInterface, Pipeline)
+    classes = [one for one in plugin.__mro__ if issubclass(one, ModelInterface) and one not in ours]
+    defined = [(name, value) for one in classes for name, value in vars(one).items()]
+    names = [name for name, _ in defined]
+    source, found = _source(plugin, path), []
+    for name, value in defined:
+        kind = _METHODS.keys() if inspect.isroutine(value) else _ATTRIBUTES
+        if name in dir(Pipeline) or name[0] == "_" or isinstance(value, (type, property)):
+            continue
+        hint = _near(name, kind - set(names))
+        if hint and len(re.findall(rf"\b{name}\b", source)) == names.count(name):
+            found.append(f"class Model has {name!r}, which nothing uses{hint}")
+    return found
+
+
+def _source(plugin: type[ModelInterface], path: Path) -> str:
+    """The code that may use what the class defines: of its folder, of other folders beside it, and of its bases."""
+    bases = {one.__module__ for one in plugin.__mro__} - {ModelInterface.__module__, "abc", "builtins"}
+    modules = [module for name, module in list(sys.modules.items()) if name in bases or name.startswith("models.")]
+    files = {Path(file) for module in modules if (file := getattr(module, "__file__", None))}
+    for folder, pattern in ((path, "*.py"), (path, "*/*.py"), (path.parent, "_*.py"), (path.parent, "_*/*.py")):
+        files |= {*folder.glob(pattern)}
+    texts = []
+    for file in files:
+        with suppress(OSError):  # it may have gone
+            texts.append(file.read_text(errors="replace") if file.suffix == ".py" else "")
+    return "\n".join(texts)
 
 
 def input_shape(shape: Any) -> list[int] | None:

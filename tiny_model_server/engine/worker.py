@@ -216,7 +216,7 @@ def _serve(control: WorkerConnection) -> None:
     call = loop.call if loop else call_directly
     load(mistakes.check_arguments, name, plugin, options.args)
     model, input_shape = load(construct, plugin, options, threads, types, call)
-    for doubt in load(mistakes.doubts, model):
+    for doubt in load(mistakes.doubts, model, path):
         log.warning("model %s: %s", name, doubt)
     control.send(("ready", input_shape))
     _, fds = _receive(control)
