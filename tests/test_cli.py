@@ -190,7 +190,7 @@ def test_a_pipeline_is_checked_with_its_stages(tmp_path: Path) -> None:
             ["check", "--models", "/no/such"],
             "must be a readable folder: .*; make a first model in it: tiny-m",
         ),
-        (["--prot", "1"], "unknown: --prot .did you mean '--port'[?].; see serve --help"),
+        (["--prot", "1"], "unknown: --prot .did you mean '--port'[?].; see .* serve --help"),
         (["chekc"], "invalid choice: 'chekc' .*check"),
         (["--port", "many"], "error: --port='many' must be a whole number from 0 to 65535"),
         (["--strict=maybe"], "error: --strict='maybe' must be 0 or 1"),
@@ -218,6 +218,10 @@ def test_a_refused_command_ends_its_process() -> None:
         assert "Traceback" not in ran.stderr
 
 
+def test_the_help_says_where_the_settings_are() -> None:
+    assert "python server.py serve --help lists all settings." in " ".join(run("--help").stdout.split())
+
+
 def test_a_flag_beside_every_setting(start_server: Callable[..., Server]) -> None:
     printed = run("serve", "--help").stdout
     words = " ".join(printed.split())
@@ -226,6 +230,7 @@ def test_a_flag_beside_every_setting(start_server: Callable[..., Server]) -> Non
         assert " ".join(item.metadata["doc"].split()) in words
     command = [sys.executable, "server.py", "--max-items", "7", "--models", str(only("echo")), "--reload", "--lazy=0"]
     server = start_server(MODELS, command=command, TMS_MAX_ITEMS=5, TMS_RELOAD=0)
+    server.wait_for_log(f"to try the models: http://127.0.0.1:{server.http_port}/$")
     found = server.wait_for_log("settings: .*").group()
     assert "TMS_MAX_ITEMS=7 " in found
     assert "TMS_RELOAD=True TMS_DRAIN" in found

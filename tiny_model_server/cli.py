@@ -86,12 +86,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if unknown:
         flags = [flag_of(PREFIX + item.name) for item in fields(Settings)]
         hint = suggestion(unknown[0].partition("=")[0], ["--models", *flags])
-        parser.error(f"unknown: {unknown[0]}{hint}; see {options.command} --help")
+        parser.error(f"unknown: {unknown[0]}{hint}; see {program()} {options.command} --help")
     return options
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=program(), description="Serves every model folder by gRPC and HTTP.")
+    parser = argparse.ArgumentParser(
+        prog=program(),
+        description="Serves every model folder by gRPC and HTTP.",
+        epilog=f"{program()} serve --help lists all settings. {program()} new NAME makes a first model.",
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 

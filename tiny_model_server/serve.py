@@ -75,6 +75,9 @@ async def _serve(engine: Engine, settings: Settings) -> int:
     host = f"[{host}]" if ":" in host else host
     log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port,
              f", HTTP on {host}:{http.port}" if http else "", os.getpid())  # fmt: skip
+    if http:
+        page = "localhost" if host in ("0.0.0.0", "[::]") else host
+        log.info("to try the models: %s://%s:%d/", "https" if settings.tls_cert else "http", page, http.port)
     log.info("protocols: %s", ", ".join(settings.protocols))
     log.info("who may stop the server and change its models: %s", engine.access.who_may())
     loading = asyncio.create_task(_load(engine, settings, stopped))
