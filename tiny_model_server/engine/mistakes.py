@@ -160,11 +160,13 @@ def describe(error: BaseException, path: Path) -> str:
     return f"{reason}{where}{_remedy(error, reason, path)}"
 
 
-def without_import_system(error: BaseException, path: Path) -> BaseException:
-    """The error with a traceback that begins in the model's folder, if it comes from there."""
+def from_folder(error: BaseException, path: Path) -> BaseException | None:
+    """The error with a traceback that begins in the model's folder; None for a mistake that was found elsewhere."""
     begin = error.__traceback__
     while begin and not begin.tb_frame.f_code.co_filename.startswith(f"{path}{os.sep}"):
         begin = begin.tb_next
+    if not begin and type(error) in (TypeError, ValueError):
+        return None
     return BaseException.with_traceback(error, begin or error.__traceback__)
 
 

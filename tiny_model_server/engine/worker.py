@@ -200,8 +200,7 @@ def _serve(control: WorkerConnection) -> None:
         """What a step of loading returns. If it fails, the front gets the reason, and the process ends."""
         result = attempt(function, *arguments)
         if failed(result):
-            shown = mistakes.without_import_system(result, path)
-            log.error("model %s could not be loaded", name, exc_info=shown)
+            log.error("model %s could not be loaded", name, exc_info=mistakes.from_folder(result, path))
             control.send(("failed", mistakes.describe(result, path)))
             _end(1)
         return result
