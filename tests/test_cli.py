@@ -255,7 +255,7 @@ def test_an_empty_models_folder_is_served_with_a_warning(start_server: Callable[
         ("TMS_GRACE_S", "nan", "TMS_GRACE_S='nan' must be a number from 0 to 1000000"),
         ("TMS_TOKEN", "geheim\u00df", "error: TMS_TOKEN must be printable ASCII without spaces around"),
         ("TMS_ADMIN_TOKEN", " secret", "must be printable ASCII without spaces around"),
-        ("TMS_POTR", "1", "TMS_POTR is not a setting of the server (did you mean 'TMS_PORT'?); there are TMS_ADMIN"),
+        ("TMS_POTR", "1", "TMS_POTR is not a setting of the server (did you mean 'TMS_PORT'?); there are TMS_ACCESS"),
         ("TMS_MODELS_DIR", "/no/such/folder", "must be a readable folder"),
         ("TMS_MODEL_ECHO_WORKERS", "-1", "TMS_MODEL_ECHO_WORKERS='-1' must be a whole number"),
         ("TMS_MODEL_ECHO_ARGS", "[]", "must be a JSON object"),

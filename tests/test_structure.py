@@ -26,7 +26,7 @@ LAYERS = [
     ["client.transport"],
     ["client.blocking", "client.aio"],
     ["model_interface", "model_client"],
-    ["engine.guardian", "engine.placement", "engine.busy_polling", "engine.worker_connection"],
+    ["engine.guardian", "engine.placement", "engine.busy_polling", "engine.worker_connection", "engine.worker_output"],
     ["engine.annotations", "engine.mistakes"],
     ["engine.runner", "engine.children", "engine.metrics"],
     ["engine.event_loop"],

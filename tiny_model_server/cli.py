@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         settings = Settings.from_env(flags=flags)
         if options.command == "check" and settings.log_level == "info":  # its lines are the report
             settings = replace(settings, log_level="warning")
-        logs.configure(settings.log_level, settings.log_format)
+        logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
         for warning in renamed():
             log.warning(warning)
         return _run(settings, options)

@@ -63,6 +63,17 @@ def _one_of(*names: str) -> Parse:
     return lambda text: matching(text.lower())
 
 
+_level = _one_of("debug", "info", "warning", "error")
+
+
+def _levels(text: str) -> str:
+    parts = [part.rpartition("=") for part in text.split(",")]
+    try:
+        return ",".join(f"{name.strip()}{sign}{_level(level.strip())}" for name, sign, level in parts)
+    except ValueError as error:
+        raise ValueError(f"{error}, or several such as info,urllib3=debug") from None
+
+
 def _flag(text: str) -> bool:
     if text.lower() not in _FLAGS:
         raise ValueError("0 or 1")
@@ -143,8 +154,9 @@ class Settings:
     models_dir: Path = _env(Path("models"), Path, "folder whose subfolders are the models")
     aliases: tuple[tuple[str, str], ...] = _env((), _pairs, "more models, as name=folder: big=net,small=net")
     max_loaded: int = _env(0, _count_or_0, "most models loaded at once: those used last; 0: no limit")
-    log_level: str = _env("info", _one_of("debug", "info", "warning", "error"), "least severe level that is logged")
+    log_level: str = _env("info", _levels, "least severe level that is logged; of libraries: info,urllib3=debug")
     log_format: str = _env("text", _one_of("text", "json"), "text, or json: one object a line")
+    access_log: bool = _env(False, _flag, "1: logs a line for each call")
     max_message_mb: int = _env(512, _number(int, 1, 2047), "largest request or answer, in MiB")
     max_items: int = _env(100_000, _number(int, 1), "most inputs in one request (texts, images, values, rows)")
     max_inflight_mb: int = _env(0, _count_or_0, "most MiB of all requests in the server; 0: a quarter of the memory")

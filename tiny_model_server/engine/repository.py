@@ -158,6 +158,11 @@ class ServedModel:
         return [pid for pool in self._pools for pid in pool.pids]
 
     @property
+    def lines(self) -> list[str]:
+        """The last lines that its workers have logged and printed."""
+        return list(self._plugin.lines.copy())  # at once, while the loop adds others
+
+    @property
     def memory(self) -> int:
         """Resident memory of its workers in bytes; 0 where the system does not report it."""
         return sum(map(resident_memory, self.pids))

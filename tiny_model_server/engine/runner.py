@@ -37,6 +37,7 @@ class SafeLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # Python 3.9 ha
     def log(self, level: int, msg: Any, *args: Any, **kwargs: Any) -> None:
         """As Logger.log."""
         with suppress(BaseException):
+            self.logger.disabled = False  # as dictConfig makes it
             super().log(level, msg, *args, **kwargs)
 
 

@@ -193,7 +193,7 @@ def main() -> None:
 
 def _serve(control: WorkerConnection) -> None:
     spec, _ = _receive(control)
-    logs.configure(spec["log_level"], spec["log_format"])
+    logs.configure_worker(*spec["log"])
     name, path = spec["name"], Path(spec["path"])
 
     def load(function: Callable[..., Any], *arguments: Any) -> Any:

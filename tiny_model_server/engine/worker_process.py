@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import deque
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny_model_server.engine import children, placement
 from tiny_model_server.engine.batcher import Batcher, Item
 from tiny_model_server.engine.metrics import ModelMetrics
 from tiny_model_server.engine.worker_connection import WorkerConnection, lacks
+from tiny_model_server.engine.worker_output import KEPT, WorkerOutput
 from tiny_model_server.engine.worker_slot import WorkerSlot
 from tiny_model_server.errors import InvalidInput, ModelUnavailable
 from tiny_model_server.settings import ModelOptions, Settings
@@ -37,6 +39,8 @@ class Plugin:
     name: str
     path: Path
     overrides: dict[str, Any]
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT), compare=False)
+    """The last lines that its workers have logged and printed."""
 
     @property
     def interpreter(self) -> str:
@@ -91,7 +95,8 @@ class WorkerProcess:
         """Starts the process of worker ``index``, counted in all replicas. ModelUnavailable or OSError if it cannot."""
         self._plugin, self._settings, self._index = plugin, settings, index
         self._placement = self._place(options)
-        self._popen, self._control = _start(plugin, _environment(plugin, settings) | self._placement)
+        self._popen, self._control, output = _start(plugin, _environment(plugin, settings) | self._placement)
+        self._output = WorkerOutput(output, {"model": plugin.name, "worker": index}, plugin.lines)
         self._loop = asyncio.get_running_loop()
         self._pidfd: int | None = None
         self.ended: asyncio.Future[str] = self._loop.create_future()
@@ -106,11 +111,11 @@ class WorkerProcess:
         """Lets the process import, construct and warm up the model. ModelUnavailable gives the reason of a failure."""
         plugin, settings = self._plugin, self._settings
         options = ModelOptions().with_overrides(plugin.overrides)
-        spec = {"name": plugin.name, "path": str(plugin.path)}
+        log_as = (settings.log_level, settings.log_format, self._output.mark, self._output.origin)
         try:
-            self._control.send(spec | {"log_level": settings.log_level, "log_format": settings.log_format})
+            self._control.send({"name": plugin.name, "path": str(plugin.path), "log": log_as})
             declared = await self._receive("declared", options.load_timeout_s)
-            self.pid = declared["pid"]
+            self.pid = self._output.origin["pid"] = declared["pid"]
             options = ModelOptions().declared(declared["options"]).with_overrides(plugin.overrides)
             facts = {name: declared[name] for name in ("metadata", "example", "stages", "schema", "is_async")}
             loaded = Loaded(options, None, **facts)
@@ -161,6 +166,7 @@ class WorkerProcess:
         self.kill()
         await asyncio.shield(self.ended)
         items = [item for slot in self.slots for item in slot.end()]
+        self._output.close()
         self._control.close()
         children.forget(self._popen)
         return items
@@ -231,18 +237,23 @@ def _environment(plugin: Plugin, settings: Settings) -> dict[str, str]:
     return env
 
 
-def _start(plugin: Plugin, env: dict[str, str]) -> tuple["subprocess.Popen[bytes]", WorkerConnection]:
-    """A guardian, below which a worker starts, and the front's end of its control connection."""
+def _start(plugin: Plugin, env: dict[str, str]) -> tuple["subprocess.Popen[bytes]", WorkerConnection, int]:
+    """A guardian, below which a worker starts, and the front's ends of its control connection and of its output."""
     ours, theirs = socket.socketpair()
-    with theirs, ExitStack() as opened:
+    with theirs, ExitStack() as opened, ExitStack() as given:
         opened.callback(ours.close)
         ours.setblocking(False)
+        reader, writer = os.pipe()
+        opened.callback(os.close, reader)
+        given.callback(os.close, writer)
         try:
             with placement.on_all_cores():
                 popen = children.spawn(
                     [plugin.interpreter, _WORKER, str(theirs.fileno())],
                     env,
                     stdin=subprocess.DEVNULL,
+                    stdout=writer,
+                    stderr=writer,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,  # a Ctrl-C in the terminal is for the front alone
                 )
@@ -251,4 +262,4 @@ def _start(plugin: Plugin, env: dict[str, str]) -> tuple["subprocess.Popen[bytes
                 raise
             raise ModelUnavailable(f"its interpreter {plugin.interpreter} cannot be started: {error}") from None
         opened.pop_all()
-        return popen, WorkerConnection(ours)
+        return popen, WorkerConnection(ours), reader

@@ -89,6 +89,7 @@ class Web:
         posts["run"] = self._run
         routes = [Route(path, answer) for path, answer in (gets | {"/metrics": self._metrics}).items()]
         routes += [Route(f"/models/{{name:path}}/{name}", answer, methods=["POST"]) for name, answer in posts.items()]
+        routes.append(Route("/models/{name:path}/logs", self._lines))
         if "open_inference" in settings.protocols:
             routes.append(Route("/v2{rest:path}", self._open_inference, methods=["GET", "POST"]))
         if "openai" in settings.protocols:
@@ -190,6 +191,10 @@ class Web:
         self._admit(request)
         states = await asyncio.to_thread(lambda: [_numbers(model) for model in self._engine.models()])
         return json_response({"models": states, "grpc_port": self._grpc_port})
+
+    async def _lines(self, request: Request) -> Response:
+        self._admit(request)
+        return json_response({"lines": self._engine.model(request.path_params["name"]).lines})
 
     async def _change(self, action: str, request: Request) -> Response:
         self._admit(request, changes=True)
