@@ -27,6 +27,7 @@ from tiny_model_server.client.errors import (
 )
 from tiny_model_server.client.local import shared_array
 from tiny_model_server.client.transport import Transport
+from tiny_model_server.request_ids import request_id
 
 __all__ = [
     "AsyncModelClient",
@@ -42,6 +43,7 @@ __all__ = [
     "PermissionDenied",
     "ServerUnavailable",
     "Unauthenticated",
+    "request_id",
     "shared_array",
 ]
 

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT
 
 LAYERS = [
-    ["errors"],
+    ["errors", "request_ids"],
     ["conversions"],
     ["budget", "codec", "logs", "custom_metrics", "settings", "tracing", "ending", "local_transport"],
     ["shared_memory", "image_files", "access", "json_arrays"],
@@ -48,6 +48,7 @@ LAYERS = [
     ["server.forms", "server.answers"],
     ["server.health"],
     ["server.grpc_server", "server.local_server", "server.http_server", "server.http_app", "server.reload"],
+    ["server.http_access_log"],
     ["serve", "checks", "scaffold", "replicas"],
     ["cli"],
     ["__main__"],
@@ -67,9 +68,16 @@ TOP = {"model_client", "model_interface", "server"}
 ORDER = {
     name if name in TOP else f"tiny_model_server.{name}": rank for rank, layer in enumerate(LAYERS) for name in layer
 }
-CLIENT_NEEDS = {"errors", "conversions", "codec", "shared_memory", "local_transport", "schemas", "tracing"} | {
-    f"client.{path.stem}" for path in (ROOT / "tiny_model_server" / "client").glob("[a-z]*.py")
-}
+CLIENT_NEEDS = {
+    "errors",
+    "request_ids",
+    "conversions",
+    "codec",
+    "shared_memory",
+    "local_transport",
+    "schemas",
+    "tracing",
+} | {f"client.{path.stem}" for path in (ROOT / "tiny_model_server" / "client").glob("[a-z]*.py")}
 SOURCES = [ROOT / "server.py", ROOT / "model_client.py", ROOT / "model_interface.py"]
 SOURCES += [path for path in sorted((ROOT / "tiny_model_server").rglob("*.py")) if "templates" not in path.parts]
 

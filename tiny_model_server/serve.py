@@ -14,6 +14,7 @@ from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.placement import cpus, keep_memory, keep_to_one_core
 from tiny_model_server.engine.repository import State
 from tiny_model_server.server.grpc_server import GrpcServer
+from tiny_model_server.server.http_access_log import HttpAccessLog
 from tiny_model_server.server.http_app import Web
 from tiny_model_server.server.http_server import HttpServer
 from tiny_model_server.server.local_server import LocalServer
@@ -49,7 +50,9 @@ async def _serve(engine: Engine, settings: Settings) -> int:
     grpc_server = GrpcServer(engine, settings)
     http = None
     if settings.http_port is not None:
-        http = HttpServer(Web(engine, settings, grpc_server.port), settings, engine.inflight.limit // 2)
+        web = Web(engine, settings, grpc_server.port)
+        app = HttpAccessLog(web) if settings.access_log else web
+        http = HttpServer(app, settings, engine.inflight.limit // 2)
     engine.access.ports = frozenset([grpc_server.port, *([http.port] if http else [])])
     local = _open_local(engine, settings, grpc_server)
 

@@ -9,6 +9,9 @@ from typing import Any
 
 log = logging.getLogger("tiny_model_server.tracing")
 
+REQUEST_ID = "tms.request_id"
+"""A span's attribute with the id of its call."""
+
 
 @cache
 def provider() -> Any | None:
@@ -43,24 +46,33 @@ def interceptors(kind: str) -> list[Any]:
     return made if isinstance(made, list) else [made]
 
 
-def client_span(path: str) -> tuple[Any, tuple[tuple[str, str], ...]]:
+def client_span(path: str, request_id: str) -> tuple[Any, tuple[tuple[str, str], ...]]:
     """Begins a call's span. Returns it and the metadata that names it to the server; (None, ()) without a collector."""
     if not (found := provider()):
         return None, ()
     from opentelemetry import propagate, trace
 
     span = found.get_tracer("tiny_model_server").start_span(path, kind=trace.SpanKind.CLIENT)
+    span.set_attribute(REQUEST_ID, request_id)
     headers: dict[str, str] = {}
     propagate.inject(headers, trace.set_span_in_context(span))
     return span, tuple(headers.items())
 
 
-def spans(model: str, steps: Iterable[tuple[str, float, float]]) -> None:
-    """Adds (name, begin, end) on the monotonic clock to the call of this thread."""
+def name_span(request_id: str) -> None:
+    """Gives the span of this thread's call its id."""
+    if provider():
+        from opentelemetry import trace
+
+        trace.get_current_span().set_attribute(REQUEST_ID, request_id)
+
+
+def spans(attributes: dict[str, str], steps: Iterable[tuple[str, float, float]]) -> None:
+    """Adds (name, begin, end) on the monotonic clock to the call of this thread, with these attributes."""
     found = provider()
     if not found:
         return
     tracer, epoch = found.get_tracer("tiny_model_server"), time.time() - time.monotonic()
     for name, begin, end in steps:
-        span = tracer.start_span(name, start_time=int((epoch + begin) * 1e9), attributes={"tms.model": model})
+        span = tracer.start_span(name, start_time=int((epoch + begin) * 1e9), attributes=attributes)
         span.end(int((epoch + end) * 1e9))

@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
-from tiny_model_server import tracing
+from tiny_model_server import request_ids, tracing
 from tiny_model_server.client import channel, errors, fork_safety
 from tiny_model_server.client.calls import STATUSES, Request
 from tiny_model_server.client.local import LocalConnection, LocalConnections
@@ -32,7 +32,7 @@ class Call:
         self.handle: Any = None
         """What cancels the call. A blocking call by gRPC has none: it ends when its channel closes."""
         self.channel: channel.SharedChannel
-        self._span, self._trace = tracing.client_span(request.method.path)
+        self._span, self._trace = tracing.client_span(request.method.path, request.id)
 
     def remaining(self) -> float:
         """Seconds until the deadline, never 0."""
@@ -41,7 +41,8 @@ class Call:
     def options(self) -> dict[str, Any]:
         """Time limit and metadata, as gRPC takes them."""
         once = () if self.retry else (("tms-retry", "no"),)
-        return {"timeout": self.remaining(), "metadata": (*self.transport.metadata, *once, *self._trace)}
+        known = ((request_ids.HEADER, self.request.id), *once, *self._trace)
+        return {"timeout": self.remaining(), "metadata": (*self.transport.metadata, *known)}
 
     def cancel_by(self, handle: Any) -> Any:
         """Notes what cancels the call; cancelling the application's future does it, too."""
@@ -65,11 +66,12 @@ class Call:
         replica = self.ended(trailing, status)
         if details == _NO_ANSWER:
             details = f"no answer within timeout={self.timeout:g} s"
-        return errors.from_status(status, details, self.transport.model, "" if replica == NOBODY else replica)
+        replica = "" if replica == NOBODY else replica
+        return errors.from_status(status, details, self.transport.model, replica, self.request.id)
 
     def cancelled(self, why: str = "the client was closed") -> errors.ModelClientError:
         """The exception for a call that this process has ended."""
-        return errors.from_status("CANCELLED", why, self.transport.model)
+        return errors.from_status("CANCELLED", why, self.transport.model, request_id=self.request.id)
 
 
 class LocalCall:
@@ -90,7 +92,7 @@ class LocalCall:
             self.cancel()
             return False
         try:
-            connection.send(call.request.method.path.encode(), message, call.remaining(), call.retry)
+            connection.send(call.request.method.path, call.request.id, message, call.remaining(), call.retry)
         except OSError:
             pass  # ``receive`` reports it
         return True

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tiny_model_server import codec, conversions, local_transport, schemas
+from tiny_model_server import codec, conversions, local_transport, request_ids, schemas
 from tiny_model_server.client import arguments, errors
 from tiny_model_server.codec import Array, Encoded
 from tiny_model_server.errors import CODES, InvalidInput
@@ -54,6 +54,7 @@ class Request:
     parts: Sequence[tuple[Any, Array]]
     """(the part of the message that describes an array, the array)."""
     decode: Callable[[Any, Source], Any]
+    id: str
 
     @property
     def arrays(self) -> list[Array]:
@@ -98,7 +99,8 @@ class Request:
 def ask(method: str, **fields: Any) -> Request:
     """A request with these fields and without arrays."""
     described = METHODS[method]
-    return Request(described, described.request(**fields), [], _DECODERS[described.response.DESCRIPTOR.name])
+    decode = _DECODERS[described.response.DESCRIPTOR.name]
+    return Request(described, described.request(**fields), [], decode, request_ids.for_call())
 
 
 def text(method: str, model: str, value: str, args: Args) -> Request:
@@ -154,7 +156,7 @@ def method_for(item: Any) -> str:
 
 
 def _batch(request: Request, model: str, return_exceptions: bool) -> Request:
-    request.decode = partial(_outcomes, model=model, return_exceptions=return_exceptions)
+    request.decode = partial(_outcomes, model=model, request_id=request.id, return_exceptions=return_exceptions)
     return request
 
 
@@ -245,7 +247,7 @@ _DECODERS: dict[str, Callable[[Any, Source], Any]] = {
 }
 
 
-def _outcomes(response: Any, source: Source, *, model: str, return_exceptions: bool) -> list[Any]:
+def _outcomes(response: Any, source: Source, *, model: str, request_id: str, return_exceptions: bool) -> list[Any]:
     """The answers of a batch. The first error is raised, unless errors stand in the places of their items."""
     outcomes: list[Any] = []
     for index, item in enumerate(response.items):
@@ -253,7 +255,7 @@ def _outcomes(response: Any, source: Source, *, model: str, return_exceptions: b
             outcomes.append(_decoded(item.value.json, item.value.arrays, source))
             continue
         status = STATUSES.get(item.error.code, "UNKNOWN")
-        error = errors.from_status(status, f"item {index}: {item.error.message}", model)
+        error = errors.from_status(status, f"item {index}: {item.error.message}", model, request_id=request_id)
         if not return_exceptions:
             raise error
         outcomes.append(error)

@@ -8,17 +8,20 @@ import grpc
 class ModelClientError(grpc.RpcError):
     """A call that failed: ``code()`` is the gRPC status, ``details()`` says what was wrong.
 
-    ``model`` was called; ``replica`` ("host:port", as it names itself) answered, or is "" if none did.
+    ``model`` was called; ``replica`` ("host:port", as it names itself) answered, or is "" if none did. The server's log
+    names the call by ``request_id``.
     """
 
-    def __init__(self, code: grpc.StatusCode, details: str, model: str = "", replica: str = "") -> None:
+    def __init__(
+        self, code: grpc.StatusCode, details: str, model: str = "", replica: str = "", request_id: str = ""
+    ) -> None:
         text = f"{model}: {details}" if model and repr(model) not in details else details
         super().__init__(f"{text} (replica {replica})" if replica else text)
         self._code, self._details = code, details
-        self.model, self.replica = model, replica
+        self.model, self.replica, self.request_id = model, replica, request_id
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._code, self._details, self.model, self.replica)
+        return type(self), (self._code, self._details, self.model, self.replica, self.request_id)
 
     def code(self) -> grpc.StatusCode:
         """The gRPC status."""
@@ -83,6 +86,8 @@ _CLASSES = {
 }
 
 
-def from_status(status: str, details: str, model: str = "", replica: str = "") -> ModelClientError:
+def from_status(
+    status: str, details: str, model: str = "", replica: str = "", request_id: str = ""
+) -> ModelClientError:
     """The exception for a gRPC status, given by its name."""
-    return _CLASSES.get(status, ModelClientError)(grpc.StatusCode[status], details, model, replica)
+    return _CLASSES.get(status, ModelClientError)(grpc.StatusCode[status], details, model, replica, request_id)

@@ -232,7 +232,8 @@ class Transport:
         error = call.failed(failed.trailing_metadata(), failed.code().name, failed.details() or "no details")
         unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
         if unanswered and (why := self._why_unanswered()):
-            return self._unreachable(f"it disconnected, and did not come back within {call.timeout:g} s ({why})")
+            why = f"it disconnected, and did not come back within {call.timeout:g} s ({why})"
+            return self._unreachable(why, call.request.id)
         return error
 
     def _why_unanswered(self) -> str | None:
@@ -241,9 +242,9 @@ class Transport:
                 self._silence, self._probed = self.why_silent(timeout=_PROBE_S), time.monotonic()
             return self._silence
 
-    def _unreachable(self, why: str) -> errors.ModelClientError:
+    def _unreachable(self, why: str, request_id: str = "") -> errors.ModelClientError:
         details = f"no server at {', '.join(self.addresses)}: {why}"
-        return errors.from_status("UNAVAILABLE", details, self.model)
+        return errors.from_status("UNAVAILABLE", details, self.model, request_id=request_id)
 
     def _remedy(self, why: str) -> str:
         """What to do about gRPC's reason why no server answers, which holds for one IP address of a name only."""

@@ -34,6 +34,7 @@ class Item:
     response: SharedBuffers | None = None
     """Where the worker writes the arrays of the outcome."""
     stream: "Stream | None" = None
+    request_id: str = ""
     attempts: int = 0
     enqueued: float = field(default_factory=time.monotonic)
     begun: float = 0.0

@@ -3,7 +3,9 @@
 import asyncio
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
+from tiny_model_server import logs, request_ids
 from tiny_model_server.codec import Encoded, signature
 from tiny_model_server.engine.batcher import Item, Outcome, Stream
 from tiny_model_server.engine.repository import ServedModel
@@ -36,6 +38,33 @@ class Call:
     """The bytes of the request's image or last array, if they follow the message instead of being in it."""
     trailing: dict[str, str | bytes] = field(default_factory=dict)
     """Metadata to send with the answer's status."""
+    served: str = ""
+    """The model that was called."""
+    queue_s: float = 0.0
+    """From its arrival until the first of its inputs began to run."""
+    model_s: float = 0.0
+    """From then until the last one's outcome."""
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+    @cached_property
+    def id(self) -> str:
+        """The id that the caller has given it, else a new one."""
+        return request_ids.checked(self.metadata.get(request_ids.HEADER))
+
+    def named(self, model: str) -> str:
+        """The model that it is for: ``model``, as the request names it, unless a router in front chose another."""
+        self.served = self.model or model
+        return self.served
+
+    def log_access(self, method: str, status: str) -> None:
+        """Adds a line to the access log, if there is one."""
+        if not logs.access.disabled:
+            times = {"queue_ms": round(1000 * self.queue_s, 3), "model_ms": round(1000 * self.model_s, 3)}
+            sizes = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
+            ends = {"peer": self.peer, "request_id": self.id}
+            fields = {"status": status, "model": self.served, **times, **sizes, **ends}
+            logs.access.info("%s", method, extra={"fields": fields})
 
 
 @dataclass(eq=False)
@@ -80,6 +109,7 @@ class Run:
             key: Hashable = object() if alone else (self.args, () if mixes else signature(value))
             item = Item(value, self.args, key, self.call.deadline, self._resolved, self.json_only)
             item.repeatable, item.response, item.stream = repeatable, self.response, self.stream
+            item.request_id = self.call.id
             items.append(item)
         self.items = items
         self._waiting = len(items)
@@ -93,6 +123,13 @@ class Run:
         assert self.stream
         values = await self.stream.get()
         return values or [outcome for outcome in self.outcomes if isinstance(outcome, ServerError)]
+
+    def note_times(self, now: float) -> None:
+        """Adds to the call's times in queue and in the model; for the access log."""
+        if self.items:
+            begun = min((item.begun for item in self.items if item.begun), default=now)
+            self.call.queue_s += begun - min(item.enqueued for item in self.items)
+            self.call.model_s += now - begun
 
     def finish(self, outcomes: list[Outcome]) -> None:
         """Reports the outcomes, unless that was done before."""

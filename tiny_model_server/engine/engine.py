@@ -123,6 +123,8 @@ class Engine:
 
     def _answer(self, run: Run) -> None:
         """Counts the outcomes of a run, and reports them to who waits for them."""
+        if self.settings.access_log:
+            run.note_times(time.monotonic())
         if model := run.model:
             model.metrics.answered(run.since, [status_of(outcome) for outcome in run.outcomes])
             if isinstance(run.outcomes[0], NowAPipeline):
@@ -308,13 +310,13 @@ class Engine:
         self, name: str, values: Sequence[Encoded], args: Mapping[str, Any], call: Call, *, json_only: bool = False
     ) -> list[Outcome]:
         """One outcome an input, in order: the model's answer, or the error of that input alone."""
-        model, text = self.model(call.model or name), self.check_batch(values, args)
+        model, text = self.model(call.named(name)), self.check_batch(values, args)
         self._check_room(model, values)
         buffers = self._buffers.take()
         answered: queue.SimpleQueue[Run] = queue.SimpleQueue()
         try:
             response = (call.buffers or buffers) if len(values) == 1 else None
-            run = Run(call.model or name, place(values, buffers), text, call, answered.put, json_only, response)
+            run = Run(call.served, place(values, buffers), text, call, answered.put, json_only, response)
             self._begin_from_thread(run)
             try:
                 answered.get(timeout=_remaining(call.deadline))
@@ -327,7 +329,7 @@ class Engine:
             steps = (
                 (("queue", item.enqueued, item.begun), ("compute", item.begun, time.monotonic())) for item in run.items
             )
-            tracing.spans(run.name, itertools.chain.from_iterable(steps))
+            tracing.spans({"tms.model": run.name, tracing.REQUEST_ID: call.id}, itertools.chain.from_iterable(steps))
             return [copy_out(one) if isinstance(one, Encoded) and response is buffers else one for one in run.outcomes]
         finally:
             self._buffers.give_back(buffers)
@@ -349,13 +351,13 @@ class Engine:
         self, name: str, value: Encoded, args: Mapping[str, Any], call: Call, *, json_only: bool = False
     ) -> Iterator[Run]:
         """Begins a run whose values are read from its stream. The end of the block ends the model's work on it."""
-        model, text = self.model(call.model or name), self.check_batch([value], args)
+        model, text = self.model(call.named(name)), self.check_batch([value], args)
         self._check_room(model, [value])
         buffers = self._buffers.take()
         try:
             stream = Stream(self.settings.stream_idle_s)
             values = place([value], buffers)
-            run = Run(call.model or name, values, text, call, lambda run: stream.end(), json_only, stream=stream)
+            run = Run(call.served, values, text, call, lambda run: stream.end(), json_only, stream=stream)
             self._begin_from_thread(run)
             try:
                 yield run

@@ -94,7 +94,8 @@ class Slot:
         if message is False:  # it cancels a batch that has just ended
             return
         self._calls.cancelled = False
-        args, items, streams, fresh, closed = message
+        args, items, streams, fresh, closed, ids = message
+        logs.request_ids.set(ids)
         for (name, owned), request, response in zip(fresh, fds[::2], fds[1::2]):
             self._buffers[name] = _Buffers(Segment(request), Segment(response), owned)
         for name in closed:
@@ -104,6 +105,7 @@ class Slot:
         outcomes = self._stream(args, items, inputs) if streams else self._outcomes(args, items, inputs)
         retained = self._retained(inputs)
         self._connection.send((outcomes, time.monotonic() - started, retained, custom_metrics.drain()))
+        logs.request_ids.set("")
 
     def _retained(self, inputs: list[tuple[int, weakref.ref[Any]]]) -> set[int]:
         """The buffers of which the model has kept an input, or a view of one: the front must not write to them again.

@@ -21,6 +21,7 @@ from tiny_model_server.shared_memory import Place, SharedBuffers, read_arrays, u
 log = logging.getLogger("tiny_model_server.worker_slot")
 
 _RETRY_AFTER_MS = 100
+_MOST_IDS = 3  # of a batch that its log lines name
 _CANCEL_S = 1.0  # that a batch has to end when it is cancelled after timeout_s; then its worker is killed
 
 
@@ -111,7 +112,7 @@ class WorkerSlot:
             closed = self._known - {buffers.name for item in batch for buffers in item.buffers}
         met = [(buffers.name, buffers.caller_owned) for buffers in fresh.values()]
         fds = [fd for buffers in fresh.values() for fd in (buffers.request, buffers.response)]
-        self._connection.send((batch[0].args, items, batch[0].stream is not None, met, closed), fds)
+        self._connection.send((batch[0].args, items, batch[0].stream is not None, met, closed, _ids(batch)), fds)
         self._known = (self._known - closed) | fresh.keys()
 
     def _not_sent(self, error: Exception) -> None:
@@ -234,3 +235,11 @@ class WorkerSlot:
         if self._timer:
             self._timer.cancel()
             self._timer = None
+
+
+def _ids(batch: list[Item]) -> str:
+    """The ids of a batch's requests, as the worker's log lines have them: "a,b,c,+5"."""
+    if len(batch) == 1:
+        return batch[0].request_id
+    ids = list(dict.fromkeys(item.request_id for item in batch))
+    return ",".join(ids[:_MOST_IDS] + [f"+{len(ids) - _MOST_IDS}"] * (len(ids) > _MOST_IDS))

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import grpc
 from google.protobuf.message import DecodeError
 
+from tiny_model_server.engine.call import Call
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import Cancelled, DeadlineExceeded, InvalidInput, Overloaded, ServerError, Unimplemented
 from tiny_model_server.server.grpc_call import GrpcCall, abort
@@ -148,13 +149,17 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
         """Admits a call. grpcio calls this when the headers have arrived, with what to run in a thread."""
         call, metadata = GrpcCall(event, state), dict(event.invocation_metadata)
 
+        def refused(error: ServerError) -> None:
+            Call(peer=call.peer, metadata=metadata).log_access(event.call_details.method.decode(), error.status)
+
         def start(message: bytes | None) -> None:
             try:
                 if message is None and not (behavior.args[0].request_streaming and call.context.is_active()):
                     raise Unimplemented(NO_REQUEST)
                 self._count(call, message)
-            except ServerError:
+            except ServerError as error:
                 self._leave(call)
+                refused(error)
                 raise
             super(Admission, self).submit(run, respond, event, state, behavior, lambda: call, *codecs)
 
@@ -162,6 +167,7 @@ class Admission(ThreadPoolExecutor, grpc.ServerInterceptor):
             self._engine.access.authenticate(metadata)
             self._enter(call.peer, metadata.get("grpc-previous-rpc-attempts"))
         except ServerError as error:
+            refused(error)
             call.end(error)
             return
         remaining = call.context.time_remaining()

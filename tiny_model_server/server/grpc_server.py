@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from grpc_reflection.v1alpha import reflection
 
-from tiny_model_server import schemas, tracing
+from tiny_model_server import request_ids, schemas, tracing
 from tiny_model_server.engine import placement
 from tiny_model_server.engine.call import Call
 from tiny_model_server.engine.engine import Engine
@@ -139,7 +139,8 @@ class GrpcServer:
     def _unary(self, method: schemas.Method, handler: Callable[[Any, Call], Any]) -> Callable[[Any, Any], bytes]:
         def answer(data: Any, context: Any) -> bytes:
             with self._answering(method, context) as call:
-                return schemas.serialized(handler(_parsed(method, data, call, self._most_items), call), self._largest)
+                response = handler(_parsed(method, data, call, self._most_items), call)
+                return _counted(schemas.serialized(response, self._largest), call)
             raise AssertionError  # _answering lets no error pass
 
         return answer
@@ -148,7 +149,7 @@ class GrpcServer:
         def answer(data: Any, context: Any) -> Iterator[bytes]:
             with self._answering(method, context) as call:
                 for response in handler(_parsed(method, data, call, self._most_items), call):
-                    yield schemas.serialized(response, self._largest)
+                    yield _counted(schemas.serialized(response, self._largest), call)
 
         return answer
 
@@ -156,17 +157,24 @@ class GrpcServer:
     def _answering(self, method: schemas.Method, context: Any) -> Iterator[Call]:
         """Answers an error raised inside with its gRPC status, and names the replica that answered."""
         call = _call(context)
-        call.trailing["tms-replica"] = self.replica
+        call.trailing |= {"tms-replica": self.replica, request_ids.HEADER: call.id}
+        tracing.name_span(call.id)
         attempts = call.metadata.get("grpc-previous-rpc-attempts", "")
         if isinstance(attempts, str) and attempts.isdecimal() and attempts.isascii():  # a caller may send anything
             call.trailing["tms-retries"] = attempts
+        status = "CANCELLED"  # by its caller
         try:
             yield call
+            status = "OK"
         except ServerError as error:
+            status = error.status
             abort(context, error, call.trailing)
         except Exception as error:
-            log.exception("%s failed", method.path)
+            status = ServerError.status
+            log.exception("%s failed", method.path, extra={"fields": {"request_id": call.id}})
             abort(context, ServerError(f"a fault in the server: {message_of(error, named=True)}"), call.trailing)
+        finally:
+            call.log_access(method.path, status)
         context.set_trailing_metadata(tuple(call.trailing.items()))
 
     def _update_health(self) -> None:
@@ -178,8 +186,18 @@ class GrpcServer:
 def _parsed(method: schemas.Method, data: Any, call: Call, most: int) -> Any:
     """The request or, of a stream, the requests; parsed here, for what grpcio cannot parse it answers as INTERNAL."""
     if method.client_streaming:
-        return (schemas.parse(method, one, call, most) for one in data)
+        return (_parsed_one(method, one, call, most) for one in data)
+    return _parsed_one(method, data, call, most)
+
+
+def _parsed_one(method: schemas.Method, data: bytes, call: Call, most: int) -> Any:
+    call.bytes_in += len(data)
     return schemas.parse(method, data, call, most)
+
+
+def _counted(answer: bytes, call: Call) -> bytes:
+    call.bytes_out += len(answer)
+    return answer
 
 
 def _call(context: Any) -> Call:

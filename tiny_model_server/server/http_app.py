@@ -6,9 +6,7 @@ health is answered by the event loop itself, also while all threads are busy.
 
 import asyncio
 import math
-import re
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, aclosing, asynccontextmanager, suppress
@@ -26,7 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from tiny_model_server import codec
+from tiny_model_server import codec, request_ids
 from tiny_model_server.codec import Encoded
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
@@ -64,7 +62,6 @@ _PATHS = (
     "get /, /livez, /readyz, /models, /models/NAME, /metrics, /openapi.json, /docs or /v2, "
     "or post to /models/NAME/run, load, unload or reload"
 )
-_ID = re.compile(r"[!-~]([ -~]{0,126}[!-~])?")
 _TIMEOUT_S = 60.0
 _DRAIN_S = 2.0  # time to read and drop the rest of a body
 _SPARE_THREADS = 8  # beyond what the engine admits: some are always left for refusals and for changing models
@@ -103,8 +100,7 @@ class Web:
         asked = Headers(scope=scope)
         # A POST whose length is not known may be followed by what its sender means as the body.
         unread = scope["method"] == "POST" or _has_length(asked)
-        given = asked.get("x-request-id", "")
-        request_id = given if _ID.fullmatch(given) else uuid.uuid4().hex
+        request_id = request_ids.checked(asked.get(request_ids.HEADER))
         MutableHeaders(scope=scope)["X-Request-Id"] = request_id  # where the call's metadata have it from
 
         async def read() -> Message:
@@ -366,7 +362,8 @@ def _call(request: Request, ended: "Future[None]", timeout_s: float | None = _TI
     host, port = request.client or ("", 0)
     peer = f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    return Call(deadline, peer, dict(request.headers), on_end)
+    call = request.scope["call"] = Call(deadline, peer, dict(request.headers), on_end)  # for the access log
+    return call
 
 
 def _compressed(request: Request, response: Response) -> Response:

@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-from tiny_model_server import local_transport, schemas
+from tiny_model_server import local_transport, request_ids, schemas
+from tiny_model_server.codec import Encoded
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import CODES, Cancelled, ServerError, Stopping, Unimplemented, message_of
-from tiny_model_server.local_transport import ANSWER, AT_ONCE, FINAL, HELLO, READY, REQUEST
+from tiny_model_server.local_transport import ANSWER, AT_ONCE, FINAL, HELLO, READY, REQUEST, TAKES_IDS
 from tiny_model_server.protocols import native
 from tiny_model_server.shared_memory import SharedBuffers, sealed
 
@@ -103,6 +104,7 @@ class _Connection:
         self._skipped = 0  # bytes of a refused request that were received and dropped
         self._counted = 0  # bytes of the request that count as under way
         self._refusal: ServerError | None = None
+        self._call, self._path = Call(), b""
         self._unsent = memoryview(b"")
         self._writing = False  # whether the loop reports that more can be sent
         self._cancel: Callable[[], None] | None = None
@@ -190,7 +192,7 @@ class _Connection:
         self._greeting.cancel()
         self._metadata, self._received = metadata, bytearray()
         assert self._buffers
-        name = self._server.name
+        name = self._server.name + (b"\n" if metadata.pop(TAKES_IDS, None) else b"")
         socket.send_fds(self._socket, [HELLO.pack(len(name))], [self._buffers.request, self._buffers.response])
         self._socket.sendall(name)
 
@@ -225,18 +227,20 @@ class _Connection:
         refusal, self._refusal, self._skipped = self._refusal, None, 0
         _, seconds, repeatable, path_size = REQUEST.unpack_from(data)
         begin = REQUEST.size + path_size
-        call = Call(
+        path, _, sent = data[REQUEST.size : begin].partition(b" ")
+        call = self._call = Call(
             time.monotonic() + seconds if seconds < _NO_DEADLINE_S else None,
             "unix:",
-            self._metadata or {},
+            {**(self._metadata or {}), request_ids.HEADER: sent.decode(errors="replace")},
             self._on_end,
             bool(repeatable),
             buffers=self._buffers,
             largest=self._server.largest,
+            bytes_in=len(data) - begin,
         )
-        self.busy = True
+        self.busy, self._path = True, path
         try:
-            self._begin(data[REQUEST.size : begin], data[begin:], call, refusal)
+            self._begin(path, data[begin:], call, refusal)
         except Exception as error:
             self._fail(error)
 
@@ -257,7 +261,7 @@ class _Connection:
         args = self._engine.check_batch(work.values, work.args)
         response = self._buffers if len(work.values) == 1 else None
         done = partial(self._answer, work)
-        run = Run(call.model or work.model, work.values, args, call, done, work.json_only, response)
+        run = Run(call.named(work.model), work.values, args, call, done, work.json_only, response)
         self._cancel = partial(run.cancel, Cancelled("the caller disconnected"))
         self._engine.begin(run)
 
@@ -277,7 +281,7 @@ class _Connection:
             if error := future.exception():
                 self._fail(error)
             else:
-                self._send(0, future.result())
+                self._send("OK", future.result())
 
         future = self._server.threads.submit(work)
         buffers.holders += 1  # only now: it may have failed
@@ -290,16 +294,24 @@ class _Connection:
             body = schemas.serialized(work.answer(run.outcomes), self._server.largest)
         except Exception as error:
             return self._fail(error)
-        self._send(0, body)
+        placed = [one.arrays for one in run.outcomes if isinstance(one, Encoded) and one.shared]
+        run.call.bytes_out = sum(array.nbytes for arrays in placed for array in arrays)
+        self._send("OK", body)
 
     def _fail(self, error: BaseException) -> None:
         if not isinstance(error, ServerError):
-            log.error("a call failed", exc_info=error)
+            log.error("a call failed", exc_info=error, extra={"fields": {"request_id": self._call.id}})
             error = ServerError(f"a fault in the server: {message_of(error, named=True)}")
         final = FINAL if getattr(error, "retry_after_ms", None) == -1 else 0
-        self._send(CODES[error.status] | final, message_of(error).encode())
+        self._send(error.status, message_of(error).encode(), final)
 
-    def _send(self, code: int, body: bytes) -> None:
+    def _send(self, status: str, body: bytes, final: int = 0) -> None:
+        self._send_answer(CODES[status] | final, body)
+        self._call.bytes_in += self._call.placed
+        self._call.bytes_out += len(body)
+        self._call.log_access(self._path.decode(errors="replace"), status)
+
+    def _send_answer(self, code: int, body: bytes) -> None:
         """Sends an answer, and announces new memory if a model retains the old."""
         if not self._open:
             return
