@@ -72,10 +72,18 @@ with ModelClient("echo") as client:
 """
 
 
-def traced(code: str, collector: Collector, start_server: Callable[..., Server]) -> Server:
+WITH_ID = """
+from model_client import ModelClient, request_id
+with ModelClient("echo") as client, request_id("order 66"):
+    client.run("x")
+    list(client.run_stream("x"))
+"""
+
+
+def traced(code: str, collector: Collector, start_server: Callable[..., Server], **settings: Any) -> Server:
     """Runs an application that is traced, with a server that is, too."""
     env = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
-    server = start_server(**env)
+    server = start_server(**env, **settings)
     client = os.environ | env | {"TMS_ADDRESS": server.address, "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", code], env=client, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -116,6 +124,17 @@ def test_one_trace_from_client_to_worker(collector: Collector, start_server: Cal
     failed = [span for span in collector.spans if span.name == "/server.Server/RunBatch"]
     assert len(failed) == 2
     server.wait_for_log("serving")
+
+
+def test_spans_and_log_lines_name_each_other(collector: Collector, start_server: Callable[..., Server]) -> None:
+    server = traced(WITH_ID, collector, start_server, TMS_ACCESS_LOG=1)
+    wait_for(lambda: len(collector.spans) == 6, "client, server, queue and compute of a call; two of a stream", 20)
+    for span in collector.spans:
+        assert {one.key: one.value.string_value for one in span.attributes}["tms.request_id"] == "order 66"
+    for path in ("Run", "RunStream"):
+        line = server.wait_for_log(rf"access \[trace_id=(\w+)\]: /server.Server/{path} .* request_id=.order 66.")
+        ids = {span.trace_id.hex() for span in collector.spans if span.name == f"/server.Server/{path}"}
+        assert ids == {line[1]}
 
 
 def test_a_collector_that_is_not_there_fails_no_call(start_server: Callable[..., Server]) -> None:

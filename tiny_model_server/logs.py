@@ -26,6 +26,7 @@ request_ids: ContextVar[str] = ContextVar("request_ids", default="")
 """The ids of the requests that this thread or task of a worker runs."""
 access = logging.getLogger("tiny_model_server.access")
 """The access log: a record for each call, with its facts in ``fields``."""
+access.disabled = True
 
 _OWN = ("tiny_model_server", "models")  # a model's logger is called models.NAME
 _PIECE = 4096  # bytes that a pipe takes whole if it takes any
