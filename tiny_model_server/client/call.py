@@ -92,7 +92,8 @@ class LocalCall:
             self.cancel()
             return False
         try:
-            connection.send(call.request.method.path, call.request.id, message, call.remaining(), call.retry)
+            path = call.request.method.path.encode()
+            connection.send(path, message, call.remaining(), call.retry, call.request.id)
         except OSError:
             pass  # ``receive`` reports it
         return True

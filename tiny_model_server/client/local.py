@@ -80,10 +80,10 @@ class LocalConnection:
             return [_offset(array) for array in arrays]
         return [offset for offset, *_ in self.request.write(arrays)]
 
-    def send(self, path: str, request_id: str, message: bytes, timeout: float, repeatable: bool) -> None:
+    def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool, request_id: str = "") -> None:
         """Sends a request; TimeoutError, or OSError if the server has gone."""
-        path = f"{path} {request_id}" if self._takes_ids else path
-        data = REQUEST.pack(len(message), timeout, repeatable, len(path)) + path.encode() + message
+        path += f" {request_id}".encode() if self._takes_ids else b""
+        data = REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message
         if len(data) <= AT_ONCE:
             return self._socket.sendall(data)
         self._socket.settimeout(timeout)
