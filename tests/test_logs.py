@@ -126,14 +126,14 @@ def test_json_has_fields(start_server: StartServer, folder: Path) -> None:
 
 
 def test_levels_of_libraries(start_server: StartServer, folder: Path) -> None:
-    server = start_server(folder, TMS_LOG_LEVEL="info,models=warning,some_library=debug")
+    server = start_server(folder, TMS_LOG_LEVEL="INFO,models=warning,some_library=debug")
     run(server, "log", "hello")
     server.wait_for_log("DEBUG some_library .*: a detail")
     server.wait_for_log("WARNING models.talks .*: careful")
     assert not [line for line in server.log if " INFO models.talks " in line and "hello" in line]
 
 
-@pytest.mark.parametrize("text", ["loud", "info,urllib3=loud", "urllib3", ""])
+@pytest.mark.parametrize("text", ["loud", "info,urllib3=loud", "urllib3", "", "urllib3=debug", "info, urllib3=debug"])
 def test_a_wrong_level_is_refused(text: str) -> None:
     with pytest.raises(SettingsError, match=r"TMS_LOG_LEVEL=.* must be one of debug, .* such as info,urllib3=debug"):
         Settings.from_env({"TMS_LOG_LEVEL": text})

@@ -254,6 +254,6 @@ def test_a_client_without_ids_by_the_local_transport(server: Server, monkeypatch
     monkeypatch.setattr(local_transport, "TAKES_IDS", "something-else")
     with by("local", server) as client, request_id("not sent"):
         assert client.run("older") == "older"
-        assert client._transport.local.idle
+        assert client._transport.locals[0].idle
     line = entry(server, logger="models.logs", message="running older")
     assert line["request_id"] != "not sent"

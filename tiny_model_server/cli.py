@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags = {name: value for name, value in vars(options).items() if name.startswith(PREFIX)}
     try:
         settings = Settings.from_env(flags=flags)
-        if options.command == "check" and settings.log_level == "info":  # its lines are the report
+        if options.command == "check" and settings.log_level.lower() == "info":  # its lines are the report
             settings = replace(settings, log_level="warning")
         logs.configure(settings.log_level, settings.log_format, access_log=settings.access_log)
         for warning in renamed():

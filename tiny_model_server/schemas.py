@@ -87,11 +87,13 @@ def parse_trailing(kind: Any, data: bytes) -> tuple[Any, memoryview | None]:
 
 
 def parse(method: Method, data: bytes, call: Any = None, max_items: int = MAX_ITEMS) -> Any:
-    """Parses a request, and sets ``call.trailing_bytes``. InvalidInput if the bytes are not such a request.
+    """Parses a request of a call, counts its bytes, and sets ``trailing_bytes``. InvalidInput if it is not such a one.
 
     Protobuf may need 40 times a request's bytes in memory. What would need too much is refused before it is parsed.
     """
     kind = method.request.DESCRIPTOR
+    if call is not None:
+        call.bytes_in += len(data)
     try:
         if len(data) > 2 * max_items:  # fewer bytes cannot hold too much
             _Counter(max_items).count(kind, data, 0, len(data))

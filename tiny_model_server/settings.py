@@ -63,15 +63,11 @@ def _one_of(*names: str) -> Parse:
     return lambda text: matching(text.lower())
 
 
-_level = _one_of("debug", "info", "warning", "error")
-
-
-def _levels(text: str) -> str:
-    parts = [part.rpartition("=") for part in text.split(",")]
-    try:
-        return ",".join(f"{name.strip()}{sign}{_level(level.strip())}" for name, sign, level in parts)
-    except ValueError as error:
-        raise ValueError(f"{error}, or several such as info,urllib3=debug") from None
+_LEVEL = "(?i:debug|info|warning|error)"
+_levels = _matching(
+    rf"{_LEVEL}(,[^=,\s]+={_LEVEL})*",
+    "one of debug, info, warning, error, and may go on with libraries, such as info,urllib3=debug",
+)
 
 
 def _flag(text: str) -> bool:

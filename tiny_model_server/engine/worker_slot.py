@@ -239,7 +239,5 @@ class WorkerSlot:
 
 def _ids(batch: list[Item]) -> str:
     """The ids of a batch's requests, as the worker's log lines have them: "a,b,c,+5"."""
-    if len(batch) == 1:
-        return batch[0].request_id
     ids = list(dict.fromkeys(item.request_id for item in batch))
     return ",".join(ids[:_MOST_IDS] + [f"+{len(ids) - _MOST_IDS}"] * (len(ids) > _MOST_IDS))

@@ -140,7 +140,9 @@ class GrpcServer:
         def answer(data: Any, context: Any) -> bytes:
             with self._answering(method, context) as call:
                 response = handler(_parsed(method, data, call, self._most_items), call)
-                return _counted(schemas.serialized(response, self._largest), call)
+                answered = schemas.serialized(response, self._largest)
+                call.bytes_out = len(answered)
+                return answered
             raise AssertionError  # _answering lets no error pass
 
         return answer
@@ -149,7 +151,9 @@ class GrpcServer:
         def answer(data: Any, context: Any) -> Iterator[bytes]:
             with self._answering(method, context) as call:
                 for response in handler(_parsed(method, data, call, self._most_items), call):
-                    yield _counted(schemas.serialized(response, self._largest), call)
+                    answered = schemas.serialized(response, self._largest)
+                    call.bytes_out += len(answered)
+                    yield answered
 
         return answer
 
@@ -186,18 +190,8 @@ class GrpcServer:
 def _parsed(method: schemas.Method, data: Any, call: Call, most: int) -> Any:
     """The request or, of a stream, the requests; parsed here, for what grpcio cannot parse it answers as INTERNAL."""
     if method.client_streaming:
-        return (_parsed_one(method, one, call, most) for one in data)
-    return _parsed_one(method, data, call, most)
-
-
-def _parsed_one(method: schemas.Method, data: bytes, call: Call, most: int) -> Any:
-    call.bytes_in += len(data)
+        return (schemas.parse(method, one, call, most) for one in data)
     return schemas.parse(method, data, call, most)
-
-
-def _counted(answer: bytes, call: Call) -> bytes:
-    call.bytes_out += len(answer)
-    return answer
 
 
 def _call(context: Any) -> Call:

@@ -236,7 +236,6 @@ class _Connection:
             bool(repeatable),
             buffers=self._buffers,
             largest=self._server.largest,
-            bytes_in=len(data) - begin,
         )
         self.busy, self._path = True, path
         try:
