@@ -63,7 +63,7 @@ class Call:
             times = {"queue_ms": round(1000 * self.queue_s, 3), "model_ms": round(1000 * self.model_s, 3)}
             sizes = {"bytes_in": self.bytes_in, "bytes_out": self.bytes_out}
             ends = {"peer": self.peer, "request_id": self.id}
-            fields = {"status": status, "model": self.served, **times, **sizes, **ends}
+            fields = {"status": status, "model": self.served[:80], **times, **sizes, **ends}
             logs.access.info("%s", method, extra={"fields": fields})
 
 
