@@ -55,7 +55,7 @@ LAYERS = [
     ["server"],
 ]
 """Each file may import what stands in a line before its own."""
-MOST_LINES = 10250
+MOST_LINES = 10700
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_THE_WAY = 2250
 WAY_OF_A_REQUEST = [
