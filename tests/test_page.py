@@ -33,6 +33,7 @@ MODELS = {
     "        return {'is': type(data).__name__, 'dtype': str(getattr(data, 'dtype', '')), 'args': args}",
     "arrays": "    example = [np.zeros((4, 4)), np.ones(2, 'i8')]\n    def run(self, data, args):\n"
     "        return [f'{one.dtype} {one.shape} {one.sum():g}' for one in data]",
+    "logs": "    def run(self, data, args):\n        logging.warning('<b>%s</b>', data)",
     "raises": "    def run(self, data, args):\n        raise KeyError('no such thing')",
     "pixels": "    def run(self, data, args):\n        yield data.shape\n        yield 1",
     "huge": "    example = np.zeros((8000, 8000, 3), 'u1')\n    metadata = {'description': {'not': 'a text'}}\n"
@@ -99,6 +100,7 @@ class Model(ModelInterface):
         return {"boxes": data.boxes, "shape": data.photo.shape, "text": data.text}
 """
 HELPERS = """
+import logging
 import time
 from pathlib import Path
 import numpy as np
@@ -623,6 +625,15 @@ def test_unloading_asks_first(page: Page) -> None:
         page.find("[data-action=reload]").click()
         page.wait("article .outcome", "Reloaded")
         assert client.model_info()[0]["worker_pids"] != pids
+
+
+def test_the_log_is_shown(page: Page) -> None:
+    page.choose("logs")
+    page.find("article .log summary").click()
+    for text in ("first", "second"):
+        page.enter("text", text)
+        page.run()
+        page.wait("article .log pre", f"<b>{text}</b>")
 
 
 def test_charts_are_live(page: Page) -> None:
