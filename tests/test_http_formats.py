@@ -456,6 +456,7 @@ def test_an_archive_with_one_name_twice(formats: Server) -> None:
         ([("a", b"\r\nContent-Type: application/json", b"{")], "malformed JSON"),
         ([("a", b"\r\nContent-Type: application/x-npy", npy(IMAGE)[:-1])], "needs 96 bytes, not 95"),
         ([("args", b"", b"{}")], "send one of image"),
+        ([("text", b"", b"x"), ("args", b"", b"{")], "args: malformed JSON"),
         ([("text", b"", b"x"), ("args", b"", b"[1]")], "args must be a JSON object"),
         ([(f"a{number}", b"", b"") for number in range(300)], "at most 256 fields"),
     ],

@@ -370,6 +370,14 @@ def test_a_mistake_of_a_caller_is_answered_with_what_to_do(server: Server, mista
         call(client(server))
 
 
+def test_who_comes_while_models_are_loaded_reads_so(start_server: Callable[..., Server], tmp_path: Path) -> None:
+    code = "import time\n" + CLASS + "    def __init__(self): time.sleep(60)\n" + RUN
+    server = start_server(write(tmp_path, "large", code), ready=False)
+    server.wait_for_log("model large LOADING")
+    with pytest.raises(ServerUnavailable, match="a server is there, and loads its models: wait longer, with connect_"):
+        server.client("large", connect_timeout=0.5).run(1)
+
+
 @pytest.mark.parametrize("local", ["0", "1"])
 def test_who_waits_too_short_reads_for_how_long(server: Server, monkeypatch: pytest.MonkeyPatch, local: str) -> None:
     monkeypatch.setenv("TMS_LOCAL_TRANSPORT", local)

@@ -178,7 +178,10 @@ def parse_args(text: str) -> dict[str, Any]:
     """
     if text in ("", '""', "{}"):
         return {}
-    args = parse_json(text) or {}
+    try:
+        args = parse_json(text) or {}
+    except InvalidInput as error:
+        raise InvalidInput(f"args: {error}") from None
     if "$" in text:
         args = decode(Encoded(text, []))
     if not isinstance(args, dict):

@@ -250,6 +250,8 @@ class Transport:
         """What to do about gRPC's reason why no server answers, which holds for one IP address of a name only."""
         if "http1" in why or any(map(_speaks_http, self.options["addresses"])):
             return "; this is a port of HTTP: give that of gRPC, which is 50000 by default"
+        if "unhealthy" in why:
+            return "; a server is there, and loads its models: wait longer, with connect_timeout and timeout"
         return "; start a server there: python server.py" if "refused" in why else ""
 
     def _check_refusal(self) -> None:
