@@ -288,6 +288,15 @@ def test_a_second_signal_hurries(start_server: StartServer) -> None:
         assert call.exception(timeout=60)
 
 
+def test_a_frozen_replica_does_not_prevent_the_stop(start_server: StartServer) -> None:
+    server = start(start_server, TMS_DRAIN_DELAY_S=0, TMS_GRACE_S=0, TMS_MODELS_DIR=only("echo"))
+    processes = pids(server).values()
+    os.kill(pids(server)[server.port], signal.SIGSTOP)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(30) == 1
+    assert not any(map(exists, processes))
+
+
 def test_stop_server_at_one_port_stops_all(start_server: StartServer) -> None:
     server = start(start_server)
     with grpc.insecure_channel(f"127.0.0.1:{server.port + 1}") as channel:

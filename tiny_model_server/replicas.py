@@ -23,7 +23,7 @@ log = logging.getLogger("tiny_model_server.replicas")
 
 _STABLE_S = 10.0  # a replica that lived this long and then died is replaced at once
 _LONGEST_BACKOFF_S = 5.0
-_STOP_S = 15.0  # beyond the time that accepted calls have; then replicas are killed
+_STOP_S = 12.0  # beyond the time that accepted calls have; then replicas are killed
 _TRIES = 100  # to find free ports that follow one another
 _GOOD = (0, -signal.SIGTERM)  # ends of a replica that is to stop, also while it starts
 

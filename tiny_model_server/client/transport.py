@@ -195,7 +195,7 @@ class Transport:
         """
         with fork_safety.in_flight, self._following:
             known, again = list(self.addresses), False
-            for address in self.options["addresses"]:
+            for address in self.addresses:  # any of them knows all of its server
                 one = self._replica_at(address)
                 for other, expected in siblings.siblings(address, one).items() if one else ():
                     if other not in known and self._replica_at(other) == expected:
