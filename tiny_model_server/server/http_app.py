@@ -161,32 +161,29 @@ class Web:
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def _models(self, request: Request) -> Response:
-        return await self._described(request, lambda models: {"models": models})
+        return await self._described(request, lambda: {"models": self._descriptions()})
 
     async def _openapi(self, request: Request) -> Response:
         needs_token = bool(self._engine.settings.token)
-        return await self._described(request, partial(openapi.document, needs_token=needs_token))
-
-    async def _described(self, request: Request, make: Callable[[list[dict[str, Any]]], Any]) -> Response:
-        """JSON of what ``make`` makes of all models' descriptions, in a thread: they may be large."""
-        self._admit(request)
-
-        def describe() -> Response:
-            made = make([model.describe() for model in self._engine.models()])
-            return _compressed(request, json_response(made))
-
-        return await asyncio.to_thread(describe)
+        return await self._described(request, lambda: openapi.document(self._descriptions(), needs_token=needs_token))
 
     async def _model(self, request: Request) -> Response:
-        self._admit(request)
-        model = self._engine.model(request.path_params["name"])
-        return await asyncio.to_thread(lambda: _compressed(request, json_response(model.describe())))
+        return await self._described(request, lambda: self._engine.model(request.path_params["name"]).describe())
 
     async def _stats(self, request: Request) -> Response:
         """Each model's state, and numbers of it, some of them counted since the start."""
+        port = self._grpc_port
+        return await self._described(
+            request, lambda: {"models": list(map(_numbers, self._engine.models())), "grpc_port": port}
+        )
+
+    def _descriptions(self) -> list[dict[str, Any]]:
+        return [model.describe() for model in self._engine.models()]
+
+    async def _described(self, request: Request, make: Callable[[], Any]) -> Response:
+        """JSON of what ``make`` returns; made in a thread, for it may be large."""
         self._admit(request)
-        states = await asyncio.to_thread(lambda: [_numbers(model) for model in self._engine.models()])
-        return json_response({"models": states, "grpc_port": self._grpc_port})
+        return await asyncio.to_thread(lambda: _compressed(request, json_response(make())))
 
     async def _lines(self, request: Request) -> Response:
         self._admit(request)
@@ -200,9 +197,8 @@ class Web:
         )
 
     async def _run(self, request: Request) -> Any:
-        self._admit(request)
         name, content_type = request.path_params["name"], request.headers.get("content-type", "")
-        self._check_input(request, name)
+        self._admit(request, model=name)
         formats = accepted(",".join(request.headers.getlist("accept")))
         if formats[0] == events.MEDIA_TYPE:
             return self._stream(request, name, content_type)
@@ -270,9 +266,8 @@ class Web:
         if not method:
             raise HTTPException(404)
         if method not in ("ServerLive", "ServerReady"):
-            self._admit(request, changes=method in ("RepositoryModelLoad", "RepositoryModelUnload"))
-        if method == "ModelInfer":
-            self._check_input(request, fields["model_name"])
+            changes = method in ("RepositoryModelLoad", "RepositoryModelUnload")
+            self._admit(request, changes=changes, model=fields["model_name"] if method == "ModelInfer" else None)
         answer = partial(self._rest.answer, method, fields, request.headers)
         if request.method == "POST":
             return await self._in_thread(request, answer)
@@ -280,40 +275,45 @@ class Web:
 
     def _openai_routes(self, api: OpenAI) -> list[Route]:
         async def models(request: Request) -> Response:
-            self._admit(request)
-            return json_response(api.models())
+            return await self._described(request, api.models)
 
         async def model(request: Request) -> Response:
             self._admit(request)
             return json_response(await self._thread(lambda: api.model(request.path_params["name"])))
 
         async def embeddings(request: Request) -> Response:
-            self._admit(request)
-            _check_length(request)
+            self._admit(request, has_body=True)
             return await self._in_thread(request, api.embeddings, None)
 
         async def chat(request: Request) -> Any:
-            self._admit(request)
-            _check_length(request)
+            self._admit(request, has_body=True)
             completion = Chat(self._engine, api)
             return self.event_stream(request, completion.begin, completion.events, openai_rest.error_event)
 
-        gets, posts = {"": models, "/{name:path}": model}, {"embeddings": embeddings, "chat": chat}
-        routes = [Route(f"/v1/models{path}", answer) for path, answer in gets.items()]
-        return routes + [Route(openai_rest.PATHS[task], answer, methods=["POST"]) for task, answer in posts.items()]
+        return [
+            Route("/v1/models", models),
+            Route("/v1/models/{name:path}", model),
+            Route(openai_rest.PATHS["embeddings"], embeddings, methods=["POST"]),
+            Route(openai_rest.PATHS["chat"], chat, methods=["POST"]),
+        ]
 
-    def _admit(self, request: Request, *, changes: bool = False) -> None:
-        """PermissionDenied or Unauthenticated if a request may not be answered; ``changes`` says it changes models."""
+    def _admit(
+        self, request: Request, *, changes: bool = False, model: str | None = None, has_body: bool = False
+    ) -> None:
+        """Refuses a request by its headers alone; ``changes`` says that it changes models.
+
+        PermissionDenied or Unauthenticated if it may not be answered, ModelNotFound if the model that it is to run is
+        not there, HTTPException if it must have a body whose length is not known.
+        """
         self._sites.check(request, changes=changes)
         call = _call(request, Future())
         self._engine.access.authenticate(call.metadata)
         if changes:
             self._engine.access.authorize(call)
-
-    def _check_input(self, request: Request, name: str) -> None:
-        """Refuses an input before it is read: ModelNotFound, or HTTPException if its length is not known."""
-        self._engine.model(name)
-        _check_length(request)
+        if model is not None:
+            self._engine.model(model)
+        if (has_body or model is not None) and not _has_length(request.headers):
+            raise HTTPException(411, "send Content-Length, or the body in chunks")
 
     async def _in_thread(
         self, request: Request, work: Callable[[Body, Call], Response], timeout_s: float | None = _TIMEOUT_S
@@ -372,11 +372,6 @@ def _compressed(request: Request, response: Response) -> Response:
 
 def _has_length(headers: Headers) -> bool:
     return "content-length" in headers or "transfer-encoding" in headers
-
-
-def _check_length(request: Request) -> None:
-    if not _has_length(request.headers):
-        raise HTTPException(411, "send Content-Length, or the body in chunks")
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
