@@ -1,6 +1,7 @@
 """Models whose methods are coroutines: several calls at once on one event loop, each cancelled with its caller."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -114,7 +115,7 @@ WAITS = """
                     "ticks": len(self.ended)}
 """
 STREAMS = """
-    import asyncio, contextvars
+    import asyncio, contextvars, os
     from model_interface import ModelInterface
 
     place = contextvars.ContextVar("place")
@@ -129,6 +130,9 @@ STREAMS = """
         async def run(self, data, args):
             if data == "closed":
                 yield self.closed
+                return
+            if data == "pid":
+                yield os.getpid()
                 return
             token = place.set(data)
             try:
@@ -327,6 +331,35 @@ def test_a_stream_may_be_left_at_any_moment(client: model_client.ModelClient) ->
     wait_for(lambda: names <= {*streams.run("closed")[0]}, "the end of all", 10)
 
 
+def test_calls_that_are_cancelled_while_they_end_harm_no_other(
+    client: model_client.ModelClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    def some(number: int) -> None:
+        for wait_ms in range(40):
+            future = client.submit(number)
+            time.sleep(wait_ms / 20_000)
+            future.cancel()
+            assert client.run([number, wait_ms]) == [number, wait_ms]
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(some, range(16)))
+    assert not caplog.records
+
+
+def test_streams_that_are_left_at_once_leave_every_slot_usable(client: model_client.ModelClient) -> None:
+    streams = of(client, "streams")
+    pid = streams.run("pid")
+
+    def leave(number: int) -> None:
+        values = streams.run_stream(1000)
+        assert [next(values) for _ in range(number % 20 + 1)] == list(range(number % 20 + 1))
+        values.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(leave, range(200)))
+    assert streams.run("pid") == pid
+
+
 def test_an_async_generator_streams(client: model_client.ModelClient) -> None:
     streams = of(client, "streams")
     assert list(streams.run_stream(40)) == list(range(40))
@@ -341,6 +374,14 @@ def test_an_async_generator_fails_in_the_middle(client: model_client.ModelClient
         found.extend(streams.run_stream(9, {"fail": 2}))  # which takes what comes before
     with pytest.raises(model_client.ModelFailed, match="in the middle"):
         streams.run(9, {"fail": 2})
+
+
+def test_a_stream_that_cancels_itself_does_not_end_as_if_it_were_whole(client: model_client.ModelClient) -> None:
+    streams = of(client, "streams")
+    with pytest.raises(model_client.ModelFailed, match="raised CancelledError"):
+        list(streams.run_stream(9, {"cancel": 3}))
+    with pytest.raises(model_client.ModelFailed, match="raised CancelledError"):
+        streams.run(9, {"cancel": 3})
 
 
 @pytest.mark.parametrize("wait", [False, True], ids=["at a yield", "between two"])

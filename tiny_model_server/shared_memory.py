@@ -135,9 +135,9 @@ class Segment:
     def close(self) -> None:
         """Closes the descriptor and ends the mapping; views that somebody still has stay valid."""
         self._unmap()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class SharedBuffers:

@@ -80,7 +80,8 @@ class LocalCall:
     def __init__(self, call: Call, connections: LocalConnections, connection: LocalConnection) -> None:
         self._call, self._connections, self._connection = call, connections, connection
         self._trailing = (("tms-replica", connection.server),)
-        self._cancelled = self._over = False
+        self._cancelled = False
+        self._held = [connection]  # until it is given back, by the thread that waits or by one that cancels
 
     def send(self) -> bool:
         """Sends the request; False if memory cannot be shared."""
@@ -120,8 +121,7 @@ class LocalCall:
                 return NOT_ANSWERED
             raise call.failed(self._trailing, "UNAVAILABLE", f"the server disconnected: {error}") from None
         finally:
-            self._over = True
-            self._connections.give_back(connection, usable=usable)
+            self._give_back(usable=usable)
 
     async def received(self) -> Any:
         """As ``receive``, while the event loop goes on."""
@@ -157,5 +157,10 @@ class LocalCall:
     def cancel(self) -> None:
         """Ends the call, from any thread; in a forked child, it is the parent's."""
         self._cancelled = True
-        if self._connection.generation == fork_safety.generation and not self._over:  # it may carry another call then
-            self._connections.give_back(self._connection, usable=False)
+        if self._connection.generation == fork_safety.generation:
+            self._give_back(usable=False)
+
+    def _give_back(self, *, usable: bool) -> None:
+        """Gives the connection back once: it may carry another call afterwards."""
+        with suppress(IndexError):
+            self._connections.give_back(self._held.pop(), usable=usable)

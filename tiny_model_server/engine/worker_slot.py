@@ -129,8 +129,11 @@ class WorkerSlot:
 
     def _on_readable(self) -> None:
         try:
-            if message := self._connection.receive():
+            message = self._connection.receive()
+            while message:
                 self._on_message(message[0])
+                # The outcome of a stream whose reader has left comes at once after a value.
+                message = self._connection.receive() if self._open and self._connection.pending() else None
         except (EOFError, ConnectionError):
             self._broken()
         except Exception as error:
