@@ -139,6 +139,8 @@ STREAMS = """
                 for number in range(data):
                     if args.get("fail") == number:
                         raise ValueError("in the middle")
+                    if args.get("cancel") == number:
+                        asyncio.current_task().cancel()
                     yield "x" * args["wide"] if args.get("wide") else number
                     if args.get("wait"):
                         await asyncio.Event().wait()
