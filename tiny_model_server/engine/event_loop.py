@@ -125,8 +125,8 @@ class AsyncCalls(Calls):
                 self._outcomes.put(value)
                 await self._wanted.wait()
                 self._wanted.clear()
-        except asyncio.CancelledError as error:  # by the model itself, if the thread still takes values
-            self._outcomes.put(error)
+        except asyncio.CancelledError as cancelled:  # by the model, if the thread still takes values
+            self._outcomes.put(cancelled)
         finally:
             if failed(error := await _attempt(generator.aclose())):
                 log.error("an async generator of the model raised while it was closed", exc_info=error)
