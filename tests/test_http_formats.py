@@ -219,6 +219,39 @@ def test_answers_that_are_not_acceptable(formats: Server, what: str, accept: str
         assert message in error_of(answer, 406)
 
 
+SAME = '?args={"what":"same"}'
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_answers_that_are_too_large(formats: Server, accept: str) -> None:
+    body = npy(np.zeros(1_000_000, np.float32))
+    answer = send(formats, body, SAME, Content_Type="application/x-npy", Accept=accept)
+    assert "bytes, more than TMS_MAX_MESSAGE_MB allows" in error_of(answer, 429)
+    assert send(formats, body, SAME, Content_Type="application/x-npy", Accept="application/x-npy")[2] == body
+
+
+def test_arrays_that_are_too_large_for_json(start_server: StartServer, tmp_path: Path) -> None:
+    """Lists of their numbers would take many times the memory that the request has."""
+    server = start_server(write_model(tmp_path, "m", ANSWERS))
+    body = gzip.compress(npy(np.zeros((1 << 27) + 1, np.uint8)), 1)
+    for query in (SAME, SAME + "&view"):
+        answer = send(server, body, query, Content_Type="application/x-npy", Content_Encoding="gzip")
+        if query == SAME:
+            assert "too many for JSON; ask for another format" in error_of(answer, 400)
+        else:
+            assert json.loads(answer[2])["answer"]["array"] == "uint8 134217729"
+
+
+def test_images_of_other_numbers_take_little_memory(formats: Server) -> None:
+    process = psutil.Process(formats.process.pid)
+    for dtype, most in (np.uint8, 1 << 30), (np.bool_, 32 << 20):  # the first finds what each image takes
+        before = process.memory_info().rss
+        body = npy(np.eye(1900, dtype=dtype))
+        code, _, image = send(formats, body, SAME, Content_Type="application/x-npy", Accept="image/png")
+        assert (code, decoded(image).max()) == (200, 255 if dtype is np.bool_ else 1)
+        assert process.memory_info().rss - before < most
+
+
 @pytest.mark.parametrize(
     "accept",
     ["q=abc", "a/b/c", "é/é", "(", ";", "image/png,,image/jpeg"]
@@ -450,6 +483,8 @@ def test_an_archive_with_one_name_twice(formats: Server) -> None:
         ([("a", b"\r\nContent-Type: text/plain; charset=rot13", b"x")], "charset 'rot13' is not known"),
         ([("a", b"\r\nContent-Type: text/plain; charset=zlib", b"x")], "charset 'zlib' is not known"),
         ([("a", b"\r\nContent-Type: text/plain; charset=" + b"x" * 900, b"x")], "is not known"),
+        ([("a", b"; filename*=a\0b''x", b"x")], "malformed form: a part's headers: embedded null"),
+        ([("a", b"\r\nContent-Type: text/plain; charset*=a\0b''x", b"x")], "malformed form: a part's headers"),
         ([("a", b"", b"\xff")], "text must be UTF-8"),
         ([("text", b"", b"x"), ("text", b"", b"x")], "two fields 'text'"),
         ([("a", b"", b"x"), ("a", b"", b"x")], "two fields 'a'"),
@@ -475,6 +510,15 @@ def test_odd_names_of_parts(formats: Server) -> None:
     ):
         body = b"--b0\r\nContent-Disposition: " + disposition + b"\r\n\r\nx\r\n--b0--\r\n"
         assert error_of(send(formats, body, Content_Type="multipart/form-data; boundary=b0"), 400)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [f"multipart/form-data; boundary*={name}" for name in ("a%00b''x", "idna''%ff.", "undefined''x%80")]
+    + ["text/plain; charset*=a%00b''x"],
+)
+def test_a_content_type_that_cannot_be_decoded(formats: Server, kind: str) -> None:
+    assert "malformed Content-Type" in error_of(send(formats, b"x", Content_Type=kind), 400)
 
 
 def test_charsets_of_texts(formats: Server) -> None:

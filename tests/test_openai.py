@@ -291,6 +291,23 @@ def test_an_asynchronous_client(talking: Server) -> None:
     assert "".join(asyncio.run(talk())) == "0 1 2 "
 
 
+def test_health_is_answered_while_one_value_becomes_many_events(talking: Server) -> None:
+    fields = {"model": "chatty", "messages": [{"role": "user", "content": "list"}], "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", talking.http_port, timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps(fields | {"pieces": 100_000}))
+    stream, pieces = connection.getresponse(), []
+    assert stream.status == 200
+    reader = threading.Thread(target=lambda: pieces.append(stream.read().count(b'"content": "x"')))
+    reader.start()
+    for _ in range(20):
+        with urllib.request.urlopen(f"http://127.0.0.1:{talking.http_port}/livez", timeout=60) as answer:
+            assert answer.status == 200
+    assert not pieces
+    reader.join()
+    assert pieces == [100_000]
+    connection.close()
+
+
 def test_a_failure_midway_ends_the_stream_with_an_error(ai: openai.OpenAI) -> None:
     stream, found = ask(ai, "count", stream=True, extra_body={"fail_at": 2}), []
     with pytest.raises(openai.APIError, match="lost count") as failed:

@@ -33,6 +33,9 @@ ARRAY = '{"$array": 0}'
 MAX_NODES = 1_250_000
 """Values, keys and brackets in the JSON of one request: each may take 100 bytes in memory, and 0.3 us to parse."""
 
+MAX_LISTED = 1 << 27
+"""Bytes of the arrays in an answer that is JSON alone: there, each may take 15 times as many."""
+
 _FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _DTYPES = re.compile(
     r"bool|u?int(8|16|32|64)|float(16|32|64)|complex(64|128)|<U[1-9]\d{0,7}|\|S[1-9]\d{0,7}"
@@ -63,6 +66,7 @@ _INSTEAD_OF_ARRAY = {
     "c": "send array.astype(np.complex128)",
 }
 """What to send in place of an array, by the kind of its dtype."""
+_AS_FILES = "ask for another format: by HTTP with Accept, such as application/x-npy, by gRPC with accept_arrays"
 _CONVERTED = "OTV"  # the kinds of dtypes of objects, of numpy's variable-width texts, and of records and bfloat16
 
 
@@ -138,12 +142,19 @@ def check(text: str, arrays: Sequence[Any]) -> None:
 def json_only(value: Any) -> str:
     """A JSON text without references, for clients that cannot read arrays.
 
-    Arrays are nested lists, bytes are base64, and numbers that JSON lacks (NaN, infinity) are null.
+    Arrays are nested lists, bytes are base64, and numbers that JSON lacks (NaN, infinity) are null. InvalidInput if the
+    arrays are too large for that.
     """
     arrays: list[Array] = []
+    listed = 0
 
     def resolve(name: str, array: Any) -> Any:
-        return lists(array) if name == "$array" else base64.b64encode(raw(array)).decode()
+        nonlocal listed
+        if name != "$array":
+            return base64.b64encode(raw(array)).decode()
+        if (listed := listed + array.nbytes) > MAX_LISTED:
+            raise InvalidInput(f"the answer's arrays have more than {MAX_LISTED} bytes, too many for JSON; {_AS_FILES}")
+        return lists(array)
 
     return _json_text(value, arrays, lambda tree: standard_json(_resolve(tree, arrays, resolve)))
 

@@ -329,6 +329,8 @@ def encode_outcome(result: Any, json_only: bool) -> tuple[str | None, str, list[
         return result.status, str(result), []
     try:
         encoded = codec.Encoded(codec.json_only(result), []) if json_only else codec.encode(result)
+    except InvalidInput as error:  # it is too large for JSON
+        return error.status, str(error), []
     except BaseException as error:  # a result may be of any class, with any behaviour
         log.error("a result could not be encoded: %s", message_of(error))
         return ModelError.status, f"the model's answer cannot be encoded: {message_of(error)}", []

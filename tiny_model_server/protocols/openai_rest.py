@@ -3,13 +3,14 @@
 Fields of a request that OpenAI's API has, but this file does not read, are the model's ``args``.
 """
 
+import asyncio
 import base64
 import json
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractContextManager
-from itertools import chain
+from itertools import chain, islice
 from types import NoneType
 from typing import Any
 from uuid import uuid4
@@ -44,6 +45,7 @@ _NO_TOKENS = (
     "token ids are not understood, because each model has a tokenizer of its own "
     "(LangChain sends texts with OpenAIEmbeddings(check_embedding_ctx_length=False))"
 )
+_EVENTS_AT_ONCE = 64
 _COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 
 
@@ -124,6 +126,7 @@ class Chat:
         self._head: dict[str, Any] = {"id": f"chatcmpl-{uuid4().hex}", "created": int(time.time())}
         self._finish_reason, self._usage, self._tool_calls = "", _usage({}), 0
         self._include_usage = False
+        self._role = {"role": "assistant"}  # for the first event alone
 
     def begin(self, body: Buffer, call: Call) -> Response | AbstractContextManager[Run]:
         """Runs the model and returns the whole answer; or begins the run whose values ``events`` reads."""
@@ -142,15 +145,19 @@ class Chat:
 
     async def events(self, values: AsyncIterator[str]) -> AsyncGenerator[str, None]:
         """The events of the values' JSON texts: one for each piece of the answer, then how it ended."""
-        role = {"role": "assistant"}
         async for text in values:
-            for delta in filter(None, map(self._delta, _pieces(text))):
-                yield self._event([{"index": 0, "delta": role | delta, "finish_reason": None}])
-                role = {}
-        yield self._event([{"index": 0, "delta": role, "finish_reason": self._finished()}])
+            made = map(self._delta_event, filter(None, map(self._delta, _pieces(text))))
+            while some := "".join(islice(made, _EVENTS_AT_ONCE)):
+                yield some
+                await asyncio.sleep(0)  # a value may be a million pieces, and others wait for this loop
+        yield self._event([{"index": 0, "delta": self._role, "finish_reason": self._finished()}])
         if self._include_usage:
             yield self._event([], self._usage)
         yield "data: [DONE]\n\n"
+
+    def _delta_event(self, delta: dict[str, Any]) -> str:
+        role, self._role = self._role, {}
+        return self._event([{"index": 0, "delta": role | delta, "finish_reason": None}])
 
     def _event(self, choices: list[Any], usage: dict[str, int] | None = None) -> str:
         chunk = self._head | {"object": "chat.completion.chunk", "choices": choices}

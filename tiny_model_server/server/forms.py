@@ -2,6 +2,7 @@
 
 import mimetypes
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from email import message_from_string
 from email.message import Message
 from functools import lru_cache
@@ -97,7 +98,17 @@ def _parsed(content_type: str) -> tuple[str, str, bytes]:
     """(type, charset, boundary) of a Content-Type."""
     header = Message()
     header["Content-Type"] = content_type
-    return header.get_content_type(), header.get_content_charset("utf-8"), header.get_boundary("").encode()
+    with _malformed("Content-Type"):
+        return header.get_content_type(), header.get_content_charset("utf-8"), header.get_boundary("").encode()
+
+
+@contextmanager
+def _malformed(what: str) -> Iterator[None]:
+    """InvalidInput for headers with a parameter that says, as ``name*=charset''text``, what cannot be decoded."""
+    try:
+        yield
+    except ValueError as error:
+        raise InvalidInput(f"malformed {what}: {error}; send it in UTF-8, without a charset in it") from None
 
 
 def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, _Part]]:
@@ -110,12 +121,14 @@ def _multipart(body: bytearray, boundary: bytes) -> Iterator[tuple[str, _Part]]:
         if begin < 4 or end < 0:
             raise InvalidInput("malformed form: a part's headers are too long, or it ends before its last boundary")
         headers = message_from_string(_text(_Part("", "utf-8", body[at + 2 : begin])))
+        with _malformed("form: a part's headers"):
+            name = headers.get_param("name", header="content-disposition")
+            part = _Part(_kind(headers), headers.get_content_charset("utf-8"), content[begin:end])
         if headers.get("content-transfer-encoding", "binary").lower() not in ("7bit", "8bit", "binary"):
             raise InvalidInput("a form's files must be sent as they are, without base64 or quoted-printable")
-        name = headers.get_param("name", header="content-disposition")
         if not isinstance(name, str) or not name:
             raise InvalidInput("malformed form: a part has no name")
-        yield name, _Part(_kind(headers), headers.get_content_charset("utf-8"), content[begin:end])
+        yield name, part
         at = end + len(delimiter)
 
 

@@ -29,7 +29,7 @@ from tiny_model_server.codec import Encoded
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel
-from tiny_model_server.errors import ServerError, Stopping
+from tiny_model_server.errors import Overloaded, ServerError, Stopping
 from tiny_model_server.protocols import openai_rest
 from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.protocols.openai_rest import Chat, OpenAI
@@ -259,6 +259,7 @@ class Web:
         self, values: AsyncIterator[Encoded], text: Callable[[Encoded], str] | None
     ) -> AsyncGenerator[str, None]:
         async for value in values:
+            self._check_size(len(value.text))
             yield value.text if text is None else await self._thread(partial(text, value))
 
     async def _open_inference(self, request: Request) -> Response:
@@ -320,7 +321,16 @@ class Web:
     ) -> Response:
         """Runs ``work(body, call)`` in a thread and returns its result. The call ends if the caller disconnects."""
         async with self._arrived(request, timeout_s) as (body, call):
-            return await self._thread(lambda: _compressed(request, work(body.expand(), call)))
+            return await self._thread(lambda: _compressed(request, self._bounded(work(body.expand(), call))))
+
+    def _bounded(self, response: Response) -> Response:
+        """The response; Overloaded, not to be sent again, if it is too large."""
+        self._check_size(len(response.body))
+        return response
+
+    def _check_size(self, size: int) -> None:
+        if size > self._engine.settings.max_message_mb << 20:
+            raise Overloaded(f"the answer has {size} bytes, more than TMS_MAX_MESSAGE_MB allows", retry_after_ms=-1)
 
     async def _thread(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
