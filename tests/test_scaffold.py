@@ -75,6 +75,17 @@ def test_without_its_packages_the_server_says_which_command_to_use() -> None:
                         ran.stderr)  # fmt: skip
 
 
+@pytest.mark.parametrize("package", ["grpc", "uvicorn", "numpy"])
+def test_without_one_of_its_packages_it_says_so_too(package: str) -> None:
+    arguments = ["server.py", "check", "example"]
+    code = f"import runpy, sys; sys.modules[{package!r}] = None; sys.argv = {arguments}; "
+    code += f"runpy.run_path({PROGRAM!r}, run_name='__main__')"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 2
+    assert re.match(rf"error: .*\b{package}\b.*; use .*make serve", ran.stderr), ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
 def test_a_python_that_is_too_old_is_named() -> None:
     code = f"import runpy, sys; sys.version_info = (3, 9, 1); runpy.run_path({PROGRAM!r}, run_name='__main__')"
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

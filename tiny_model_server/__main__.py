@@ -17,11 +17,12 @@ def main():  # type: () -> int
         return _refuse("the server needs Python {}.{} or newer; {}".format(*OLDEST, found))
     try:
         from tiny_model_server import cli
+
+        return cli.main()  # which imports more
     except ModuleNotFoundError as error:
         if str(error.name).startswith("tiny_model_server"):
             raise
         return _refuse("{}, in {}".format(error, sys.executable))
-    return cli.main()
 
 
 def _refuse(reason):  # type: (str) -> int
