@@ -9,7 +9,6 @@ mark that the worker's model does not know, so that nothing that the model print
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import json
 import logging
@@ -31,7 +30,6 @@ access.disabled = True
 _OWN = ("tiny_model_server", "models")  # a model's logger is called models.NAME
 _PIECE = 4096  # bytes that a pipe takes whole if it takes any
 _PATIENCE_MS = 100
-_LINE_BUFFERED = 1  # C's _IOLBF
 _LOST = "%d records are lost: nobody read the log in time"
 _WORD = re.compile(r"[^\s\"=\[\]]+")
 
@@ -45,13 +43,10 @@ class _Format(logging.Formatter):
         self._origin = origin
 
     def _facts(self, record: logging.LogRecord) -> dict[str, Any]:
-        """Which process logs, for which requests, in which trace."""
+        """Which process logs, for which requests."""
         facts = {**self._origin, **getattr(record, "origin_of", {})}
         if ids := request_ids.get():
             facts["request_id"] = ids
-        current_span = getattr(sys.modules.get("opentelemetry.trace"), "get_current_span", None)
-        if current_span and (context := current_span().get_span_context()).is_valid:
-            facts["trace_id"] = f"{context.trace_id:032x}"
         return facts
 
 
@@ -96,26 +91,22 @@ class Output(logging.Handler):
         self._poll.register(descriptor, select.POLLOUT)
         self._lost = 0
 
-    def ready(self) -> bool:
-        """Whether ``write`` would not wait."""
-        return bool(self._poll.poll(0))
-
     def emit(self, record: logging.LogRecord) -> None:
         try:
             self.write(self.format(record))
         except Exception:
             self.handleError(record)
 
-    def write(self, lines: str) -> None:
-        """Writes one or more lines; OSError if that is not possible."""
+    def write(self, lines: str, patience_ms: float | None = _PATIENCE_MS) -> None:
+        """Writes one or more lines, or drops and counts what the reader does not take in time; OSError if it cannot."""
         with self.lock:  # type: ignore[union-attr]
-            if self._lost and self.ready():  # the last line may lack its end
+            if self._lost and self._poll.poll(0):  # the last line may lack its end
                 lines, self._lost = f"\n{self.format(_record(_LOST, 'WARNING', self._lost))}\n{lines}", 0
             text = "".join(f"{self._mark}{line}\n" for line in lines.split("\n"))
             data = text.encode(errors="backslashreplace")
-            patience = None if self._mark else 0 if self._lost else _PATIENCE_MS
+            patience_ms = None if self._mark else 0 if self._lost else patience_ms
             with suppress(BlockingIOError):  # something else than a pipe may have less room
-                while data and self._poll.poll(patience):
+                while data and self._poll.poll(patience_ms):
                     data = data[os.write(self._descriptor, data[:_PIECE]) :]
             self._lost += bool(data)
 
@@ -149,9 +140,6 @@ def configure_worker(levels: str, style: str, mark: str, origin: dict[str, Any])
     ours.propagate, ours.handlers = False, [handler]
     faulthandler.enable(descriptor)
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
-    with suppress(AttributeError, OSError, ValueError):  # the same for C; another system calls it otherwise
-        library = ctypes.CDLL(None)
-        library.setvbuf(ctypes.c_void_p.in_dll(library, "stdout"), None, _LINE_BUFFERED, 0)
 
 
 def _set_levels(levels: str, handler: Output) -> None:

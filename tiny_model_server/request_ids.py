@@ -1,8 +1,7 @@
 """The id of a call, by which its log lines, spans and errors are found: how it is sent, checked and made."""
 
-import itertools
-import os
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,18 +11,17 @@ HEADER = "x-request-id"
 """The key in gRPC's metadata; in HTTP, a header."""
 
 _SOUND = re.compile("[!-~]([ -~]{0,126}[!-~])?")
-_new: Iterator[str]
 _chosen: ContextVar[str] = ContextVar("request_id", default="")
 
 
 def checked(sent: Any) -> str:
     """The id that a caller sent; a new one if that is not 1 to 128 characters of printable ASCII."""
-    return sent if isinstance(sent, str) and _SOUND.fullmatch(sent) else next(_new)
+    return sent if isinstance(sent, str) and _SOUND.fullmatch(sent) else uuid.uuid4().hex
 
 
 def for_call() -> str:
     """The id that the application has chosen for its calls, or a new one."""
-    return _chosen.get() or next(_new)
+    return _chosen.get() or uuid.uuid4().hex
 
 
 @contextmanager
@@ -39,13 +37,3 @@ def request_id(chosen: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
-
-
-def _begin() -> None:
-    global _new
-    _new = map((os.urandom(10).hex() + "{:012x}").format, itertools.count(1))
-
-
-_begin()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin)

@@ -14,11 +14,9 @@ from tiny_model_server import logs
 
 KEPT = 200
 """Lines of a model that are kept."""
-_READ = 1 << 14  # bytes
-_MOST_LINES = 32  # of a turn
+_READ = 1 << 11  # bytes of a turn
 _PAUSE_S = 0.005  # between turns
 _LONGEST = 1 << 14  # bytes of a line; a longer one is broken
-_PATIENCE = 100  # turns for whoever reads the front's log; then the lines are only kept
 _REST = 1 << 17  # bytes; a pipe holds less
 
 
@@ -31,7 +29,7 @@ class WorkerOutput:
         self.mark = f"\x1e{secrets.token_hex(8)}"
         """What the process' records begin with. Of all other lines, the front says whose they are."""
         self._mark, self._descriptor, self._kept = self.mark.encode(), descriptor, kept
-        self._buffer, self._patience = b"", _PATIENCE
+        self._buffer = b""
         self._loop = asyncio.get_running_loop()
         os.set_blocking(descriptor, False)
         self._next: asyncio.Handle = self._loop.call_soon(self._wait)
@@ -50,20 +48,13 @@ class WorkerOutput:
 
     def _turn(self) -> None:
         self._loop.remove_reader(self._descriptor)
-        ready = logs.output.ready()
-        self._patience = _PATIENCE if ready else self._patience - 1
-        if ready or self._patience < 0:
-            self._log(self._lines())
-        again = b"\n" in self._buffer or not ready
-        self._next = self._loop.call_later(_PAUSE_S, self._turn if again else self._wait)
-
-    def _lines(self) -> list[bytes]:
-        if b"\n" not in self._buffer:
-            self._read(_READ)
-        *lines, self._buffer = self._buffer.split(b"\n", _MOST_LINES)
-        if not lines and len(self._buffer) > _LONGEST:  # a record that is broken is no JSON any more
-            lines, self._buffer = self._buffer.replace(self._mark, b"\n").split(b"\n"), b""
-        return lines
+        self._read(_READ)
+        *lines, self._buffer = self._buffer.split(b"\n")
+        if len(self._buffer) > _LONGEST:  # a record that is broken is no JSON any more
+            lines += self._buffer.replace(self._mark, b"\n").split(b"\n")
+            self._buffer = b""
+        self._log(lines)
+        self._next = self._loop.call_later(_PAUSE_S, self._wait)
 
     def _read(self, size: int) -> None:
         with suppress(BlockingIOError):
@@ -74,7 +65,7 @@ class WorkerOutput:
         self._kept += texts
         with suppress(OSError):  # standard error is closed
             if texts:
-                logs.output.write("\n".join(texts))
+                logs.output.write("\n".join(texts), patience_ms=0)
 
     def _texts(self, line: bytes) -> list[str]:
         """A line as it is logged: what was printed, and the record that follows it."""
