@@ -20,7 +20,7 @@ from tiny_model_server.engine.repository import ServedModel, discover
 from tiny_model_server.errors import ModelNotFound, ServerError
 from tiny_model_server.server import tls
 from tiny_model_server.server.health import SERVICE as HEALTH_SERVICE
-from tiny_model_server.server.siblings import own_host
+from tiny_model_server.server.siblings import authority, own_host
 from tiny_model_server.settings import Settings, SettingsError, check_overrides
 
 _STOP_WORKERS_S = 5.0
@@ -145,6 +145,5 @@ def _addresses(settings: Settings) -> list[str]:
         return [f"unix:{settings.socket}"]
     if not settings.port:
         raise SettingsError("TMS_PORT=0 takes a free port; for the health command, name one, or set TMS_SOCKET")
-    host = own_host(settings)
     ports = range(settings.port, settings.port + settings.replicas)
-    return [f"[{host}]:{port}" if ":" in host else f"{host}:{port}" for port in ports]
+    return [authority(own_host(settings), port) for port in ports]

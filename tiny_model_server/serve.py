@@ -19,6 +19,7 @@ from tiny_model_server.server.http_app import Web
 from tiny_model_server.server.http_server import HttpServer
 from tiny_model_server.server.local_server import LocalServer
 from tiny_model_server.server.reload import watch
+from tiny_model_server.server.siblings import authority
 from tiny_model_server.settings import Settings, check_overrides
 
 log = logging.getLogger("tiny_model_server")
@@ -74,13 +75,11 @@ async def _serve(engine: Engine, settings: Settings) -> int:
         local.start()
     if http:
         http.start()
-    host = settings.host.strip("[]")
-    host = f"[{host}]" if ":" in host else host
-    log.info("listening: gRPC on %s:%d%s, pid %d", host, grpc_server.port,
-             f", HTTP on {host}:{http.port}" if http else "", os.getpid())  # fmt: skip
+    http_at = f", HTTP on {authority(settings.host, http.port)}" if http else ""
+    log.info("listening: gRPC on %s%s, pid %d", authority(settings.host, grpc_server.port), http_at, os.getpid())
     if http:
-        page = "localhost" if host in ("0.0.0.0", "[::]") else host
-        log.info("to try the models: %s://%s:%d/", "https" if settings.tls_cert else "http", page, http.port)
+        page = authority("localhost" if settings.host in ("0.0.0.0", "::") else settings.host, http.port)
+        log.info("to try the models: %s://%s/", "https" if settings.tls_cert else "http", page)
     log.info("protocols: %s", ", ".join(settings.protocols))
     log.info("who may stop the server and change its models: %s", engine.access.who_may())
     loading = asyncio.create_task(_load(engine, settings, stopped))
@@ -111,7 +110,7 @@ async def _serve(engine: Engine, settings: Settings) -> int:
 
 def _open_local(engine: Engine, settings: Settings, grpc_server: GrpcServer) -> LocalServer | None:
     """The local transport, where it may be: for loopback callers of a server without TLS."""
-    on_loopback = settings.host in ("0.0.0.0", "::", "[::]", *local_transport.LOOPBACK)
+    on_loopback = settings.host in ("0.0.0.0", "::", *local_transport.LOOPBACK)
     wanted = settings.local_transport and "native" in settings.protocols and not settings.tls_cert
     if not (wanted and on_loopback and local_transport.available()):
         return None

@@ -137,7 +137,7 @@ def _env(default: Any, parse: Parse, doc: str) -> Any:
 class Settings:
     """The server's settings; each field is the variable ``TMS_<FIELD>``."""
 
-    host: str = _env("0.0.0.0", str, "address to listen on; [::] for IPv6 too")
+    host: str = _env("0.0.0.0", lambda text: text.strip("[]"), "address to listen on; [::] for IPv6 too")
     port: int = _env(50000, _port, "gRPC port; 0: any free port")
     http_port: int | None = _env(8080, _port_or_off, "HTTP port; 0: any free port, off: none")
     socket: str = _env("", str, "path of a unix socket to listen on as well")

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 from tiny_model_server import codec, image_files
@@ -58,10 +59,10 @@ def json_response(value: Any, code: int = 200, headers: Mapping[str, str] | None
     return Response(codec.json_only(value) + "\n", code, headers, JSON)
 
 
-def compress(response: Response, accept_encoding: str) -> Response:
+def compressed(request: Request, response: Response) -> Response:
     """The response, compressed if it is large JSON and its caller accepts gzip."""
     large = len(response.body) >= _MIN_COMPRESSED and response.media_type == JSON
-    if large and _ACCEPTS_GZIP.search(accept_encoding):
+    if large and _ACCEPTS_GZIP.search(request.headers.get("accept-encoding", "")):
         response.body = gzip.compress(response.body, _LEVEL)
         response.headers.update({"Content-Encoding": "gzip", "Content-Length": str(len(response.body))})
         response.headers.add_vary_header("Accept-Encoding")

@@ -50,9 +50,9 @@ def read_input(
     """
     kind, charset, boundary = _parsed(content_type[:_MAX_HEADER_BYTES])
     if kind == "multipart/form-data":
-        fields = dict(_named(_multipart(body, boundary)))
+        fields = _fields(_multipart(body, boundary))
     elif kind == "application/x-www-form-urlencoded":
-        fields = dict(_named(_url_encoded(body)))
+        fields = _fields(_url_encoded(body))
     else:
         return _value(_Part(kind, charset, body), take), codec.parse_args(query)
     args = _text(fields.pop("args", _Part("", "utf-8", b"")))
@@ -65,15 +65,15 @@ def read_input(
     return values[only] if only in _KINDS else values, codec.parse_args(args or query)
 
 
-def _named(parts: Iterable[tuple[str, _Part]]) -> Iterator[tuple[str, _Part]]:
-    names: set[str] = set()
+def _fields(parts: Iterable[tuple[str, _Part]]) -> dict[str, _Part]:
+    fields: dict[str, _Part] = {}
     for name, part in parts:
-        if name in names:
+        if name in fields:
             raise InvalidInput(f"there are two fields {name[:40]!r}; send one input a request")
-        if len(names) == _MAX_FIELDS:
+        if len(fields) == _MAX_FIELDS:
             raise InvalidInput(f"a form has at most {_MAX_FIELDS} fields; {_EXPECTED}")
-        names.add(name)
-        yield name, part if part.kind in _NUMPY else part._replace(kind=_KINDS.get(name, part.kind))
+        fields[name] = part if part.kind in _NUMPY else part._replace(kind=_KINDS.get(name, part.kind))
+    return fields
 
 
 def _value(part: _Part, take: Callable[[int], None]) -> Any:

@@ -21,6 +21,7 @@ from tiny_model_server.protocols import model_mesh, modzy, native, nos, open_inf
 from tiny_model_server.server import health, tls
 from tiny_model_server.server.admission import Admission
 from tiny_model_server.server.grpc_call import abort
+from tiny_model_server.server.siblings import authority
 from tiny_model_server.settings import Settings, SettingsError
 
 log = logging.getLogger("tiny_model_server.grpc")
@@ -88,8 +89,7 @@ class GrpcServer:
             [*names, health.SERVICE, reflection.SERVICE_NAME], self._server, pool=schemas.pool
         )
         tls_credentials = tls.credentials(settings)
-        host = settings.host.strip("[]")
-        address = f"{f'[{host}]' if ':' in host else host}:{settings.port}"
+        host, address = settings.host, authority(settings.host, settings.port)
         self.port = self._listen(address, tls_credentials, f"TMS_HOST={settings.host!r} TMS_PORT={settings.port}")
         if settings.socket:
             _refuse_taken(settings.socket)

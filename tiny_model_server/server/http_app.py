@@ -34,7 +34,7 @@ from tiny_model_server.protocols import openai_rest
 from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.protocols.openai_rest import Chat, OpenAI
 from tiny_model_server.server import events, openapi
-from tiny_model_server.server.answers import JSON, accepted, answer, compress, json_response
+from tiny_model_server.server.answers import JSON, accepted, answer, compressed, json_response
 from tiny_model_server.server.bodies import Body, read_body
 from tiny_model_server.server.forms import read_input
 from tiny_model_server.server.siblings import Siblings, labelled
@@ -81,12 +81,11 @@ class Web:
         self._threads = ThreadPoolExecutor(settings.threads + _SPARE_THREADS, thread_name_prefix="http")
         gets = {"/": self._page, "/livez": self._live, "/readyz": self._ready, "/models": self._models}
         gets |= {"/page/{file}": self._page, "/docs": self._page, "/openapi.json": self._openapi}
-        gets |= {"/stats": self._stats, "/models/{name}": self._model}
+        gets |= {"/stats": self._stats, "/models/{name}": self._model, "/metrics": self._metrics}
         posts: dict[str, Any] = {name: partial(self._change, name) for name in ("load", "unload", "reload")}
         posts["run"] = self._run
-        routes = [Route(path, answer) for path, answer in (gets | {"/metrics": self._metrics}).items()]
+        routes = [Route(path, answer) for path, answer in gets.items()]
         routes += [Route(f"/models/{{name:path}}/{name}", answer, methods=["POST"]) for name, answer in posts.items()]
-        routes.append(Route("/models/{name:path}/logs", self._lines))
         if "open_inference" in settings.protocols:
             routes.append(Route("/v2{rest:path}", self._open_inference, methods=["GET", "POST"]))
         if "openai" in settings.protocols:
@@ -183,7 +182,7 @@ class Web:
     async def _described(self, request: Request, make: Callable[[], Any]) -> Response:
         """JSON of what ``make`` returns; made in a thread, for it may be large."""
         self._admit(request)
-        return await asyncio.to_thread(lambda: _compressed(request, json_response(make())))
+        return await asyncio.to_thread(lambda: compressed(request, json_response(make())))
 
     async def _lines(self, request: Request) -> Response:
         self._admit(request)
@@ -197,16 +196,15 @@ class Web:
         )
 
     async def _run(self, request: Request) -> Any:
-        name, content_type = request.path_params["name"], request.headers.get("content-type", "")
+        name, views = request.path_params["name"], "view" in request.query_params
         self._admit(request, model=name)
         formats = accepted(",".join(request.headers.getlist("accept")))
         if formats[0] == events.MEDIA_TYPE:
-            return self._stream(request, name, content_type)
+            return self._stream(request, name, _view_text if views else None)
 
         def run(body: Body, call: Call) -> Response:
-            data, args = read_input(content_type, body, request.query_params.get("args", ""), body.take)
-            begun, value, as_json = time.monotonic(), codec.encode(data), formats[0] == JSON
-            views = "view" in request.query_params
+            value, args = _input(request, body)
+            begun, as_json = time.monotonic(), formats[0] == JSON
             found = self._engine.run(name, value, args, call, json_only=as_json and not views)
             if views:
                 return json_response({"ms": 1000 * (time.monotonic() - begun), "answer": view(codec.decode(found))})
@@ -214,12 +212,11 @@ class Web:
 
         return await self._in_thread(request, run)
 
-    def _stream(self, request: Request, name: str, content_type: str) -> Any:
+    def _stream(self, request: Request, name: str, text: Callable[[Encoded], str] | None) -> Any:
         def begin(body: Body, call: Call) -> AbstractContextManager[Run]:
-            data, args = read_input(content_type, body, request.query_params.get("args", ""), body.take)
-            return self._engine.streaming(name, codec.encode(data), args, call, json_only=text is None)
+            value, args = _input(request, body)
+            return self._engine.streaming(name, value, args, call, json_only=text is None)
 
-        text = _view_text if "view" in request.query_params else None
         return self.event_stream(request, begin, events.value_events, events.error_event, text)
 
     def event_stream(
@@ -321,7 +318,7 @@ class Web:
     ) -> Response:
         """Runs ``work(body, call)`` in a thread and returns its result. The call ends if the caller disconnects."""
         async with self._arrived(request, timeout_s) as (body, call):
-            return await self._thread(lambda: _compressed(request, self._bounded(work(body.expand(), call))))
+            return await self._thread(lambda: compressed(request, self._bounded(work(body.expand(), call))))
 
     def _bounded(self, response: Response) -> Response:
         """The response; Overloaded, not to be sent again, if it is too large."""
@@ -376,8 +373,11 @@ def _call(request: Request, ended: "Future[None]", timeout_s: float | None = _TI
     return call
 
 
-def _compressed(request: Request, response: Response) -> Response:
-    return compress(response, request.headers.get("accept-encoding", ""))
+def _input(request: Request, body: Body) -> tuple[Encoded, dict[str, Any]]:
+    """(value, args) of a request to run a model."""
+    content_type, args = request.headers.get("content-type", ""), request.query_params.get("args", "")
+    data, found = read_input(content_type, body, args, body.take)
+    return codec.encode(data), found
 
 
 def _has_length(headers: Headers) -> bool:

@@ -206,7 +206,7 @@ class _Parser(h11.Connection):
 
 def _listen(settings: Settings) -> socket.socket:
     """The listening socket of TMS_HOST and TMS_HTTP_PORT; "::" stands for all addresses, also those of IPv4."""
-    host, port = settings.host.strip("[]"), settings.http_port or 0
+    host, port = settings.host, settings.http_port or 0
     if host == "::" and not socket.has_dualstack_ipv6():  # gRPC does the same where there is no IPv6
         host = "0.0.0.0"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

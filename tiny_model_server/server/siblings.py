@@ -17,8 +17,12 @@ _ANY_HOST = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1" if socket.has_
 
 def own_host(settings: Settings) -> str:
     """Where a process on this host reaches the server: TMS_HOST, or loopback if that stands for all addresses."""
-    host = settings.host.strip("[]")
-    return _ANY_HOST.get(host, host)
+    return _ANY_HOST.get(settings.host, settings.host)
+
+
+def authority(host: str, port: int) -> str:
+    """The two as one text, in which an address of IPv6 has brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 class Siblings:

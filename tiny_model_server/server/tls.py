@@ -29,8 +29,7 @@ def own_channel(settings: Settings, address: str, timeout_s: float) -> grpc.Chan
     options: list[tuple[str, Any]] = [("grpc.enable_http_proxy", 0)]
     if not (files := Files.of(settings)):
         return grpc.insecure_channel(address, options)
-    key, cert = client_certificate() or (files.key, files.cert)
-    own = (key.read_bytes(), cert.read_bytes()) if files.client_ca else ()
+    own = [path.read_bytes() for path in client_certificate() or (files.key, files.cert)] if files.client_ca else []
     credentials = grpc.ssl_channel_credentials(files.cert.read_bytes(), *own)
     options.append(("grpc.ssl_target_name_override", files.name_at(address, timeout_s)))
     return grpc.secure_channel(address, credentials, options)
@@ -40,9 +39,9 @@ def own_context(settings: Settings) -> ssl.SSLContext | None:
     """The same for a connection to the HTTP port; None without TLS."""
     if not (files := Files.of(settings)):
         return None
-    key, cert = client_certificate() or (files.key, files.cert)
     context = files.trusting_itself()
     if files.client_ca:
+        key, cert = client_certificate() or (files.key, files.cert)
         context.load_cert_chain(cert, key)
     return context
 
