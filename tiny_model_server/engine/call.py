@@ -1,7 +1,8 @@
 """A call on its way through the engine: what a protocol knows of it, and its inputs with their outcomes."""
 
 import asyncio
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -154,6 +155,18 @@ class Run:
         self._waiting -= 1
         if not self._waiting:
             self.finish([item.outcome for item in self.items if item.outcome is not None])
+
+
+def answers(outcomes: Iterable[Outcome], where: str = "") -> list[Encoded]:
+    """The outcomes, if all are answers. Else raises the first error; ``where``, as in "item {}: ", says of which."""
+    found = []
+    for index, outcome in enumerate(outcomes):
+        if isinstance(outcome, ServerError):
+            error = copy(outcome)  # other inputs may have the same
+            error.args = (f"{where.format(index)}{outcome}",)
+            raise error
+        found.append(outcome)
+    return found
 
 
 def status_of(outcome: Outcome) -> str:

@@ -11,10 +11,10 @@ import numpy as np
 from tiny_model_server import codec, schemas
 from tiny_model_server.codec import Array, Encoded, EncodedImage, Placed
 from tiny_model_server.engine.batcher import Outcome
-from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.call import Call, answers
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel
-from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError, from_status
+from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError
 from tiny_model_server.shared_memory import Place, SharedBuffers
 
 SCHEMA = "server"
@@ -65,7 +65,9 @@ def Run(request: Any, call: Call) -> Work:
 
 def RunImageToImage(request: Any, call: Call) -> Work:
     args, image = codec.parse_args(request.args), _image(request.image, call)
-    return Work(request.model, [image], args, False, lambda outcomes: _image_answer(_one(outcomes), request, call))
+    return Work(
+        request.model, [image], args, False, lambda outcomes: _image_answer(answers(outcomes)[0], request, call)
+    )
 
 
 def RunBatchText(request: Any, call: Call) -> Work:
@@ -131,19 +133,12 @@ class _Others:
 
 def _single(request: Any, value: Encoded, call: Call) -> Work:
     args, json_only = codec.parse_args(request.args), not getattr(request, "accept_arrays", True)
-    return Work(request.model, [value], args, json_only, lambda outcomes: _answer(_one(outcomes), call))
+    return Work(request.model, [value], args, json_only, lambda outcomes: _answer(answers(outcomes)[0], call))
 
 
 def _batch(request: Any, values: list[Encoded], json_only: bool, call: Call) -> Work:
     answer = _json_items if json_only else partial(_items, call=call)
     return Work(request.model, values, codec.parse_args(request.args), json_only, answer)
-
-
-def _one(outcomes: list[Outcome]) -> Encoded:
-    (outcome,) = outcomes
-    if isinstance(outcome, ServerError):
-        raise outcome
-    return outcome
 
 
 def _each(convert: Callable[[Any, Call], Encoded], messages: Sequence[Any], call: Call) -> list[Encoded]:
@@ -253,11 +248,7 @@ def _items(outcomes: list[Outcome], call: Call) -> Any:
 
 
 def _json_items(outcomes: list[Outcome]) -> Any:
-    texts = []
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, ServerError):
-            raise from_status(outcome.status, f"item {index}: {outcome}")
-        texts.append(outcome.text)
+    texts = [outcome.text for outcome in answers(outcomes, "item {}: ")]
     return _Response(data=f"[{', '.join(texts)}]")
 
 

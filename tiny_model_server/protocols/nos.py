@@ -14,10 +14,10 @@ import numpy as np
 
 from tiny_model_server import codec, schemas
 from tiny_model_server.codec import Array
-from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.call import Call, answers
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import State
-from tiny_model_server.errors import InvalidInput, ServerError
+from tiny_model_server.errors import InvalidInput
 
 SCHEMA = "nos"
 SERVICE = "nos.inference.InferenceService"
@@ -69,12 +69,9 @@ class _Nos:
             data = _images(request.image_request.image_bytes, self._engine.settings.max_items)
         several = isinstance(data, list)
         values = [codec.encode(one) for one in (data if several else [data])]
-        answers = []
-        for index, outcome in enumerate(self._engine.run_batch(request.model_name, values, {}, call)):
-            if isinstance(outcome, ServerError):
-                raise type(outcome)(f"image {index}: {outcome}" if several else str(outcome))
-            answers.append(_named(request.method, codec.decode(outcome)))
-        return {"result": pickle.dumps(_joined(answers) if several else answers[0], protocol=4)}
+        outcomes = answers(self._engine.run_batch(request.model_name, values, {}, call), "image {}: " * several)
+        found = [_named(request.method, codec.decode(outcome)) for outcome in outcomes]
+        return {"result": pickle.dumps(_joined(found) if several else found[0], protocol=4)}
 
 
 def _named(method: str, value: Any) -> dict[str, Any]:

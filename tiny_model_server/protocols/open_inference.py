@@ -6,14 +6,14 @@ one BYTES output. If a model's ``metadata`` says ``"batch": True``, the rows of 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import starmap, zip_longest
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 
 from tiny_model_server import __version__, codec, schemas
 from tiny_model_server.codec import Array, Encoded
-from tiny_model_server.engine.call import Call
+from tiny_model_server.engine.call import Call, answers
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
@@ -128,7 +128,7 @@ class OpenInference:
         try:
             if _metadata(model).get("batch"):
                 outcomes = self._engine.run_batch(model.name, _rows(values, max_items), args, call)
-                answer = _stacked(list(starmap(_decoded, enumerate(outcomes))))
+                answer = _stacked([codec.decode(row) for row in answers(outcomes, "row {}: ")])
             else:
                 answer = codec.decode(self._engine.run(model.name, _encoded(values), args, call))
             outputs = _outputs(model, answer)
@@ -184,30 +184,24 @@ def _rows(values: Mapping[str, Array], max_items: int) -> list[Encoded]:
     return [_encoded(values, row) for row in range(rows)]
 
 
-def _decoded(row: int, outcome: Encoded | ServerError) -> Any:
-    if isinstance(outcome, ServerError):
-        raise type(outcome)(f"row {row}: {outcome}")
-    return codec.decode(outcome)
-
-
-def _stacked(answers: Sequence[Any]) -> Any:
+def _stacked(rows: Sequence[Any]) -> Any:
     """The answers to rows as one: dictionaries are stacked by key, everything else as one column."""
-    keys = answers[0].keys() if isinstance(answers[0], dict) else ()
-    if keys and all(isinstance(one, dict) and one.keys() == keys for one in answers):
-        return {key: _column([one[key] for one in answers]) for key in keys}
-    return _column(answers)
+    keys = rows[0].keys() if isinstance(rows[0], dict) else ()
+    if keys and all(isinstance(one, dict) and one.keys() == keys for one in rows):
+        return {key: _column([one[key] for one in rows]) for key in keys}
+    return _column(rows)
 
 
-def _column(answers: Sequence[Any]) -> Array:
+def _column(rows: Sequence[Any]) -> Array:
     """One value a row: arrays and numbers are stacked if none changes; other values are one JSON a row."""
-    arrays = [np.asarray(one) for one in answers if isinstance(one, (np.ndarray, int, float))]
-    if len(arrays) == len(answers) and len({array.shape for array in arrays}) == 1:
+    arrays = [np.asarray(one) for one in rows if isinstance(one, (np.ndarray, int, float))]
+    if len(arrays) == len(rows) and len({array.shape for array in arrays}) == 1:
         stacked = np.stack(arrays)
         alike = len({array.dtype.kind for array in arrays}) == 1
         has_datatype = stacked.dtype.kind in "US" or (stacked.dtype != object and str(stacked.dtype) in DATATYPES)
         if has_datatype and (alike or stacked.tolist() == [array.tolist() for array in arrays]):
             return stacked
-    return np.array([_json(one) for one in answers], object)
+    return np.array([_json(one) for one in rows], object)
 
 
 def _outputs(model: ServedModel, answer: Any) -> dict[str, Array]:

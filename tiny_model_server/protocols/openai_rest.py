@@ -8,7 +8,7 @@ import base64
 import json
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractContextManager
 from itertools import chain, islice
 from types import NoneType
@@ -20,8 +20,7 @@ from starlette.responses import Response
 
 from tiny_model_server import codec
 from tiny_model_server.codec import Array, Buffer, Encoded, EncodedImage
-from tiny_model_server.engine.batcher import Outcome
-from tiny_model_server.engine.call import Call, Run
+from tiny_model_server.engine.call import Call, Run, answers
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel, State
 from tiny_model_server.errors import InvalidInput, ModelError, ModelNotFound, ServerError
@@ -83,7 +82,8 @@ class OpenAI:
         if encoding not in ("float", "base64"):
             raise WrongField("encoding_format", "float or base64")
         outcomes = self._engine.run_batch(name, [codec.encode(text) for text in texts], _args(fields), call)
-        vectors, usages = zip(*map(_vector, _values(outcomes)), strict=True)
+        values = map(codec.decode, answers(outcomes, "input[{}]: "))
+        vectors, usages = zip(*map(_vector, values), strict=True)
         shown = [_base64(one) if encoding == "base64" else one.tolist() for one in vectors]
         data = [{"object": "embedding", "index": index, "embedding": one} for index, one in enumerate(shown)]
         usage = {count: sum(one[count] for one in usages) for count in ("prompt_tokens", "total_tokens")}
@@ -273,14 +273,6 @@ def _image(url: Any, where: str) -> EncodedImage:
 
 
 # ---- from outcomes to answers
-
-
-def _values(outcomes: Sequence[Outcome]) -> list[Any]:
-    for index, outcome in enumerate(outcomes):
-        if isinstance(outcome, ServerError):
-            outcome.args = (f"input[{index}]: {outcome}",)
-            raise outcome
-    return [codec.decode(outcome) for outcome in outcomes if isinstance(outcome, Encoded)]
 
 
 def _vector(value: Any) -> tuple[Array, dict[str, int]]:
