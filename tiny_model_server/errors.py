@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
 from collections.abc import Iterable
 from difflib import get_close_matches
-from itertools import accumulate
+from urllib.parse import quote, unquote
 
 _LONGEST = 2048
 """Bytes of a message on the wire. gRPC sends it in a header, which may be lost above 8 KB."""
+_UNSOUND = re.compile(r"[^\n\t -~\x80-\ud7ff\ue000-\U0010ffff]")
+_AS_IT_IS = "".join(map(chr, range(0x20, 0x7F))).replace("%", "")
 
 
 class ServerError(Exception):
@@ -34,10 +35,6 @@ class ModelUnavailable(ServerError):
     """The model is known, but it could not be loaded, is not loaded, or cannot do what was asked."""
 
     status = "FAILED_PRECONDITION"
-
-
-class NotLoaded(ModelUnavailable):
-    """The model is not loaded, and could be."""
 
 
 class ModelError(ServerError):
@@ -133,19 +130,12 @@ def bounded(text: str) -> str:
 
     What no wire can carry, half a surrogate pair and control characters, is escaped as Python writes it.
     """
-    parts = [char if char in "\n\t" or _sound(char) else ascii(char)[1:-1] for char in text[: _LONGEST + 1]]
-    ends = list(accumulate(map(_wire_bytes, parts)))
-    if not ends or ends[-1] <= _LONGEST:
-        return "".join(parts)
-    return "".join(parts[: bisect_right(ends, _LONGEST - len("..."))]) + "..."
-
-
-def _sound(character: str) -> bool:
-    return " " <= character != "\x7f" and not "\ud800" <= character <= "\udfff"
-
-
-def _wire_bytes(part: str) -> int:
-    return len(part) if part.isascii() and part.isprintable() and part != "%" else 3 * len(part.encode())
+    text = _UNSOUND.sub(lambda found: ascii(found[0])[1:-1], text[: _LONGEST + 1])
+    wire = quote(text, safe=_AS_IT_IS)
+    if len(wire) <= _LONGEST:
+        return text
+    whole = re.sub("%.?$", "", wire[: _LONGEST - len("...")])
+    return unquote(whole, errors="ignore") + "..."
 
 
 _NAMES = """OK CANCELLED UNKNOWN INVALID_ARGUMENT DEADLINE_EXCEEDED NOT_FOUND ALREADY_EXISTS PERMISSION_DENIED

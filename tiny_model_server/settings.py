@@ -267,10 +267,6 @@ class ModelOptions:
         except ValueError as error:
             raise ValueError(f"class attribute {error}") from None
 
-    def with_overrides(self, overrides: Mapping[str, Any]) -> ModelOptions:
-        """These options with the values of ``model_overrides`` in their place."""
-        return replace(self, **overrides)
-
 
 def check_option(name: str, value: Any) -> Any:
     """The value that this field of ModelOptions gets; ValueError if it may not have it."""
@@ -297,21 +293,17 @@ def model_overrides(name: str, env: Mapping[str, str] = os.environ) -> dict[str,
     return _values(ModelOptions, model_prefix(name), env)
 
 
-def stray_overrides(names: Sequence[str], env: Mapping[str, str] = os.environ) -> list[str]:
-    """What is wrong with each ``TMS_MODEL_*`` variable that no model of these names reads."""
+def check_overrides(names: Sequence[str], protocols: Sequence[str], env: Mapping[str, str] = os.environ) -> None:
+    """SettingsError if no model of these names reads a ``TMS_MODEL_*`` variable; ModelMesh names its models later."""
     options = [item.name.upper() for item in fields(ModelOptions)]
     read = {model_prefix(name) + option for name in names for option in options}
-    strays = [name for name in sorted(env.keys() - read - {*service_links(env)}) if name.startswith(MODEL_PREFIX)]
     known = f"the models are {', '.join(names) or 'none'}, their options {', '.join(options)}"
-    return [f"{stray} sets nothing{suggestion(stray, read)}; {known}" for stray in strays]
-
-
-def check_overrides(names: Sequence[str], protocols: Sequence[str]) -> None:
-    """SettingsError if no model of these names reads a ``TMS_MODEL_*`` variable; ModelMesh names its models later."""
-    for stray in stray_overrides(names):
-        if "model_mesh" not in protocols:
-            raise SettingsError(stray)
-        log.warning(stray)
+    for stray in sorted(env.keys() - read - {*service_links(env)}):
+        if stray.startswith(MODEL_PREFIX):
+            problem = f"{stray} sets nothing{suggestion(stray, read)}; {known}"
+            if "model_mesh" not in protocols:
+                raise SettingsError(problem)
+            log.warning(problem)
 
 
 def model_prefix(name: str) -> str:

@@ -11,7 +11,7 @@ import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,16 +145,13 @@ class Engine:
             self._spawn(run, model.batcher.put_in_parts(items))
 
     async def _load_and_put(self, run: Run, model: ServedModel) -> None:
-        while self._is_to_load(model):
-            await self._begin_to_load(model)
+        await self._begin_to_load(model)
         self._put(run, model)
 
     async def _begin_to_load(self, model: ServedModel) -> None:
-        if not self.settings.max_loaded:
-            return await model.begin_to_load()
-        async with self._room:
-            if self._is_to_load(model):
-                await self._unload_others(model)
+        while self._is_to_load(model):
+            async with self._room if self.settings.max_loaded else nullcontext():
+                await self._make_room(model)
                 await model.begin_to_load()
 
     async def _run_stages(self, run: Run, pipeline: ServedModel) -> None:
@@ -218,12 +215,9 @@ class Engine:
         return self.settings.lazy and model.state in (State.UNLOADED, State.UNLOADING)
 
     async def _make_room(self, model: ServedModel) -> None:
-        if self.settings.max_loaded:
-            async with self._room:
-                await self._unload_others(model)
-
-    async def _unload_others(self, model: ServedModel) -> None:
         """Unloads the models that were not called for longest, if this one would be one too many."""
+        if not self.settings.max_loaded:
+            return
         model.used, model.wanted = time.monotonic(), True
         others = [other for other in self.models() if other.wanted and other is not model and not other.stages]
         others.sort(key=lambda other: other.used, reverse=True)
@@ -242,7 +236,7 @@ class Engine:
             except Exception:  # of the server itself; the others serve
                 log.exception("model %s: it could not be loaded", model.name)
 
-    async def load(self, name: str, workers: int = 0) -> ServedModel:
+    async def load(self, name: str, workers: int = 0, *, anew: bool = False) -> ServedModel:
         """Loads a model, also one whose folder came after the start; see ``ServedModel.load``."""
         if workers:
             try:
@@ -251,23 +245,19 @@ class Engine:
                 raise InvalidInput(f"{error}; 0 takes the model's own") from None
         self._repository.find()
         model = self.model(name)
-        await self._make_room(model)
-        await model.load(workers)
+        async with self._room:
+            await self._make_room(model)
+        await model.load(workers, anew=anew)
         return model
 
     async def reload(self, name: str) -> ServedModel:
-        """Replaces a model's workers by new ones; see ``ServedModel.reload``."""
-        self._repository.find()
-        model = self.model(name)
-        await self._make_room(model)
-        await model.reload()
-        return model
+        """Replaces a model's workers by new ones."""
+        return await self.load(name, anew=True)
 
     async def loaded(self, name: str) -> ServedModel:
         """The model once it is loaded, as its first call loads it with TMS_LAZY. ModelUnavailable if it cannot be."""
         model = self.model(name)
-        while self._is_to_load(model):
-            await self._begin_to_load(model)
+        await self._begin_to_load(model)
         if model.loaded is None:
             await model.settle()
         return model

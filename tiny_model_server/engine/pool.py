@@ -37,7 +37,7 @@ class Pool:
         """``changed`` gets the reason when no worker can be started any more, and None when one runs again."""
         self._plugin, self._batcher, self._metrics = plugin, batcher, metrics
         self._settings, self._changed = settings, changed
-        self._options = ModelOptions().with_overrides(plugin.overrides)
+        self._options = ModelOptions(**plugin.overrides)
         self._stopping = asyncio.Event()
         self._processes: set[WorkerProcess] = set()
         self._supervisors: list[asyncio.Task[None]] = []

@@ -15,15 +15,8 @@ from tiny_model_server.engine.batcher import Batcher
 from tiny_model_server.engine.metrics import Metrics, ModelMetrics
 from tiny_model_server.engine.pool import Pool, resident_memory
 from tiny_model_server.engine.worker_process import Loaded, Plugin
-from tiny_model_server.errors import (
-    ModelNotFound,
-    ModelUnavailable,
-    NotLoaded,
-    NowAPipeline,
-    ServerError,
-    Stopping,
-    suggestion,
-)
+from tiny_model_server.errors import ModelNotFound, ModelUnavailable, NowAPipeline, ServerError, Stopping, suggestion
+from tiny_model_server.logs import escaped
 from tiny_model_server.settings import (
     ModelOptions,
     Settings,
@@ -69,7 +62,7 @@ class ServedModel:
         self.state = State.FAILED if reason else State.UNLOADED
         self.reason = reason
         self.metrics = ModelMetrics(metrics, self.name)
-        self.batcher = Batcher(ModelOptions().with_overrides(plugin.overrides).queue_size, self.metrics)
+        self.batcher = Batcher(ModelOptions(**plugin.overrides).queue_size, self.metrics)
         self.metrics.queue_depth = lambda: self.batcher.depth
         self.metrics.workers = lambda: len(self.pids)
         self.metrics.wanted = lambda: self.wanted and not self.stages
@@ -77,13 +70,14 @@ class ServedModel:
         if reason:
             log.error("model %s FAILED: %s", self.name, reason)
 
-    async def load(self, workers: int = 0) -> None:
+    async def load(self, workers: int = 0, *, anew: bool = False) -> None:
         """Starts the workers and waits until they are ready; calls queue meanwhile. ModelUnavailable says why not.
 
-        ``workers`` (0: as it is) other than those it has starts that many in their place.
+        ``workers`` (0: as it is) other than those it has starts that many in their place, and ``anew`` new ones from
+        the files as they are now. No call fails: the old ones continue until then, or if new ones cannot be started.
         """
         async with self._turn:
-            same = workers in (0, self.loaded.options.workers if self.loaded else 0)
+            same = not anew and workers in (0, self.loaded.options.workers if self.loaded else 0)
             if workers:
                 self._plugin = replace(self._plugin, overrides=self._plugin.overrides | {"workers": workers})
             self.wanted = True
@@ -115,15 +109,6 @@ class ServedModel:
         async with self._turn:
             if self.loaded is None:
                 raise self._refusal()
-
-    async def reload(self) -> None:
-        """Starts new workers from the files as they are now, and lets the old ones finish; no call fails.
-
-        ModelUnavailable says why the new ones cannot be started. The old ones continue then.
-        """
-        async with self._turn:
-            self.wanted = True
-            await self._start()
 
     async def unload(self) -> None:
         """Refuses new calls, finishes what is queued, and ends the workers, which frees all their memory."""
@@ -254,7 +239,7 @@ class ServedModel:
     def _refusal(self) -> ServerError:
         if self.state is State.FAILED:
             return ModelUnavailable(f"model {self.name!r} could not be loaded: {self.reason}")
-        return NotLoaded(f"model {self.name!r} is not loaded")
+        return ModelUnavailable(f"model {self.name!r} is not loaded")
 
 
 class Repository:
@@ -344,12 +329,12 @@ def discover(folder: Path) -> list[tuple[str, Path, str]]:
             continue
         if problem := _problem(path):
             if problem != _FILE:
-                log.warning("%s is not a model folder: %s", printable(str(path)), problem)
+                log.warning("%s is not a model folder: %s", escaped(str(path)), problem)
             continue
         reason = name_problem(path.name)
         if not reason and (other := prefixes.setdefault(model_prefix(path.name), path.name)) != path.name:
             reason = f"its settings {model_prefix(path.name)}* would be those of model {other!r} too"
-        found.append((printable(path.name), path, reason))
+        found.append((escaped(path.name), path, reason))
     return found
 
 
@@ -373,8 +358,3 @@ def _problem(path: Path) -> str:
             return ""
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
-
-
-def printable(name: str) -> str:
-    """A file's name as it can be written into a log and sent, whatever bytes it has."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in name)

@@ -24,21 +24,9 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from tiny_model_server import codec, custom_metrics, logs
-from tiny_model_server.engine import mistakes
+from tiny_model_server.engine import mistakes, runner
 from tiny_model_server.engine.annotations import types_of
-from tiny_model_server.engine.runner import (
-    Calls,
-    Runner,
-    attempt,
-    call_directly,
-    construct,
-    declared,
-    encode_outcome,
-    failed,
-    import_plugin,
-    is_async,
-    log,
-)
+from tiny_model_server.engine.runner import Calls, Runner, attempt, failed, log
 from tiny_model_server.engine.worker_connection import WorkerConnection
 from tiny_model_server.errors import InvalidInput, ModelError, ServerError, message_of
 from tiny_model_server.shared_memory import Segment
@@ -127,11 +115,11 @@ class Slot:
             _end_without_descriptors(error)
             log.error("a batch could not be read, or its outcomes could not be written", exc_info=error)
             outcome = error if isinstance(error, ServerError) else ModelError(message_of(error, named=True))
-            return [encode_outcome(outcome, True) for _ in items]
+            return [runner.encode_outcome(outcome, True) for _ in items]
 
     def _run(self, args: str, items: Sequence[Any], inputs: list[Any]) -> list[Any]:
         results = self._runner.run([self._receive(item, inputs) for item in items], args)
-        outcomes = [encode_outcome(result, json_only) for result, (_, _, json_only, _, _) in zip(results, items)]
+        outcomes = [runner.encode_outcome(result, json_only) for result, (_, _, json_only, _, _) in zip(results, items)]
         others = [array for (_, _, arrays), item in zip(outcomes, items) if item[4] is None for array in arrays]
         places = iter(self._response.write(others))
         written: list[Any] = []
@@ -144,7 +132,7 @@ class Slot:
         """Sends each value as (status or None, JSON or message, places). Waits after each until the front agrees."""
         values = self._runner.stream(self._receive(items[0], inputs), args)
         for value in values:
-            status, text, arrays = encode_outcome(value, items[0][2])
+            status, text, arrays = runner.encode_outcome(value, items[0][2])
             try:
                 places = self._response.write(arrays)
             except Exception as error:  # there is no memory for them
@@ -207,16 +195,16 @@ def _serve(control: WorkerConnection) -> None:
             _end(1)
         return result
 
-    plugin = load(import_plugin, name, path)
+    plugin = load(runner.import_plugin, name, path)
     types = load(types_of, plugin)
     for problem in types.problems:
         log.warning("model %s: %s", name, problem)
-    control.send(("declared", load(declared, plugin, types) | {"pid": os.getpid()}))
+    control.send(("declared", load(runner.declared, plugin, types) | {"pid": os.getpid()}))
     (options, threads), _ = _receive(control)
-    loop = _event_loop() if is_async(plugin) else None
-    call = loop.call if loop else call_directly
+    loop = _event_loop() if runner.is_async(plugin) else None
+    call = loop.call if loop else runner.call_directly
     load(mistakes.check_arguments, name, plugin, options.args)
-    model, input_shape = load(construct, plugin, options, threads, types, call)
+    model, input_shape = load(runner.construct, plugin, options, threads, types, call)
     for doubt in load(mistakes.doubts, model, path):
         log.warning("model %s: %s", name, doubt)
     control.send(("ready", input_shape))

@@ -110,13 +110,13 @@ class WorkerProcess:
     async def load(self) -> Loaded:
         """Lets the process import, construct and warm up the model. ModelUnavailable gives the reason of a failure."""
         plugin, settings = self._plugin, self._settings
-        options = ModelOptions().with_overrides(plugin.overrides)
+        options = ModelOptions(**plugin.overrides)
         log_as = (settings.log_level, settings.log_format, self._output.mark, self._output.origin)
         try:
             self._control.send({"name": plugin.name, "path": str(plugin.path), "log": log_as})
             declared = await self._receive("declared", options.load_timeout_s)
             self.pid = self._output.origin["pid"] = declared["pid"]
-            options = ModelOptions().declared(declared["options"]).with_overrides(plugin.overrides)
+            options = replace(ModelOptions().declared(declared["options"]), **plugin.overrides)
             facts = {name: declared[name] for name in ("metadata", "example", "stages", "schema", "is_async")}
             loaded = Loaded(options, None, **facts)
             if loaded.stages:
