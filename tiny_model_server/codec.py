@@ -244,6 +244,13 @@ def dtype_name(dtype: np.dtype[Any]) -> str:
     return dtype.name if dtype.kind in "biufc" else dtype.str
 
 
+def has_shape(array: Array | Placed, wanted: Sequence[int] | None) -> bool:
+    """Whether an array has this shape, in which -1 stands for any size; None is any shape."""
+    return wanted is None or (
+        len(wanted) == len(array.shape) and all(want in (-1, size) for want, size in zip(wanted, array.shape))
+    )
+
+
 @lru_cache(256)
 def dtype_of(name: str) -> np.dtype[Any]:
     """The dtype of this name on the wire; InvalidInput if there is none."""

@@ -385,17 +385,12 @@ def _array(annotation: Any, metadata: Iterable[Any]) -> Type:
 
     def convert(value: Any, seen: _Seen) -> Any:
         array = _from_list(value, name) if type(value) is list else value
-        fits = shape is None or (len(shape) == array.ndim and all(map(_size_fits, shape, array.shape)))
-        if not (fits and np.issubdtype(array.dtype, dtype)):
+        if not (codec.has_shape(array, shape) and np.issubdtype(array.dtype, dtype)):
             raise _misfit(noun, array)
         return array
 
     schema = {"type": "array"} | {key: fact for key, fact in facts.items() if fact is not None}
     return Type(noun, schema, (np.ndarray, list), convert)
-
-
-def _size_fits(wanted: int, size: int) -> bool:
-    return wanted in (-1, size)
 
 
 def _from_list(value: list[Any], dtype: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from tiny_model_server.codec import Encoded
 from tiny_model_server.errors import Overloaded
@@ -22,10 +23,8 @@ class BufferPool:
 
     def take(self) -> SharedBuffers:
         """Buffers for one call. Overloaded if there is no memory or no descriptor for them."""
-        try:
+        with suppress(IndexError):
             return self._free.pop()
-        except IndexError:
-            pass
         try:
             return SharedBuffers()
         except OSError as error:

@@ -196,20 +196,16 @@ class Engine:
         """Does what has to wait for something in a task, which ends with the call."""
 
         def over(task: "asyncio.Task[None]") -> None:
+            self._tasks.discard(task)
             if not task.cancelled() and (error := task.exception()):
                 if not isinstance(error, ServerError):
                     log.error("a call failed", exc_info=error)
                     error = ServerError(f"a fault in the server: {type(error).__name__}: {error}")
                 run.refuse(error)
 
-        run.task = self._keep(work)
+        run.task = asyncio.ensure_future(work)
+        self._tasks.add(run.task)
         run.task.add_done_callback(over)
-
-    def _keep(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
 
     def _is_to_load(self, model: ServedModel) -> bool:
         return self.settings.lazy and model.state in (State.UNLOADED, State.UNLOADING)
@@ -388,11 +384,10 @@ class Engine:
     def ready(self) -> bool:
         """True when every model that is meant to be loaded is, and there is one; a lazy server needs one folder."""
         wanted = [model for model in self.models() if model.wanted]
+        enough = self.models() if self.settings.lazy else wanted
         if "model_mesh" in self.settings.protocols:  # which begins with none, and sends them
-            return self.started and all(self.serving(model) for model in wanted)
-        if not self.settings.lazy and not wanted:
-            return False
-        return bool(self.models()) and all(self.serving(model) for model in wanted)
+            return self.started and all(map(self.serving, wanted))
+        return bool(enough) and all(map(self.serving, wanted))
 
     def check_batch(self, values: Sequence[Encoded], args: Mapping[str, Any]) -> str:
         """The args as JSON. InvalidInput if a call may not have so many inputs, or such args."""

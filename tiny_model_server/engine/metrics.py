@@ -122,9 +122,8 @@ class ModelMetrics:
         self.wanted: Callable[[], bool] = lambda: False
         self._busy, self._answers, self._errors = _Window(), _Window(), _Window()
         self._report = (0.0, b"")
-        self._recent: deque[tuple[float, float]] = deque(
-            maxlen=_MAX_RECENT
-        )  # when calls were answered, and in how long
+        self._recent: deque[tuple[float, float]] = deque(maxlen=_MAX_RECENT)
+        """When calls were answered, and in how long."""
         self._slots = 1
         self.places = 1
         """Items that are at work at once when every slot has a full batch."""

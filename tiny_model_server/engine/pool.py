@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tiny_model_server.engine.batcher import Batcher, Item
@@ -176,11 +177,9 @@ class Pool:
     async def _pause(self, failures: int, longest_s: float) -> None:
         """Waits before the next attempt, not before the first one, and not when the pool stops."""
         seconds = min(longest_s, 0.05 * 2 ** min(failures, 10)) if failures > 1 else 0.0
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
-        except TimeoutError:
-            pass
 
 
 def resident_memory(pid: int) -> int:

@@ -5,6 +5,7 @@ import logging
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -98,9 +99,8 @@ class ServedModel:
 
     async def _load_quietly(self) -> None:
         try:
-            await self._start()
-        except ServerError:
-            pass  # its state and the log give the reason
+            with suppress(ServerError):  # its state and the log give the reason
+                await self._start()
         finally:
             self._turn.release()
 

@@ -201,7 +201,11 @@ def _serve(control: WorkerConnection) -> None:
         log.warning("model %s: %s", name, problem)
     control.send(("declared", load(runner.declared, plugin, types) | {"pid": os.getpid()}))
     (options, threads), _ = _receive(control)
-    loop = _event_loop() if runner.is_async(plugin) else None
+    loop: Any = None
+    if runner.is_async(plugin):
+        from tiny_model_server.engine.event_loop import EventLoop  # the other models need no asyncio
+
+        loop = EventLoop()
     call = loop.call if loop else runner.call_directly
     load(mistakes.check_arguments, name, plugin, options.args)
     model, input_shape = load(runner.construct, plugin, options, threads, types, call)
@@ -221,12 +225,6 @@ def _serve(control: WorkerConnection) -> None:
             thread.join()
     _end_in(_CLOSE_S, f"close() of model {name!r}")
     call(model.close)
-
-
-def _event_loop() -> Any:
-    from tiny_model_server.engine.event_loop import EventLoop  # the other models need no asyncio
-
-    return EventLoop()
 
 
 def _receive(connection: WorkerConnection) -> tuple[Any, list[int]]:

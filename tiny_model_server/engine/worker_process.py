@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from tiny_model_server.codec import ARRAY, Encoded, dtype_name
+from tiny_model_server.codec import ARRAY, Encoded, dtype_name, has_shape
 from tiny_model_server.engine import children, placement
 from tiny_model_server.engine.batcher import Batcher, Item
 from tiny_model_server.engine.metrics import ModelMetrics
@@ -71,11 +71,7 @@ class Loaded:
         if len(inputs) != 1 or len(value.arrays) != 1 or value.text != ARRAY:
             return
         array, dtype, shape = value.arrays[0], inputs[0].get("dtype"), inputs[0].get("shape")
-        fits = shape is None or (
-            len(shape) == len(array.shape)
-            and all(want in (-1, size) for want, size in zip(shape, array.shape, strict=True))
-        )
-        if not fits or dtype not in (None, dtype_name(array.dtype)):
+        if not has_shape(array, shape) or dtype not in (None, dtype_name(array.dtype)):
             wanted = f"{dtype or 'any dtype'} of shape {shape or 'any'} (-1: any size)" if dtype != "str" else "a text"
             found = f"{dtype_name(array.dtype)} of shape {list(array.shape)}"
             raise InvalidInput(f"{what}the model takes {wanted}, not {found}")
