@@ -40,8 +40,6 @@ class ModelUnavailable(ServerError):
 class ModelError(ServerError):
     """The model itself failed: it raised, answered nonsense, or its process died."""
 
-    status = "INTERNAL"
-
 
 class Overloaded(ServerError):
     """The queue is full. ``retry_after_ms`` says when it may have room, where that is known; -1: never."""

@@ -134,7 +134,7 @@ def _annotations(plugin: type[ModelInterface], method: str, problems: list[str])
 def _checker(name: str, kind: Type) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         try:
-            return _each([(name, value)], lambda key: kind, {})[0][1]
+            return _each([(name, value)], kind, {})[0][1]
         except _Wrong as wrong:
             texts = (f"{'.'.join(str(key)[:60] for key in where)}: {what}" for where, what in wrong.problems)
             raise InvalidInput("; ".join(texts)) from None
@@ -265,14 +265,12 @@ class _Reader:
         schema["required"] = sorted(required)
 
         def convert(value: Any, seen: _Seen) -> Any:
+            missing = sorted(required - value.keys())
             unknown = [key for key in value if key not in fields][:_MOST_PROBLEMS]
             problems = [((key,), _unknown(key, fields)) for key in unknown]
-            problems += [
-                ((key,), f"is missing; it must be {fields[key].noun}") for key in sorted(required - value.keys())
-            ]
-            if problems:
+            if problems := problems + [((key,), f"is missing; it must be {fields[key].noun}") for key in missing]:
                 raise _Wrong(*problems)
-            found = dict(_each(value.items(), fields.__getitem__, seen))
+            found = dict(_each(value.items(), fields, seen))
             return _validated(lambda: cls(**found)) if is_dataclass else found
 
         return Type(f"an object ({cls.__name__})", schema, (dict,), convert)
@@ -282,9 +280,7 @@ class _Reader:
             raise TypeError(f"the keys of a JSON object are texts, not {key!r:.80}")
         inner = self.read(of)
         schema = {"type": "object"} | ({"additionalProperties": inner.schema} if inner.schema else {})
-        return Type(
-            "an object", schema, (dict,), lambda value, seen: dict(_each(value.items(), lambda key: inner, seen))
-        )
+        return Type("an object", schema, (dict,), lambda value, seen: dict(_each(value.items(), inner, seen)))
 
     def _pydantic(self, cls: Any) -> Type:
         validate = getattr(cls, "model_validate", None) or cls.parse_obj  # of pydantic 2 or 1
@@ -321,7 +317,7 @@ def _list(inner: Type) -> Type:
     def convert(value: Any, seen: _Seen) -> Any:
         if inner.convert is _same and (not inner.kinds or {*map(type, value)} <= {*inner.kinds}):
             return value  # a long list of numbers is checked quickly
-        return [item for _, item in _each(enumerate(value), lambda index: inner, seen)]
+        return [item for _, item in _each(enumerate(value), inner, seen)]
 
     return Type("a list", {"type": "array"} | ({"items": inner.schema} if inner.schema else {}), (list,), convert)
 
@@ -415,12 +411,12 @@ def _are_numbers(value: list[Any]) -> bool:
 # ---- from values to what the model gets
 
 
-def _each(values: Iterable[tuple[Any, Any]], type_of: Callable[[Any], Type], seen: _Seen) -> list[tuple[Any, Any]]:
-    """(key, what the model gets) for each (key, value) of a list or an object."""
+def _each(values: Iterable[tuple[Any, Any]], kinds: Type | dict[str, Type], seen: _Seen) -> list[tuple[Any, Any]]:
+    """(key, what the model gets) for each (key, value) of a list or an object; ``kinds`` of all, or by key."""
     found = []
     for key, value in values:
         try:
-            kind = type_of(key)
+            kind = kinds if isinstance(kinds, Type) else kinds[key]
             if not kind.fits(value):
                 raise _misfit(kind.noun, value)
             found.append((key, kind.convert(value, seen)))

@@ -73,10 +73,11 @@ class Pool:
         for process in self._processes:
             if not process.serves:
                 process.kill()
-        for slot in [slot for process in self._processes for slot in process.slots]:
+        slots = [slot for process in self._processes for slot in process.slots]
+        for slot in slots:
             self._batcher.remove(slot)
             slot.retiring = True
-        while self._busy and time.monotonic() < deadline:
+        while any(slot.batch for slot in slots) and time.monotonic() < deadline:
             await asyncio.sleep(_LOOK_S)
         for process in self._processes:
             process.retire()
@@ -90,10 +91,6 @@ class Pool:
     def pids(self) -> list[int]:
         """The worker processes that serve now."""
         return [process.pid for process in self._processes if process.serves]
-
-    @property
-    def _busy(self) -> bool:
-        return any(slot.batch for process in self._processes for slot in process.slots)
 
     async def _start_worker(self, index: int) -> Loaded:
         started: asyncio.Future[Loaded] = asyncio.get_running_loop().create_future()
