@@ -298,6 +298,14 @@ def test_arrays_arrive_equal(formats: Server, array: np.ndarray[Any, Any]) -> No
             loaded.close()
 
 
+def test_texts_that_unicode_lacks(formats: Server) -> None:
+    """numpy raises a SystemError at each look at them."""
+    body = npy(np.array([0x7FFFFFFF] * 40, np.uint32).view("<U1"))
+    for query in (SAME, SAME + "&view", ""):
+        answer = send(formats, body, query, Content_Type="application/x-npy")
+        assert "an array of <U1 has characters that Unicode lacks" in error_of(answer, 400)
+
+
 def test_named_inputs(formats: Server) -> None:
     npy_type, json_type = b"\r\nContent-Type: application/x-npy", b"\r\nContent-Type: application/json"
     body, kind = multipart(

@@ -1,5 +1,6 @@
 """What the server and its workers log: whose each line is, at which levels, and how much a model may print."""
 
+import gzip
 import json
 import os
 import re
@@ -112,6 +113,16 @@ def test_each_line_says_whose_it_is(start_server: StartServer, folder: Path) -> 
     assert any(f"pid={pid}" in line for line in server.log)
     wait_for(lambda: any("careful" in line for line in kept(server)), "the lines by HTTP")
     assert set(kept(server)) <= set(server.log)
+
+
+def test_many_lines_are_sent_compressed(start_server: StartServer, folder: Path) -> None:
+    server = start_server(folder)
+    run(server, "log", "hello " * 10_000)
+    wait_for(lambda: any("careful" in line for line in kept(server)), "the lines")
+    url = f"http://127.0.0.1:{server.http_port}/models/talks/logs"
+    with urllib.request.urlopen(urllib.request.Request(url, headers={"Accept-Encoding": "gzip"}), timeout=5) as answer:
+        lines = json.loads(gzip.decompress(answer.read()))["lines"]
+    assert any("hello hello" in line for line in lines)
 
 
 def test_json_has_fields(start_server: StartServer, folder: Path) -> None:

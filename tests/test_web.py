@@ -256,6 +256,7 @@ def test_a_view_of_what_is_large(start_server: StartServer, tmp_path: Path) -> N
     assert found["mask"]["png"].startswith("data:image/png;base64,")
     assert found["few"] == [[0, 0], [0, 0]]
     assert (found["nan"]["min"], found["nan"]["values"]) == (None, [None] * 40)
+    assert not [line for line in server.log if "Warning" in line]
     assert sum("values" in one for one in found["many"]) < 16
     assert sum("png" in one for one in found["images"]) == 31  # and the mask
     assert (found["bytes"], found["none"]) == ("3 bytes", [])

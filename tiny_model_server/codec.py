@@ -14,6 +14,7 @@ import base64
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -107,10 +108,12 @@ def encode(value: Any) -> Encoded:
 
 
 def decode(encoded: Encoded, image: Callable[[bytes], Any] = EncodedImage) -> Any:
-    """The value that was encoded, with the same arrays; InvalidInput if the text is malformed.
+    """The value that was encoded, with the same arrays; InvalidInput if the text is malformed, or one in an array is.
 
     ``image`` turns an image file into what stands in the value; by default the file itself.
     """
+    for array in encoded.arrays:
+        _check_texts(array)
     if encoded.text == ARRAY and len(encoded.arrays) == 1:
         return encoded.arrays[0]
 
@@ -120,6 +123,13 @@ def decode(encoded: Encoded, image: Callable[[bytes], Any] = EncodedImage) -> An
         return image(bytes(raw(array))) if name == "$image" else bytes(raw(array))
 
     return _resolve(_parse(encoded.text), encoded.arrays, resolve)
+
+
+def _check_texts(array: Any) -> None:
+    if array.dtype.kind != "U" or isinstance(array, Placed) or not array.size:
+        return
+    if np.frombuffer(raw(array), np.uint32).max() > sys.maxunicode:  # numpy would fail at each look at it
+        raise InvalidInput(f"an array of {array.dtype} has characters that Unicode lacks; send UTF-32 in it")
 
 
 def check(text: str, arrays: Sequence[Any]) -> None:

@@ -185,8 +185,7 @@ class Web:
         return await asyncio.to_thread(lambda: compressed(request, json_response(make())))
 
     async def _lines(self, request: Request) -> Response:
-        self._admit(request)
-        return json_response({"lines": self._engine.model(request.path_params["name"]).lines})
+        return await self._described(request, lambda: {"lines": self._engine.model(request.path_params["name"]).lines})
 
     async def _change(self, action: str, request: Request) -> Response:
         self._admit(request, changes=True)

@@ -44,7 +44,9 @@ class _View:
         facts: dict[str, Any] = {"array": f"{codec.dtype_name(array.dtype)} {'x'.join(map(str, array.shape))}"}
         if array.dtype.kind in "biuf":
             with np.errstate(all="ignore"):
-                facts |= {"min": np.nanmin(array), "max": np.nanmax(array), "mean": np.nanmean(array)}
+                mean = np.nansum(array, dtype=np.float64) / np.count_nonzero(array == array)
+                # np.nanmin and np.nanmean warn where all numbers are NaN, and a warning would go into the log.
+                facts |= {"min": np.fmin.reduce(array, None), "max": np.fmax.reduce(array, None), "mean": mean}
             facts |= self._image(array) | self._plot(array)
         if array.size <= min(_MAX_ITEMS, self._items):
             self._items -= array.size
