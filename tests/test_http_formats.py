@@ -298,6 +298,20 @@ def test_arrays_arrive_equal(formats: Server, array: np.ndarray[Any, Any]) -> No
             loaded.close()
 
 
+@pytest.mark.parametrize(
+    ("body", "kind"),
+    [(npy(np.zeros((0, 4))), "application/x-npy"), (b"", "application/octet-stream"), (b"", "image/png")],
+)
+def test_the_first_input_is_empty(start_server: StartServer, tmp_path: Path, body: bytes, kind: str) -> None:
+    """Nothing lies in the memory that it shares with the worker, and an empty file cannot be mapped."""
+    server = start_server(write_model(tmp_path, "m", ANSWERS))
+    answer = send(server, body, SAME, Content_Type=kind)
+    if kind == "image/png":
+        assert "image file" in error_of(answer, 400)
+    else:
+        assert (answer[0], json.loads(answer[2])) == (200, [] if "npy" in kind else "")
+
+
 def test_texts_that_unicode_lacks(formats: Server) -> None:
     """numpy raises a SystemError at each look at them."""
     body = npy(np.array([0x7FFFFFFF] * 40, np.uint32).view("<U1"))

@@ -77,9 +77,9 @@ class Segment:
     def _view(self, offset: int, name: str, shape: tuple[int, ...]) -> Array:
         dtype = dtype_of(name)
         count = math.prod(shape)
-        data = self._mapped(offset + count * dtype.itemsize, grow=False)
-        if not count * dtype.itemsize:
+        if not count:  # nothing may be mapped yet, and an empty file cannot be
             return np.empty(shape, dtype)
+        data = self._mapped(offset + count * dtype.itemsize, grow=False)
         return np.frombuffer(data, dtype, count, offset).reshape(shape)
 
     def _mapped(self, needed: int, *, grow: bool) -> mmap.mmap:
