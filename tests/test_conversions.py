@@ -295,6 +295,7 @@ FAIL = [
     (TABLE[["n", "n"]], r"two columns of one name at \.a\[1\]"),
     (Found("x", (one for one in [])), r"generator at \.a\[1\]\.scores: send list"),
     (Found, r"type at \.a\[1\]"),
+    (range(1 << 70), r"a range of more than 1048576 numbers at \.a\[1\]: send np.arange"),
 ]
 
 

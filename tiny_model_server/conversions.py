@@ -145,8 +145,8 @@ def _of_set(members: Any) -> list[Any]:
 
 
 def _of_range(numbers: range) -> list[int]:
-    if len(numbers) > _MAX_RANGE:
-        raise CannotSerialize(f"a range of {len(numbers)} numbers", "send np.arange(start, stop, step)")
+    if numbers[_MAX_RANGE:]:  # its length may be more than len() can say
+        raise CannotSerialize(f"a range of more than {_MAX_RANGE} numbers", "send np.arange(start, stop, step)")
     return list(numbers)
 
 
