@@ -51,9 +51,10 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         """Finds the models; ``start`` loads them."""
         self.settings = settings
-        self._listeners: list[Callable[[], None]] = []
+        self.on_change: Callable[[], None] = lambda: None
+        """Called on the loop whenever the state of a model or of the replica changes."""
         self.metrics = Metrics()
-        self._repository = Repository(settings, self.metrics, self._changed)
+        self._repository = Repository(settings, self.metrics, lambda: self.on_change())
         self.calls = 0
         """How many are at work."""
         self.inflight = Budget(((settings.max_inflight_mb << 20) or placement.memory() // 4) // settings.sharing)
@@ -81,7 +82,7 @@ class Engine:
                 *(self._try_load(model, turns) for model in self.models()[: self.settings.max_loaded or None])
             )
         self.started = True
-        self._changed()
+        self.on_change()
 
     async def use_loop(self) -> None:
         """Lets the running loop own the engine, from the first call on."""
@@ -268,17 +269,13 @@ class Engine:
         """Finishes what an adopted model has queued within ``grace_s`` seconds, and knows it no more."""
         await self.model(name).stop(grace_s)
         self._repository.remove(name)
-        self._changed()
+        self.on_change()
 
     async def adopt(self, name: str, path: Path) -> ServedModel:
         """Knows the folder ``path``, wherever it is, as a model of this name; it is to be loaded then."""
         if not (path / "__init__.py").is_file():
             raise InvalidInput(f"{str(path)!r} is not a model folder: there is no __init__.py in it")
         return self._repository.add(name, path.resolve())
-
-    def _changed(self) -> None:
-        for listener in self._listeners:
-            listener()
 
     # ---- for any thread
 
@@ -356,10 +353,6 @@ class Engine:
     def request_stop(self) -> None:
         """Asks the owner of the loop to stop the server; returns at once."""
         self._on_loop(self.stop_requested.set)
-
-    def on_change(self, listener: Callable[[], None]) -> None:
-        """Calls ``listener`` on the loop whenever the state of a model or of the replica changes."""
-        self._listeners.append(listener)
 
     def models(self) -> list[ServedModel]:
         """All models found, by name."""

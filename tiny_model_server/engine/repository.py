@@ -245,7 +245,7 @@ class ServedModel:
 class Repository:
     """The models in the models folder."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, changed: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, changed: Callable[[], None]) -> None:
         """Finds every model; SettingsError if the folder cannot be read or a model's setting is wrong.
 
         ``changed`` is called after each change of a model's state.

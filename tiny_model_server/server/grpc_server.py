@@ -102,7 +102,7 @@ class GrpcServer:
             first = self.port - settings.replica + 1
             ports = f"{first}-{first + settings.replicas - 1}"
             self._health.trailing = (("tms-replica", self.replica), ("tms-ports", ports))
-        engine.on_change(self._update_health)
+        engine.on_change = self._update_health
         self._update_health()
 
     def start(self) -> None:
