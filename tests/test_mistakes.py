@@ -414,6 +414,7 @@ def test_a_mistake_with_curl_is_answered_with_what_to_do(
         (["chek"], {}, "invalid choice: 'chek'.*check"),
         (["check", "goood"], {}, "there is no model 'goood' .did you mean 'good'"),
         (["check", "good"], {"TMS_MODEL_GOOD_WOKRERS": "2"}, "did you mean 'TMS_MODEL_GOOD_WORKERS'.*MAX_BATCH_SIZE"),
+        (["check", "good"], {"TMS_MODEL_GOOD_ARGS": '{"a": ' + "[" * 30_000}, "ARGS='.*must be a JSON object such as"),
         ([], {"TMS_MODEL_GOOD_WOKRERS": "2"}, "WOKRERS sets nothing .did you mean 'TMS_MODEL_GOOD_WORKERS'"),
         ([], {"TMS_MODEL_GODO_WORKERS": "2"}, "did you mean 'TMS_MODEL_GOOD_WORKERS'.*the models are good, net"),
         ([], {"TMS_MODEL_NET_TIMEOUT": "2"}, "did you mean 'TMS_MODEL_NET_TIMEOUT_S'"),

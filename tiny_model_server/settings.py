@@ -103,7 +103,7 @@ def _pairs(text: str) -> tuple[tuple[str, str], ...]:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         if isinstance(value := json.loads(text), dict):
             return value
     raise ValueError('a JSON object such as {"size": 3}')
