@@ -18,7 +18,7 @@ import pytest
 import model_client
 from model_client import AsyncModelClient, ModelClient, request_id
 from tests.conftest import Server, only, wait_for
-from tiny_model_server import local_transport, request_ids, schemas
+from tiny_model_server import request_ids, schemas
 
 StartServer = Callable[..., Server]
 SOCKET = f"{tempfile.gettempdir()}/tms-ids-{os.getpid()}"
@@ -247,13 +247,3 @@ def test_forked_children_make_other_ids() -> None:
     with open(reader, "rb") as pipe:
         os.close(writer)
         assert pipe.read().decode() != request_ids.for_call()
-
-
-def test_a_client_without_ids_by_the_local_transport(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a client with ids at a server without: either end may be the older one."""
-    monkeypatch.setattr(local_transport, "TAKES_IDS", "something-else")
-    with by("local", server) as client, request_id("not sent"):
-        assert client.run("older") == "older"
-        assert client._transport.locals[0].idle
-    line = entry(server, logger="models.logs", message="running older")
-    assert line["request_id"] != "not sent"

@@ -9,14 +9,13 @@ The rules:
 1. Both ends ask the kernel for the user at the other end. They go on only if it is the same user.
 2. A connection carries one call at a time. For more calls at once, a client opens more connections. The client first
    sends its metadata, as JSON. The server answers with its name and two descriptors: the request buffer, which the
-   client writes, and the response buffer, which it reads. "tms-request-ids" in the metadata says that the client can
-   send ids; if the server takes them, its name ends with a line's end. Buffers can grow, but never shrink, so that no
-   process that maps one can be made to fail. A client may bring its own request buffer, sealed in this way: the memory
-   of one ``shared_array``.
+   client writes, and the response buffer, which it reads. Buffers can grow, but never shrink, so that no process that
+   maps one can be made to fail. A client may bring its own request buffer, sealed in this way: the memory of one
+   ``shared_array``.
 3. A request is a header (bytes of the message, seconds until the deadline, whether it may be repeated, bytes of the
-   method's path), the path, which a space and the call's id may follow, and a message of ``server.proto``. Its
-   ``place`` fields say where arrays lie. The server checks each place: it must lie in the request buffer, and fit the
-   array's shape and dtype. Only workers map buffers.
+   path), the path, which is the method's, a space and the call's id, and a message of ``server.proto``. Its ``place``
+   fields say where arrays lie. The server checks each place: it must lie in the request buffer, and fit the array's
+   shape and dtype. Only workers map buffers.
 4. A response is a header (bytes, gRPC's number of the status and FINAL, whether a new request buffer follows) and the
    message, or the error's text. Only the server sends on a connection; workers never hold it. If a model retains an
    input, the client must ask for a new request buffer, and gets it in a message of its own. If the buffer is the
@@ -38,7 +37,6 @@ ANSWER = struct.Struct("<IBB")
 FINAL = 0x80
 """Added to a status' number: the call must not be retried."""
 READY = b"r"
-TAKES_IDS = "tms-request-ids"
 HELLO = struct.Struct("<I")
 BUFFER = 1 << 16
 AT_ONCE = 1 << 15

@@ -145,7 +145,7 @@ class SharedBuffers:
 
     The front itself never maps it. It knows the two descriptors, and hands them to workers. The caller's connection, or
     the thread that answers the call, owns them; they are closed when the owner has closed them and no worker uses them
-    any more. But for ``read`` and the writing methods, only the engine's loop may touch them.
+    any more. But for reading and writing, only the engine's loop may touch them.
     """
 
     _names = itertools.count()
@@ -201,18 +201,6 @@ class SharedBuffers:
     def check(self, offset: int, length: int) -> None:
         """ValueError if so many bytes at ``offset`` of the request buffer are not there, or are not aligned to 64."""
         check_place(self.request, offset, length)
-
-    def response_arrays(self, places: Sequence[Place]) -> list[Array]:
-        """Copies of the arrays at these places of the response buffer, where a worker has put them."""
-        return read_arrays(self.response, places)
-
-    def write_request(self, arrays: Sequence[Array]) -> list[Place]:
-        """Copies portable arrays into the request buffer, from its start."""
-        return write_arrays(self.request, arrays)
-
-    def write_response(self, arrays: Sequence[Array]) -> list[Place]:
-        """Copies portable arrays into the response buffer, from its start."""
-        return write_arrays(self.response, arrays)
 
     def _dispose(self) -> None:
         self.open_names.discard(self.name)

@@ -140,17 +140,6 @@ def replicas(addresses: Sequence[str]) -> list[tuple[str, str]]:
     return every
 
 
-def only_host(address: str) -> str:
-    """gRPC's target for an address that stands for one host; "" if it stands for several, or cannot be looked up."""
-    if "://" in address or address.startswith("unix:"):
-        return ""
-    try:
-        kind, found = _family(_resolve(*host_and_port(address)))
-    except OSError:
-        return ""
-    return "" if "," in found else f"{kind}:{found}"
-
-
 def _fixed_target(addresses: Sequence[str]) -> str:
     """The target of addresses that gRPC can look up itself; "" if it cannot."""
     if all(address.startswith("unix:") for address in addresses):

@@ -93,8 +93,8 @@ class LocalCall:
             self.cancel()
             return False
         try:
-            path = call.request.method.path.encode()
-            connection.send(path, message, call.remaining(), call.retry, call.request.id)
+            path = f"{call.request.method.path} {call.request.id}".encode()
+            connection.send(path, message, call.remaining(), call.retry)
         except OSError:
             pass  # ``receive`` reports it
         return True

@@ -55,7 +55,7 @@ class LocalConnection:
             self._socket.connect(local_transport.address(port))
             if not local_transport.same_user(self._socket):
                 raise PermissionError("the server at this port is another user's")
-            greeting = json.dumps(metadata | {local_transport.TAKES_IDS: "yes"}).encode()
+            greeting = json.dumps(metadata).encode()
             socket.send_fds(self._socket, [HELLO.pack(len(greeting))], [memory.fd] if memory else [])
             self._socket.sendall(greeting)
             header, fds, *_ = socket.recv_fds(self._socket, HELLO.size, 2)
@@ -65,8 +65,7 @@ class LocalConnection:
             if len(header) < HELLO.size or len(fds) != 2:
                 raise ConnectionError("the server takes no more callers")
             self.request, self.response = segments
-            name = local_transport.receive(self._socket, *HELLO.unpack(header)).decode()
-            self.server, self._takes_ids, _ = name.partition("\n")
+            self.server = local_transport.receive(self._socket, *HELLO.unpack(header)).decode()
             self._socket.settimeout(None)  # with a timeout, Python would poll before each operation
             undo.pop_all()
         self._poll = select.poll()
@@ -80,9 +79,8 @@ class LocalConnection:
             return [_offset(array) for array in arrays]
         return [offset for offset, *_ in self.request.write(arrays)]
 
-    def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool, request_id: str = "") -> None:
-        """Sends a request; TimeoutError, or OSError if the server has gone."""
-        path += f" {request_id}".encode() if self._takes_ids else b""
+    def send(self, path: bytes, message: bytes, timeout: float, repeatable: bool) -> None:
+        """Sends a request, with the call's id in ``path``; TimeoutError, or OSError if the server has gone."""
         data = REQUEST.pack(len(message), timeout, repeatable, len(path)) + path + message
         if len(data) <= AT_ONCE:
             return self._socket.sendall(data)

@@ -21,7 +21,7 @@ from tiny_model_server.client.stats import Stats
 
 _SERVING = 1
 _FOLLOW_S = 0.5  # that a first call waits until the other replicas are found
-_FOLLOW_AGAIN_S, _LONGEST_PAUSE_S = 2.0, 300.0  # between looks for those that were not found; it doubles
+_FOLLOW_AGAIN_S = 10.0  # between looks for those that were not found
 _PROBE_S = 1.0  # how long a server is asked why a call was not answered
 
 
@@ -50,13 +50,8 @@ class Transport:
         self._has_siblings = False
         self._follow_after = math.inf
         """When to look for replicas that were not found yet, by ``time.monotonic``."""
-        self._follow_pause_s = _FOLLOW_AGAIN_S
         self._following = threading.Lock()
         self._lock = threading.Lock()
-        self._probing = threading.Lock()
-        self._silence: str | None = None
-        """Why no server answered when one was last asked, at ``_probed``."""
-        self._probed = 0.0
         self._channel: SharedChannel | None = None
         self._closing: list[Any] = []
         """What ``grpc.aio`` has to await of channels that this client has left."""
@@ -207,13 +202,14 @@ class Transport:
                 if self._local_ports:
                     self._local_ports = [addresses.host_and_port(address)[1] for address in known]
                 self.addresses, self.credentials, self._target = known, self._named(known[0]), target
-            self._follow_after = time.monotonic() + self._follow_pause_s if again else math.inf
-            self._follow_pause_s = min(2 * self._follow_pause_s, _LONGEST_PAUSE_S)
+            self._follow_after = time.monotonic() + _FOLLOW_AGAIN_S if again else math.inf
 
     def _replica_at(self, address: str) -> siblings.Replica | None:
         """What the replica at an address of one host reports of itself; None if it is alone, or does not answer."""
-        if not (target := addresses.only_host(address)):
+        found = addresses.replicas([address])
+        if len(found) > 1 or not found[0][1]:
             return None
+        target = addresses.Target([address]).current()
         channel = shared(self._key(None)._replace(target=target, credentials=self._named(address)))
         try:
             return siblings.replica(channel.health_check()(timeout=_PROBE_S)[1].trailing_metadata())
@@ -231,16 +227,10 @@ class Transport:
         """This client's error for gRPC's. If no server answered in time, blocks for a moment to find out why."""
         error = call.failed(failed.trailing_metadata(), failed.code().name, failed.details() or "no details")
         unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
-        if unanswered and (why := self._why_unanswered()):
+        if unanswered and (why := self.why_silent(timeout=_PROBE_S)):
             why = f"it disconnected, and did not come back within {call.timeout:g} s ({why})"
             return self._unreachable(why, call.request.id)
         return error
-
-    def _why_unanswered(self) -> str | None:
-        with self._probing:  # many calls may end at once, and one of them asks for all
-            if time.monotonic() - self._probed > _PROBE_S:
-                self._silence, self._probed = self.why_silent(timeout=_PROBE_S), time.monotonic()
-            return self._silence
 
     def _unreachable(self, why: str, request_id: str = "") -> errors.ModelClientError:
         details = f"no server at {', '.join(self.addresses)}: {why}"

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from tiny_model_server.codec import Encoded
 from tiny_model_server.errors import Overloaded
-from tiny_model_server.shared_memory import SharedBuffers
+from tiny_model_server.shared_memory import SharedBuffers, read_arrays, write_arrays
 
 _MOST = 16  # are kept for later calls
 _LARGEST = 16 << 20  # bytes; larger ones are not kept
@@ -50,7 +50,7 @@ def place(values: Sequence[Encoded], buffers: SharedBuffers) -> Sequence[Encoded
     if not arrays:
         return values
     try:
-        places = iter(buffers.write_request(arrays))
+        places = iter(write_arrays(buffers.request, arrays))
     except OSError as error:
         raise Overloaded(f"the server has no memory for the request now: {error}", _RETRY_AFTER_MS) from None
     return [
@@ -64,4 +64,4 @@ def copy_out(outcome: Encoded) -> Encoded:
     if not outcome.shared:
         return outcome
     buffers, places = outcome.shared
-    return Encoded(outcome.text, buffers.response_arrays(places))
+    return Encoded(outcome.text, read_arrays(buffers.response, places))

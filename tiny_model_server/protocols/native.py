@@ -15,7 +15,7 @@ from tiny_model_server.engine.call import Call, answers
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel
 from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError
-from tiny_model_server.shared_memory import Place, SharedBuffers
+from tiny_model_server.shared_memory import Place, SharedBuffers, read_arrays, write_arrays
 
 SCHEMA = "server"
 SERVICE = "server.Server"
@@ -216,7 +216,7 @@ def _answer(outcome: Encoded, call: Call) -> Any:
 def _image_answer(outcome: Encoded, request: Any, call: Call) -> Any:
     if outcome.shared and len(outcome.arrays) > 1:  # those beside the image become JSON
         buffers: SharedBuffers = outcome.shared[0]
-        outcome = Encoded(outcome.text, buffers.response_arrays(outcome.shared[1]))
+        outcome = Encoded(outcome.text, read_arrays(buffers.response, outcome.shared[1]))
     image, rest = codec.decode(outcome), None
     if isinstance(image, dict) and isinstance(image.get("image"), (np.ndarray, Placed)):
         rest, image = image, image.pop("image")
@@ -280,7 +280,7 @@ def _send(filled: Sequence[tuple[list[Any], Encoded]], call: Call) -> None:
         else:
             unplaced += zip(parts, outcome.arrays, strict=True)
     if call.buffers and unplaced:
-        places = call.buffers.write_response([array for _, array in unplaced])
+        places = write_arrays(call.buffers.response, [array for _, array in unplaced])
         placed += [(*one, place) for one, place in zip(unplaced, places, strict=True)]
     else:
         for part, array in unplaced:

@@ -17,7 +17,7 @@ from tiny_model_server.codec import Encoded
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.errors import CODES, Cancelled, ServerError, Stopping, Unimplemented, message_of
-from tiny_model_server.local_transport import ANSWER, AT_ONCE, FINAL, HELLO, READY, REQUEST, TAKES_IDS
+from tiny_model_server.local_transport import ANSWER, AT_ONCE, FINAL, HELLO, READY, REQUEST
 from tiny_model_server.protocols import native
 from tiny_model_server.shared_memory import SharedBuffers, sealed
 
@@ -192,7 +192,7 @@ class _Connection:
         self._greeting.cancel()
         self._metadata, self._received = metadata, bytearray()
         assert self._buffers
-        name = self._server.name + (b"\n" if metadata.pop(TAKES_IDS, None) else b"")
+        name = self._server.name
         socket.send_fds(self._socket, [HELLO.pack(len(name))], [self._buffers.request, self._buffers.response])
         self._socket.sendall(name)
 
