@@ -448,6 +448,31 @@ def test_a_model_that_is_loaded_at_its_first_call(start_server: StartServer, tmp
     assert [model.id for model in ai.models.list()] == ["chatty", "letters"]
 
 
+def test_callers_who_wait_for_a_model_to_load_leave_threads_to_others(
+    start_server: StartServer, tmp_path: Path
+) -> None:
+    models = folder(tmp_path / "models", "chatty")
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    write_model(
+        models,
+        "slow",
+        f"    import pathlib, time\n    pathlib.Path({str(begun)!r}).touch()\n"
+        f"    while not pathlib.Path({str(go)!r}).exists():\n        time.sleep(0.01)\n"
+        "    metadata = {'task': 'chat'}\n    def run(self, data, args):\n        return 'x'",
+    )
+    server = start_server(models, TMS_LAZY=1, TMS_THREADS=4)
+    body = json.dumps({"model": "slow", "messages": [{"role": "user", "content": "x"}]})
+    waiting = [http.client.HTTPConnection("127.0.0.1", server.http_port, timeout=30) for _ in range(16)]
+    for connection in waiting:
+        connection.request("POST", "/v1/chat/completions", body)
+    wait_for(begun.exists, "the model to be loaded")
+    assert "4 calls in work" in post(server, "/models/echo/run", b"x")[1]["error"]  # at once, while it loads
+    for connection in waiting:
+        connection.close()
+    wait_for(lambda: post(server, "/models/echo/run", b"x") == (200, "x"), "the calls of those who left to end")
+    go.touch()
+
+
 def test_a_server_that_does_not_speak_it(start_server: StartServer, tmp_path: Path) -> None:
     server = start_server(folder(tmp_path / "models", "letters"), TMS_PROTOCOLS="native")
     with pytest.raises(openai.NotFoundError, match="POST /v1/embeddings"):

@@ -204,6 +204,13 @@ def test_http(server: Server) -> None:
     line = access(server, request_id="/models/logs/run")
     assert (line["model"], line["bytes_in"]) == ("logs", 3)
     assert line["model_ms"] > 0
+    request = urllib.request.Request(f"{url}/models/x%20status=200{'y' * 9000}/run", b"x", {"X-Request-Id": "forged"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request)
+    refused.value.close()
+    message = access(server, request_id="forged")["message"]  # has no space before what looks like another fact
+    assert message.startswith("POST /models/x%20status%3D200yyy")
+    assert len(message) < 250
     urllib.request.urlopen(f"{url}/livez").close()
     assert not entries(server, message="GET /livez")
 

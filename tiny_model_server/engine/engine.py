@@ -10,6 +10,7 @@ import logging
 import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError as FutureCancelled
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -103,10 +104,13 @@ class Engine:
         if self.stopping:
             return run.refuse(Stopping("the server is stopping"))
         if self.calls == self.settings.threads:
-            return run.refuse(Overloaded(f"the server has {self.calls} calls in work already"))
+            return run.refuse(self._overloaded())
         self.calls += 1
         run.admitted = True
         self._start(run)
+
+    def _overloaded(self) -> Overloaded:
+        return Overloaded(f"the server has {self.calls} calls in work already")
 
     def _start(self, run: Run) -> None:
         try:
@@ -254,9 +258,17 @@ class Engine:
     async def loaded(self, name: str) -> ServedModel:
         """The model once it is loaded, as its first call loads it with TMS_LAZY. ModelUnavailable if it cannot be."""
         model = self.model(name)
-        await self._begin_to_load(model)
-        if model.loaded is None:
-            await model.settle()
+        if model.loaded and not self._is_to_load(model):
+            return model
+        if self.calls == self.settings.threads:
+            raise self._overloaded()
+        self.calls += 1  # who waits holds a thread, as who runs a model does
+        try:
+            await self._begin_to_load(model)
+            if model.loaded is None:
+                await model.settle()
+        finally:
+            self.calls -= 1
         return model
 
     async def unload(self, name: str) -> ServedModel:
@@ -424,11 +436,22 @@ class Engine:
         assert self._loop
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def wait(self, work: Coroutine[Any, Any, _T], deadline: float | None = None) -> _T:
-        """Lets the loop do something, as in ``engine.wait(engine.load("name"))``, and waits for its result."""
+    def wait(self, work: Coroutine[Any, Any, _T], deadline: float | None = None, call: Call | None = None) -> _T:
+        """Lets the loop do something, as in ``engine.wait(engine.load("name"))``, and waits for its result.
+
+        It ends with the ``call`` for which it is done.
+        """
         future = self.submit(work)
+
+        def cancel() -> None:
+            future.cancel()
+
+        if call and not call.on_end(cancel):
+            cancel()
         try:
             return future.result(_remaining(deadline))
+        except FutureCancelled:
+            raise Cancelled("the call was cancelled") from None
         except TimeoutError:
             future.cancel()
             raise DeadlineExceeded("the deadline passed before the model had finished") from None

@@ -71,12 +71,12 @@ class OpenAI:
     def model(self, name: str) -> dict[str, Any]:
         """One of them; ModelNotFound if there is none of this name."""
         model = self._engine.model(name)
-        return self._describe(model if self._is_unknown(model) else self.declared(name, *PATHS))
+        return self._describe(model if self._is_unknown(model) else self.declared(name, Call(), *PATHS))
 
     def embeddings(self, body: Buffer, call: Call) -> Response:
         """The vectors of one or more texts, each an input of its own."""
         fields = _parsed(body)
-        name = self.declared(fields.pop("model", None), "embeddings").name
+        name = self.declared(fields.pop("model", None), call, "embeddings").name
         texts = self._texts(fields.pop("input", None))
         encoding = fields.pop("encoding_format", None) or "float"
         if encoding not in ("float", "base64"):
@@ -89,11 +89,11 @@ class OpenAI:
         usage = {count: sum(one[count] for one in usages) for count in ("prompt_tokens", "total_tokens")}
         return _json({"object": "list", "data": data, "model": name, "usage": usage})
 
-    def declared(self, name: Any, *tasks: str) -> ServedModel:
+    def declared(self, name: Any, call: Call, *tasks: str) -> ServedModel:
         """The loaded model of this name. ModelNotFound unless it declares one of the tasks."""
         if not isinstance(name, str):
             raise WrongField("model", "the name of a model, a text")
-        model = self._engine.wait(self._engine.loaded(name))
+        model = self._engine.wait(self._engine.loaded(name), call=call)
         if (task := _task(model)) not in tasks:
             other = f"its task is {task!r}" if task else "it has no task"
             hint = f"post to {PATHS[task]}" if task in PATHS else f"{other}; see /v1/models"
@@ -131,7 +131,7 @@ class Chat:
     def begin(self, body: Buffer, call: Call) -> Response | AbstractContextManager[Run]:
         """Runs the model and returns the whole answer; or begins the run whose values ``events`` reads."""
         fields = _parsed(body)
-        name = self._head["model"] = self._api.declared(fields.pop("model", None), "chat").name
+        name = self._head["model"] = self._api.declared(fields.pop("model", None), call, "chat").name
         stream, options = fields.pop("stream", None) or False, fields.pop("stream_options", None) or {}
         if not isinstance(stream, bool) or not isinstance(options, dict):
             raise WrongField("stream", 'true or false, and stream_options an object such as {"include_usage": true}')

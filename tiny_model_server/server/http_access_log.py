@@ -1,8 +1,11 @@
 """The access log of the HTTP port: counts the bytes of each request that a model or an operator's call answers."""
 
 from typing import Any
+from urllib.parse import quote
 
 from starlette.types import Message, Receive, Scope, Send
+
+_LONGEST = 200  # characters of a path; a caller may send 32 KB, to fill the disk
 
 
 class HttpAccessLog:
@@ -31,4 +34,5 @@ class HttpAccessLog:
         finally:
             if call := scope.get("call"):
                 call.bytes_in, call.bytes_out = sizes["in"], sizes["out"]
-                call.log_access(f"{scope['method']} {scope['path']}", str(status))
+                path = quote(scope["path"][:_LONGEST])  # without spaces, after which it could name other facts
+                call.log_access(f"{scope['method']} {path}", str(status))
