@@ -1,8 +1,6 @@
 """The bound on the bytes of all requests that are in the server at once (TMS_MAX_INFLIGHT_MB)."""
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from tiny_model_server.errors import Overloaded
 
@@ -18,12 +16,18 @@ class Budget:
         self.limit = limit
         self.used = 0
         self._coming = 0  # of them, bytes of requests that are not all there
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # ``expect`` holds it, too
 
     def take(self, size: int) -> None:
         """Counts ``size`` more bytes; Overloaded if they do not fit beside those under way."""
         with self._lock:
-            self._take(size)
+            if self.used + size > self.limit:
+                raise Overloaded(
+                    f"requests of {self.used} bytes are under way, and {size} more would exceed the "
+                    f"{self.limit} bytes of TMS_MAX_INFLIGHT_MB",
+                    retry_after_ms=_RETRY_AFTER_MS if size <= self.limit else -1,
+                )
+            self.used += size
 
     def expect(self, size: int, before: int = 0) -> None:
         """Counts ``size`` more bytes of a request of which ``before`` were counted and which still arrives.
@@ -38,7 +42,7 @@ class Budget:
                     f"{self.limit} bytes of TMS_MAX_INFLIGHT_MB",
                     retry_after_ms=_RETRY_AFTER_MS,
                 )
-            self._take(size)
+            self.take(size)
             self._coming += size
 
     def arrived(self, size: int) -> None:
@@ -46,25 +50,7 @@ class Budget:
         with self._lock:
             self._coming -= size
 
-    def _take(self, size: int) -> None:
-        if self.used + size > self.limit:
-            raise Overloaded(
-                f"requests of {self.used} bytes are under way, and {size} more would exceed the "
-                f"{self.limit} bytes of TMS_MAX_INFLIGHT_MB",
-                retry_after_ms=_RETRY_AFTER_MS if size <= self.limit else -1,
-            )
-        self.used += size
-
     def give(self, size: int) -> None:
         """Counts ``size`` fewer bytes."""
         with self._lock:
             self.used -= size
-
-    @contextmanager
-    def held(self, size: int) -> Iterator[None]:
-        """Counts ``size`` bytes while the request is under way; Overloaded if they do not fit."""
-        self.take(size)
-        try:
-            yield
-        finally:
-            self.give(size)

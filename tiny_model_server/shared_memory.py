@@ -128,10 +128,6 @@ class Segment:
         whole[:: mmap.PAGESIZE] = whole[:: mmap.PAGESIZE].copy()  # a page is copied when it is written to
         self._map, self._size = None, 0
 
-    def discard(self) -> None:
-        """Gives all memory back at once, whoever maps it still."""
-        discard(self.fd)
-
     def close(self) -> None:
         """Closes the descriptor and ends the mapping; views that somebody still has stay valid."""
         self._unmap()
@@ -197,10 +193,6 @@ class SharedBuffers:
     def size(self) -> int:
         """Bytes of both buffers."""
         return os.fstat(self.request).st_size + os.fstat(self.response).st_size
-
-    def check(self, offset: int, length: int) -> None:
-        """ValueError if so many bytes at ``offset`` of the request buffer are not there, or are not aligned to 64."""
-        check_place(self.request, offset, length)
 
     def _dispose(self) -> None:
         self.open_names.discard(self.name)

@@ -11,8 +11,6 @@ from numbers import Integral
 from reprlib import repr as short
 from typing import Any
 
-from tiny_model_server.local_transport import LOOPBACK
-
 _DEFAULT_PORT = 50000
 _LOOKUP_AGE_S = 5.0
 _LABEL = r"[^\s/:@?#,\[\].]{1,63}"
@@ -80,12 +78,6 @@ def is_ip(host: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def local_port(addresses: Sequence[str]) -> int | None:
-    """The port, if these addresses are one server on this host."""
-    host, _, port = addresses[0].rpartition(":")
-    return int(port) if len(addresses) == 1 and host in LOOPBACK and port.isdigit() else None
 
 
 class Target:

@@ -136,8 +136,9 @@ def local_ports(options: Mapping[str, Any]) -> list[int]:
         log.warning("TMS_LANE is now called TMS_LOCAL_TRANSPORT; the old name works for one version")
         switch = "TMS_LANE"
     usable = local_transport.available() and not options["tls"] and not tracing.provider()
-    port = addresses.local_port(options["addresses"]) if usable and _switch(switch, "1") else None
-    return [port] if port else []
+    host, _, port = options["addresses"][0].rpartition(":")
+    alone = len(options["addresses"]) == 1 and host in local_transport.LOOPBACK and port.isdigit()
+    return [int(port)] if usable and alone and _switch(switch, "1") else []
 
 
 def _switch(name: str, default: str) -> bool:

@@ -21,7 +21,7 @@ from tiny_model_server.client import fork_safety
 from tiny_model_server.client.daemons import daemons
 from tiny_model_server.codec import Array
 from tiny_model_server.local_transport import ANSWER, AT_ONCE, BUFFER, HELLO, READY, REQUEST
-from tiny_model_server.shared_memory import ALIGN, Segment
+from tiny_model_server.shared_memory import ALIGN, Segment, discard
 
 log = logging.getLogger("tiny_model_server.client")
 
@@ -264,7 +264,7 @@ class OwnMemory(Segment):
         In a forked child, both go on for the parent.
         """
         if self._process == os.getpid():
-            self.discard()
+            discard(self.fd)
         self.close()
         for connection in self.connections:
             connection.close()

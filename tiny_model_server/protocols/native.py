@@ -15,7 +15,7 @@ from tiny_model_server.engine.call import Call, answers
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel
 from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError
-from tiny_model_server.shared_memory import Place, SharedBuffers, read_arrays, write_arrays
+from tiny_model_server.shared_memory import Place, SharedBuffers, check_place, read_arrays, write_arrays
 
 SCHEMA = "server"
 SERVICE = "server.Server"
@@ -187,7 +187,7 @@ def _placed(text: str, described: Sequence[tuple[str, Sequence[int] | None, Any]
     arrays, places = [], []
     for dtype, shape, place in described:
         try:
-            call.buffers.check(place.offset, place.length)
+            check_place(call.buffers.request, place.offset, place.length)
         except ValueError as error:
             raise InvalidInput(str(error)) from None
         call.placed += place.length
