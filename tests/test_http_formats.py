@@ -390,6 +390,7 @@ def test_args_beside_every_kind_of_body(formats: Server) -> None:
     assert "send them once" in error_of(send(formats, body, query, Content_Type=kind), 400)
     for wrong in ("?args=[1]", "?args={", "?args=1"):
         assert error_of(send(formats, b"x", wrong), 400)
+    assert "there is no parameter 'arg'" in error_of(send(formats, b"x", "?arg={}"), 400)
     answer = send(formats, b"3", query, Content_Type="application/json", Accept="text/event-stream")
     assert answer[2] == b'data: "Gr\\u00fc\\u00dfe"\n\nevent: end\ndata: null\n\n'
 

@@ -29,7 +29,7 @@ from tiny_model_server.codec import Encoded
 from tiny_model_server.engine.call import Call, Run
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel
-from tiny_model_server.errors import Overloaded, ServerError, Stopping
+from tiny_model_server.errors import InvalidInput, Overloaded, ServerError, Stopping
 from tiny_model_server.protocols import openai_rest
 from tiny_model_server.protocols.open_inference_rest import Rest
 from tiny_model_server.protocols.openai_rest import Chat, OpenAI
@@ -197,6 +197,8 @@ class Web:
     async def _run(self, request: Request) -> Any:
         name, views = request.path_params["name"], "view" in request.query_params
         self._admit(request, model=name)
+        if unknown := request.query_params.keys() - {"args", "view"}:
+            raise InvalidInput(f"there is no parameter {min(unknown)[:40]!r} of the URL; there are args and view")
         formats = accepted(",".join(request.headers.getlist("accept")))
         if formats[0] == events.MEDIA_TYPE:
             return self._stream(request, name, _view_text if views else None)
