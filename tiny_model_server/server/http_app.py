@@ -86,6 +86,7 @@ class Web:
         posts["run"] = self._run
         routes = [Route(path, answer) for path, answer in gets.items()]
         routes += [Route(f"/models/{{name:path}}/{name}", answer, methods=["POST"]) for name, answer in posts.items()]
+        routes.append(Route("/models/{name:path}/logs", self._lines))
         if "open_inference" in settings.protocols:
             routes.append(Route("/v2{rest:path}", self._open_inference, methods=["GET", "POST"]))
         if "openai" in settings.protocols:
