@@ -52,6 +52,10 @@ class Transport:
         """When to look for replicas that were not found yet, by ``time.monotonic``."""
         self._following = threading.Lock()
         self._lock = threading.Lock()
+        self._probing = threading.Lock()
+        self._silence: str | None = None
+        """Why no server answered when one was last asked, at ``_probed``."""
+        self._probed = 0.0
         self._channel: SharedChannel | None = None
         self._closing: list[Any] = []
         """What ``grpc.aio`` has to await of channels that this client has left."""
@@ -227,10 +231,16 @@ class Transport:
         """This client's error for gRPC's. If no server answered in time, blocks for a moment to find out why."""
         error = call.failed(failed.trailing_metadata(), failed.code().name, failed.details() or "no details")
         unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
-        if unanswered and (why := self.why_silent(timeout=_PROBE_S)):
+        if unanswered and (why := self._why_unanswered()):
             why = f"it disconnected, and did not come back within {call.timeout:g} s ({why})"
             return self._unreachable(why, call.request.id)
         return error
+
+    def _why_unanswered(self) -> str | None:
+        with self._probing:  # many calls may end at once, and one of them asks for all
+            if time.monotonic() - self._probed > _PROBE_S:
+                self._silence, self._probed = self.why_silent(timeout=_PROBE_S), time.monotonic()
+            return self._silence
 
     def _unreachable(self, why: str, request_id: str = "") -> errors.ModelClientError:
         details = f"no server at {', '.join(self.addresses)}: {why}"
