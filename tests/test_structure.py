@@ -55,9 +55,9 @@ LAYERS = [
     ["server"],
 ]
 """Each file may import what stands in a line before its own."""
-MOST_LINES = 10700
+MOST_LINES = 10510
 MOST_LINES_OF_A_FILE = 400
-MOST_LINES_OF_THE_WAY = 2250
+MOST_LINES_OF_THE_WAY = 2190
 WAY_OF_A_REQUEST = [
     "server/grpc_server.py",
     "protocols/native.py",
