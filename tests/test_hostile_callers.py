@@ -16,6 +16,9 @@ import pytest
 from tests.conftest import Server
 from tests.test_web import post
 from tiny_model_server import schemas
+from tiny_model_server.client import calls
+from tiny_model_server.client.channel import ChannelKey, SharedChannel
+from tiny_model_server.client.credentials import Credentials
 from tiny_model_server.server import forms
 
 StartServer = Callable[..., Server]
@@ -96,7 +99,7 @@ def test_half_open_calls_of_health_hold_nobody_up_for_long(start_server: StartSe
 
 
 def test_those_who_watch_health_are_bounded(start_server: StartServer) -> None:
-    """Each may hold a connection, and so a descriptor: the oldest watch ends, and is begun anew by an honest caller."""
+    """Each may hold a connection, and so a descriptor: the oldest watch ends, and is not begun anew."""
     server = start_server(command=("bash", "-c", 'ulimit -n 1024; exec "$0" server.py', sys.executable))
     with grpc.insecure_channel(server.address) as channel, raw(server, 1, 1 << 16) as (hostile,):
         first = channel.unary_stream(WATCH)(b"", timeout=30)
@@ -105,8 +108,28 @@ def test_those_who_watch_health_are_bounded(start_server: StartServer) -> None:
             hostile.call(WATCH)
         with pytest.raises(grpc.RpcError) as caught:
             next(first)
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
         assert seconds_of_health(server) < 2
+
+
+def test_clients_beyond_those_who_may_watch_health_cost_nothing(start_server: StartServer) -> None:
+    """None watches again: it would end another's watch, which would do the same, for ever."""
+    command = ("bash", "-c", 'ulimit -n 160; exec "$0" server.py', sys.executable)
+    server = start_server(command=command, TMS_MAX_CONNECTION_AGE_S=60)
+    front, request = psutil.Process(server.process.pid), calls.text("RunText", "echo", "x", None)
+    key = ChannelKey(f"ipv4:{server.address}", Credentials())
+    channels = [SharedChannel(key) for _ in range(50)]  # 40 may watch
+    try:
+        for one in channels:
+            one.stub(request.method, True)(request, timeout=20)
+        before = sum(front.cpu_times()[:2])
+        time.sleep(2)
+        assert sum(front.cpu_times()[:2]) - before < 0.3
+        for one in channels:
+            one.stub(request.method, True)(request, timeout=20)
+    finally:
+        for one in channels:
+            one.close()
 
 
 def test_requests_that_stay_half_sent_leave_room_for_others(start_server: StartServer) -> None:

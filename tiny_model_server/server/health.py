@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 
 from tiny_model_server import schemas
 from tiny_model_server.engine import placement
-from tiny_model_server.errors import InvalidInput, ModelNotFound, Overloaded
+from tiny_model_server.errors import InvalidInput, ModelNotFound, Unimplemented
 from tiny_model_server.server.admission import MAX_ARRIVING, NO_REQUEST, NOTHING_READ, Waits
 from tiny_model_server.server.grpc_call import GrpcCall
 
@@ -107,7 +107,9 @@ class Health:
             if len(self._watchers) >= self._max_watchers:
                 oldest = next(iter(self._watchers))
                 self._watchers.pop(oldest, None)
-                oldest.end(Overloaded("too many callers watch health; watch again"))
+                # After this status, gRPC's clients go on without watching. After any other they watch again at once,
+                # which would end the next watch, and so on for ever.
+                oldest.end(Unimplemented("too many callers watch health; ask by Check"))
             self._watchers[call] = _Watcher(service, call)
             self._report(self._watchers[call])
         if not call.context.add_callback(lambda: self._watchers.pop(call, None)):
