@@ -18,7 +18,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test pythons fuzz check bench bench-peers faults locust ray test_ray test_k8s soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test pythons fuzz check bench bench-peers faults fleet locust ray test_ray test_k8s soak proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -58,6 +58,9 @@ bench-peers: $(VENV)/test.done ## measure other servers beside this one (install
 
 faults: $(VENV)/test.done ## fail, freeze and restart replicas under a steady load, and print what one client sees
 	$(BIN)/python tests/balance.py
+
+fleet: $(VENV)/test.done ## measure thousands of connections, and dozens of stub replicas; nothing else may run
+	$(BIN)/python tests/fleet.py
 
 locust: $(VENV)/test.done ## load-test the server at HOST (localhost:50000); page on port 8089; see tests/locustfile.py
 	$(BIN)/locust -f tests/locustfile.py --host $(HOST) $(LOCUST)
