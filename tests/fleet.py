@@ -401,6 +401,30 @@ def replicas_table() -> None:
     print(scale_up(few, count, 30), flush=True)
 
 
+def client_cores(count: int, age_s: float) -> float:
+    """Cores that a client uses that makes one call a second; the DNS server is in the same process."""
+    with fleet(count, count, age_s) as (_, _, client):
+
+        def calls(seconds: float) -> None:
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                client.run_text("x")
+                time.sleep(1)
+
+        calls(SETTLE_S)
+        before = Cost.of(os.getpid())
+        calls(IDLE_S)
+        return Cost.of(os.getpid()).since(before)
+
+
+def client_table() -> None:
+    print("\nOne ModelClient that makes one call a second.\n")
+    print("| replicas | age s | client, % of a core |\n| --- | --- | --- |")
+    for age_s in (AGE_S, LONG_AGE_S):
+        for count in (5, scaled(40), scaled(100)):
+            print(f"| {count} | {age_s} | {100 * client_cores(count, age_s):.1f} |", flush=True)
+
+
 # ---- all replicas restart at once
 
 
@@ -522,7 +546,7 @@ def restart_table() -> None:
 
 def main() -> None:
     """Prints the tables, or those that the arguments name."""
-    tables = {"idle": idle_table, "replicas": replicas_table, "restart": restart_table}
+    tables = {"idle": idle_table, "replicas": replicas_table, "client": client_table, "restart": restart_table}
     for name in sys.argv[1:] or tables:
         tables[name]()
 
