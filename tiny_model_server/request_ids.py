@@ -1,7 +1,7 @@
 """The id of a call, by which its log lines, spans and errors are found: how it is sent, checked and made."""
 
+import os
 import re
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,12 +16,12 @@ _chosen: ContextVar[str] = ContextVar("request_id", default="")
 
 def checked(sent: Any) -> str:
     """The id that a caller sent; a new one if that is not 1 to 128 characters of printable ASCII."""
-    return sent if isinstance(sent, str) and _SOUND.fullmatch(sent) else uuid.uuid4().hex
+    return sent if isinstance(sent, str) and _SOUND.fullmatch(sent) else os.urandom(16).hex()
 
 
 def for_call() -> str:
     """The id that the application has chosen for its calls, or a new one."""
-    return _chosen.get() or uuid.uuid4().hex
+    return _chosen.get() or os.urandom(16).hex()
 
 
 @contextmanager
