@@ -364,9 +364,14 @@ def test_files_that_change_reload_their_model(start_server: StartServer, tmp_pat
     server = start_server(models=tmp_path, TMS_RELOAD=1)
     client = server.client("one")
     assert client.run(1) == "old"
-    time.sleep(0.3)  # the watch begins after the load
-    write_model(tmp_path, "one", ANSWERS.format("new"))
-    wait_for(lambda: client.run(1) == "new", "the reload")
+
+    def renewed() -> bool:
+        write_model(tmp_path, "one", ANSWERS.format("new"))  # once more if the watch had not begun
+        with contextlib.suppress(AssertionError):
+            wait_for(lambda: client.run(1) == "new", "the reload", 4)
+        return client.run(1) == "new"
+
+    wait_for(renewed, "the reload")
     write_model(tmp_path, "two", ANSWERS.format(2))
     wait_for(lambda: "two" in [model["name"] for model in client.list_models()], "the new model")
     assert server.client("two").run(1) == 2
