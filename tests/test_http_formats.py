@@ -625,7 +625,7 @@ def test_compressed_bodies(formats: Server) -> None:
         (b"hi", "gzip, gzip", 415, "or with gzip"),
         (b"hi", "x" * 9000, 415, "or with gzip"),
     ],
-    ids=str,
+    ids=lambda value: f"{len(value)} bytes" if isinstance(value, bytes) else str(value)[:30],  # gzip writes the time
 )
 def test_hostile_compressed_bodies(formats: Server, body: bytes, encoding: str, code: int, message: str) -> None:
     begun, process = time.monotonic(), psutil.Process(formats.process.pid)

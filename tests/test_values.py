@@ -83,7 +83,7 @@ EQUAL = [
     (Colour.RED, 1),
     ({Colour.RED: 1, date(2020, 1, 2): 2}, {"1": 1, "2020-01-02": 2}),
     ({3, 1, 2}, [1, 2, 3]),
-    (frozenset(["b", "a"]), ["a", "b"]),
+    pytest.param(frozenset(["b", "a"]), ["a", "b"], id="frozenset"),  # whose order differs from process to process
     (range(3, 0, -1), [3, 2, 1]),
     (deque([1, 2]), [1, 2]),
     (pytest.param({"a": 1}.keys(), ["a"], id="keys")),
