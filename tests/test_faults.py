@@ -264,6 +264,8 @@ def test_device_memory_that_runs_out_halves_the_batch(server: Server) -> None:
     ]
     answers = client.run_batch([1, 2, 3, 4, "huge"], return_exceptions=True)
     assert [answer[0] for answer in answers[:4]] == [1, 2, 3, 4]
+    answers = client.run_batch(["huge", 1, 2, 3, 4], return_exceptions=True)
+    assert [answer[0] for answer in answers[1:]] == [1, 2, 3, 4]
     with pytest.raises(model_client.ModelFailed, match="CUDA out of memory"):
         client.run("huge")
 

@@ -237,9 +237,9 @@ class Runner:
         return None if mixes else (value.shape, value.dtype.str)
 
     def _run_group(self, values: list[Any], args: dict[str, Any]) -> list[Any]:
-        """One result or exception a value."""
+        """One result, exception or ServerError a value."""
         if len(values) == 1:
-            return [attempt(self._run_one, values[0], args)]
+            return [self._outcome(attempt(self._run_one, values[0], args))]
         results = attempt(self._run_batch, values, args)
         if not failed(results):
             return list(results)
@@ -249,12 +249,15 @@ class Runner:
         if type(results) is ModelError:  # of _run_batch
             log.error("%s", results)
             return [results] * len(values)
+        # An exception keeps what the frames that it left refer to, above all tensors on the GPU. So none is kept while
+        # other items run: not this one, and none of _run_one, of which _outcome makes a ServerError.
+        del results
         if _OUT_OF_DEVICE_MEMORY.search(reason):
             log.warning("model %s: no device memory for %d items at once, halving", self._name, len(values))
             middle = len(values) // 2
             return self._run_group(values[:middle], args) + self._run_group(values[middle:], args)
         log.warning("model %s: run_batch raised, running its items one by one: %s", self._name, reason)
-        return [attempt(self._run_one, value, args) for value in values]
+        return [self._outcome(attempt(self._run_one, value, args)) for value in values]
 
     def _run_batch(self, values: list[Any], args: dict[str, Any]) -> Any:
         """One result a value, or an exception. ModelError if run_batch returns anything else."""
