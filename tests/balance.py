@@ -79,11 +79,16 @@ class Names:
             self._socket.sendto(reply.pack(), sender)
 
 
-def start(port: int = 0, host: str = "127.0.0.1", age_s: float = 6, **model_args: Any) -> Server:
-    """A replica whose model is constructed with these arguments, and whose connections become ``age_s`` old."""
+def start(
+    port: int = 0, host: str = "127.0.0.1", age_s: float = 6, more: dict[str, Any] | None = None, **model_args: Any
+) -> Server:
+    """A replica whose model is constructed with these arguments, and whose connections become ``age_s`` old.
+
+    ``more``: other arguments of ``Server``.
+    """
     options = {"TMS_PORT": port, "TMS_HOST": host, "TMS_HTTP_PORT": "off", "TMS_LOG_LEVEL": "info"}
-    options["TMS_MAX_CONNECTION_AGE_S"] = age_s
-    return Server(MODELS, TMS_MODEL_STEADY_ARGS=json.dumps(model_args), **options)
+    options |= {"TMS_MAX_CONNECTION_AGE_S": age_s, "TMS_MODEL_STEADY_ARGS": json.dumps(model_args)}
+    return Server(MODELS, **options | (more or {}))
 
 
 @contextmanager
@@ -104,9 +109,15 @@ def addresses(servers: list[Server]) -> list[str]:
 
 
 def steady(
-    client: ModelClient, seconds: float, event: Callable[[], None] | None = None, *, at_s: float = 2, rate: float = RATE
+    client: ModelClient,
+    seconds: float,
+    event: Callable[[], None] | None = None,
+    *,
+    at_s: float = 2,
+    rate: float = RATE,
+    data: Any = IMAGE,
 ) -> Outcome:
-    """Sends images at a rate, whatever the answers take, at least until ``event``, begun after ``at_s``, has ended."""
+    """Sends ``data`` at a rate, whatever the answers take, at least until ``event``, begun after ``at_s``, ended."""
     outcome, done, lock = Outcome(), threading.Semaphore(0), threading.Lock()
     client.list_models()
     happening = threading.Thread(target=lambda: (time.sleep(at_s), event and event()))
@@ -125,7 +136,7 @@ def steady(
                     outcome.failures.append(error)
             done.release()
 
-        client.submit_image(IMAGE).add_done_callback(finished)
+        client.submit(data).add_done_callback(finished)
     for _ in range(count):
         assert done.acquire(timeout=70), "a call never ended"
     happening.join()

@@ -414,3 +414,25 @@ def test_the_other_commands(three: Server) -> None:
     more = run_command("health", **common | {"TMS_REPLICAS": "4"})
     assert more.returncode == 1
     assert f"not ready by gRPC at 127.0.0.1:{three.port + 3}" in more.stderr
+
+
+def test_a_model_that_failed_in_one_replica_is_answered_by_the_other(start_server: StartServer, tmp_path: Path) -> None:
+    (tmp_path / "once").mkdir()
+    (tmp_path / "once" / "__init__.py").write_text(
+        "from pathlib import Path\n"
+        "from model_interface import ModelInterface\n"
+        "class Model(ModelInterface):\n"
+        "    def __init__(self):\n"
+        "        Path(__file__).with_name('taken').touch(exist_ok=False)\n"
+        "    def run(self, data, args):\n"
+        "        return len(data)\n"
+    )
+    server = start(start_server, TMS_MODELS_DIR=tmp_path)
+
+    async def by_asyncio() -> list[object]:
+        async with AsyncModelClient("once", addresses=[server.address]) as client:
+            return [await client.run_text("x") for _ in range(9)]
+
+    with ModelClient("once", addresses=[server.address]) as client:
+        assert [client.run_text("x") for _ in range(9)] == [1] * 9
+    assert asyncio.run(by_asyncio()) == [1] * 9

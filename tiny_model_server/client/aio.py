@@ -31,22 +31,24 @@ class AsyncTransport(Transport):
             await self._connect(call)
             if (local := self.send(call, wait=False)) and (answer := await local.received()) is not NOT_ANSWERED:
                 return answer
-            async with self._by_grpc(call) as stub:
-                call.cancel_by(stub(request, **call.options()))
-                response, trailing = await call.handle, await call.handle.trailing_metadata()
-        call.ended(trailing)
-        return request.decode(*response)
+            return await self._by_grpc(call)
 
     async def stream(self, request: Request, timeout: float | None, retry: bool) -> AsyncIterator[Any]:
         """The answers, one by one."""
         call = Call(self, request, timeout, retry)
         with fork_safety.in_flight:
             await self._connect(call)
-            async with self._by_grpc(call) as stub:
-                call.cancel_by(stub(request, **call.options()))
-                async for response in call.handle:
-                    yield request.decode(*response)
-                call.ended(await call.handle.trailing_metadata())
+            while True:
+                try:
+                    async with self._stub(call) as stub:
+                        call.cancel_by(stub(request, **call.options()))
+                        async for response in call.handle:
+                            call.final = True
+                            yield request.decode(*response)
+                        call.ended(await call.handle.trailing_metadata())
+                        return
+                except errors.ELSEWHERE as error:
+                    await self._in_daemon(self.redirect, call, error)
 
     async def close(self) -> None:
         """Ends the calls under way, which fail with ``Cancelled``. A later call connects again."""
@@ -63,8 +65,19 @@ class AsyncTransport(Transport):
         """What blocks, done by a thread. Those of the event loop are the application's."""
         return await asyncio.wrap_future(daemons(fork_safety.generation).submit(partial(work, *args)))
 
+    async def _by_grpc(self, call: Call) -> Any:
+        try:
+            async with self._stub(call) as stub:
+                call.cancel_by(stub(call.request, **call.options()))
+                response, trailing = await call.handle, await call.handle.trailing_metadata()
+        except errors.ELSEWHERE as error:
+            await self._in_daemon(self.redirect, call, error)
+            return await self._by_grpc(call)
+        call.ended(trailing)
+        return call.request.decode(*response)
+
     @asynccontextmanager
-    async def _by_grpc(self, call: Call) -> AsyncIterator[Any]:
+    async def _stub(self, call: Call) -> AsyncIterator[Any]:
         """What makes a call by gRPC, inside the block; raises this client's errors for those of gRPC."""
         stub = self.begin(call)
         try:

@@ -29,11 +29,17 @@ class BlockingTransport(Transport):
         with fork_safety.in_flight:
             self.channel()
             self.connect(call)
-            with self._stub(call) as stub:
-                responses = call.cancel_by(stub(request, **call.options()))
-                for response in responses:
-                    yield request.decode(*response)
-                call.ended(responses.trailing_metadata())
+            while True:
+                try:
+                    with self._stub(call) as stub:
+                        responses = call.cancel_by(stub(request, **call.options()))
+                        for response in responses:
+                            call.final = True
+                            yield request.decode(*response)
+                        call.ended(responses.trailing_metadata())
+                        return
+                except errors.ELSEWHERE as error:
+                    self.redirect(call, error)
 
     def submit(self, request: Request, timeout: float | None, retry: bool) -> "Future[Any]":
         """The future of the answer."""
@@ -94,12 +100,16 @@ class BlockingTransport(Transport):
 
     def by_grpc(self, call: Call) -> Any:
         """The answer, by gRPC."""
-        with self._stub(call) as stub:
-            if call.outcome:
-                done = call.cancel_by(stub.future(call.request, **call.options()))
-                response = done.result()
-            else:  # faster, but only closing the channel cancels it
-                response, done = stub.with_call(call.request, **call.options())
+        try:
+            with self._stub(call) as stub:
+                if call.outcome:
+                    done = call.cancel_by(stub.future(call.request, **call.options()))
+                    response = done.result()
+                else:  # faster, but only closing the channel cancels it
+                    response, done = stub.with_call(call.request, **call.options())
+        except errors.ELSEWHERE as error:
+            self.redirect(call, error)
+            return self.by_grpc(call)
         call.ended(done.trailing_metadata())
         return call.request.decode(*response)
 

@@ -15,6 +15,8 @@ from tiny_model_server.local_transport import FINAL
 
 NOT_ANSWERED = object()
 """Returned if gRPC must make the call instead."""
+_ELSEWHERE = ("FAILED_PRECONDITION", "NOT_FOUND")
+"""Statuses that another replica may not give."""
 _NO_ANSWER = "Deadline Exceeded"  # gRPC's words if no server has said why
 
 
@@ -29,6 +31,8 @@ class Call:
         self.begun = time.monotonic()
         self.outcome = outcome
         """The future that the application has, if it has one."""
+        self.final = not retry
+        """Whether the answer that comes now is the application's, be it an error."""
         self.handle: Any = None
         """What cancels the call. A blocking call by gRPC has none: it ends when its channel closes."""
         self.channel: channel.SharedChannel
@@ -56,6 +60,7 @@ class Call:
         if self._span:
             self._span.set_attribute("rpc.status", status)
             self._span.end()
+            self._span = None  # the call may be made again
         replica: str = self.transport.stats.add(
             self.request.method.name, time.monotonic() - self.begun, trailing, status
         )
@@ -106,7 +111,8 @@ class LocalCall:
             answer = connection.receive(call.remaining())
             usable = True
             status = STATUSES.get(answer.code & ~FINAL, "UNKNOWN")
-            if status in channel.RETRIED and call.retry and not answer.code & FINAL:
+            elsewhere = status in _ELSEWHERE and len(call.transport.locals) > 1
+            if (status in channel.RETRIED or elsewhere) and call.retry and not answer.code & FINAL:
                 return NOT_ANSWERED
             if answer.code:
                 raise call.failed(self._trailing, status, answer.body.decode())

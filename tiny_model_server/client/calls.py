@@ -67,7 +67,7 @@ class Request:
         return bool(self.message.ByteSize() < local_transport.AT_ONCE // 2)
 
     def inline(self) -> bytes:
-        """Serializes the message with all bytes in it, those of the last array at the end. Uses the message up."""
+        """Serializes the message with all bytes in it, those of the last array at the end."""
         message, parts = self.message, list(self.parts)
         trailing = parts.pop() if parts and self._may_trail() else None
         for part, array in parts:
@@ -81,7 +81,10 @@ class Request:
         if self.method.name in ("Run", "RunStream"):  # where the array is one of several
             owner = part.SerializeToString()
             del message.data.arrays[-1]
-        return schemas.WithTrailingBytes(message, owner, codec.raw(array)).SerializeToString()
+        serialized = schemas.WithTrailingBytes(message, owner, codec.raw(array)).SerializeToString()
+        if owner:
+            message.data.arrays.append(part)  # for the next attempt
+        return serialized
 
     def _may_trail(self) -> bool:
         if self.method.name in ("Run", "RunStream"):

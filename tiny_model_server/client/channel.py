@@ -56,6 +56,8 @@ class ChannelKey(NamedTuple):
     """Of the process: ``fork_safety.generation``."""
     loop: Any = None
     """The event loop, for ``grpc.aio``; None for ``grpc``."""
+    service: str = LIVE_SERVICE
+    """The health name that is watched: calls go to the replicas where it serves."""
 
 
 class SharedChannel:
@@ -165,18 +167,19 @@ def open_channel(key: ChannelKey, retry: bool = True) -> Any:
     Without ``retry`` only calls that no server has begun are tried again.
     """
     credentials = key.credentials.credentials()
-    options = _options(POLICIES[key.balancing], retry) + key.credentials.options(key.target)
+    options = _options(key, retry) + key.credentials.options(key.target)
     library: Any = grpc.aio if key.loop else grpc
     if credentials:
         return library.secure_channel(key.target, credentials, options=options)
     return library.insecure_channel(key.target, options=options)
 
 
-def _options(policy: list[dict[str, Any]], retry: bool) -> list[tuple[str, Any]]:
-    method = {"name": [{}], "waitForReady": True} | ({"retryPolicy": _RETRIES} if retry else {})
+def _options(key: ChannelKey, retry: bool) -> list[tuple[str, Any]]:
+    wait = key.service == LIVE_SERVICE  # where none serves a model, one of the others says why
+    method = {"name": [{}], "waitForReady": wait} | ({"retryPolicy": _RETRIES} if retry else {})
     service_config = {
-        "loadBalancingConfig": policy,
-        "healthCheckConfig": {"serviceName": LIVE_SERVICE},
+        "loadBalancingConfig": POLICIES[key.balancing],
+        "healthCheckConfig": {"serviceName": key.service},
         "methodConfig": [method, {"name": [{"service": _HEALTH}], "waitForReady": False}],
         # Retries stop when half of these tokens are used up by failures; a success gives back a tenth.
         "retryThrottling": {"maxTokens": 1000, "tokenRatio": 0.1},

@@ -72,6 +72,9 @@ class Unauthenticated(ModelClientError):
     """UNAUTHENTICATED: a token or a certificate, the client's or the server's, is missing or wrong."""
 
 
+ELSEWHERE = (ModelUnavailable, ModelNotFound, ServerUnavailable)
+"""After these, other replicas may answer."""
+
 _CLASSES = {
     "INVALID_ARGUMENT": InvalidInput,
     "NOT_FOUND": ModelNotFound,

@@ -13,7 +13,7 @@ import grpc
 
 from tiny_model_server.client import addresses, arguments, errors, fork_safety, siblings
 from tiny_model_server.client.call import Call, LocalCall
-from tiny_model_server.client.channel import ChannelKey, SharedChannel, shared
+from tiny_model_server.client.channel import LIVE_SERVICE, ChannelKey, SharedChannel, shared
 from tiny_model_server.client.credentials import Credentials
 from tiny_model_server.client.daemons import daemons
 from tiny_model_server.client.local import LocalConnections
@@ -56,6 +56,10 @@ class Transport:
         self._silence: str | None = None
         """Why no server answered when one was last asked, at ``_probed``."""
         self._probed = 0.0
+        self._service = LIVE_SERVICE
+        """The health name of the replicas that calls go to; the model's, once some replica could not run it."""
+        self._searched = 0.0
+        """When replicas that can run it were last looked for."""
         self._channel: SharedChannel | None = None
         self._closing: list[Any] = []
         """What ``grpc.aio`` has to await of channels that this client has left."""
@@ -68,13 +72,13 @@ class Transport:
 
     def channel(self) -> SharedChannel:
         """The channel for this process, event loop and the addresses as known now."""
-        key = self._key(self.loop())
+        key = self._key(self.loop(), self._service)
         with self._lock:
             if not self._channel or key != self._channel.key or self._channel.stale():
                 self._move(key)
             return self._channel  # type: ignore[return-value]
 
-    def _key(self, loop: Any) -> ChannelKey:
+    def _key(self, loop: Any, service: str = LIVE_SERVICE) -> ChannelKey:
         if fork_safety.unusable:
             raise RuntimeError(
                 "this process was forked while its parent was in a call, or after it used AsyncModelClient, so gRPC "
@@ -87,7 +91,7 @@ class Transport:
                 daemons(fork_safety.generation).submit(self.follow)
         except OSError as error:
             raise self._unreachable(str(error)) from None
-        return ChannelKey(target, self.credentials, self.options["balancing"], fork_safety.generation, loop)
+        return ChannelKey(target, self.credentials, self.options["balancing"], fork_safety.generation, loop, service)
 
     def _move(self, key: ChannelKey) -> None:
         old, self._channel = self._channel, shared(key)
@@ -109,7 +113,7 @@ class Transport:
 
         Without ``wait``, what would block is left to gRPC, too.
         """
-        if not self.locals or not (wait or call.request.short):
+        if not self.locals or self._service != LIVE_SERVICE or not (wait or call.request.short):
             return None
         for connections in self._in_turn():
             if taken := connections.take(call.request.arrays, wait=wait):
@@ -127,8 +131,8 @@ class Transport:
 
     def begin(self, call: Call) -> Any:
         """Counts a call by gRPC, after ``channel()``; returns what makes it."""
-        while not (channel := self._channel or self.channel()).add_call():
-            self.channel()  # it was closed meanwhile
+        while (channel := self._channel or self.channel()).key.service != self._service or not channel.add_call():
+            self.channel()  # other replicas are to be used, or it was closed meanwhile
         call.channel = channel
         with self._lock:
             self._calls.add(call)
@@ -174,9 +178,30 @@ class Transport:
             futures.wait([daemons(fork_safety.generation).submit(self.follow)], _FOLLOW_S)
         self.connected = True
 
-    def why_silent(self, **options: Any) -> str | None:
-        """Asks for a server's health, and blocks. Returns gRPC's reason why no server answers; None if one does."""
-        channel = shared(self._key(None))  # that of blocking clients; asyncio's borrow it
+    def redirect(self, call: Call, error: errors.ModelClientError) -> None:
+        """Raises the call's error, unless other replicas may answer it, which the next attempt will use. Blocks.
+
+        They are those that serve the model, if the error is that one does not; and all, if none serves it any more.
+        """
+        used = call.channel.key.service
+        with self._probing:
+            if isinstance(error, errors.ServerUnavailable):
+                if used != LIVE_SERVICE:
+                    self._service = LIVE_SERVICE
+            elif self.follows and self.model and time.monotonic() - self._searched > _PROBE_S:
+                if not self.why_silent(self.model, timeout=_PROBE_S):
+                    self._service = self.model
+                self._searched = time.monotonic()
+        if call.final or used == self._service == LIVE_SERVICE:
+            raise error
+        call.final = True
+
+    def why_silent(self, service: str = LIVE_SERVICE, **options: Any) -> str | None:
+        """Asks for a server's health, and blocks. Returns gRPC's reason why no server answers; None if one does.
+
+        With the name of a model, only servers that serve it are asked.
+        """
+        channel = shared(self._key(None, service))  # that of blocking clients; asyncio's borrow it
         try:
             answer, done = channel.health_check()(**options)
             self._has_siblings = siblings.replica(done.trailing_metadata()) is not None
