@@ -95,12 +95,11 @@ def parse(method: Method, data: bytes, call: Any = None, max_items: int = MAX_IT
     if call is not None:
         call.bytes_in += len(data)
     try:
+        if call is not None and not call.buffers:  # a place in shared memory goes before the bytes
+            data, call.trailing_bytes = _split_trailing(data, _TRAILING_FIELDS.get(kind.full_name, ()))
         if len(data) > 2 * max_items:  # fewer bytes cannot hold too much
             _Counter(max_items).count(kind, data, 0, len(data))
-        if call is None or call.buffers:  # a place in shared memory goes before the bytes
-            return method.request.FromString(data)
-        request, call.trailing_bytes = parse_trailing(method.request, data)
-        return request
+        return method.request.FromString(data)
     except (DecodeError, LookupError):
         raise InvalidInput(f"the request is not a {kind.full_name}") from None
 

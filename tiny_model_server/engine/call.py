@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from functools import cached_property
 
 from tiny_model_server import logs, request_ids
 from tiny_model_server.codec import Encoded, signature
@@ -48,10 +47,9 @@ class Call:
     bytes_in: int = 0
     bytes_out: int = 0
 
-    @cached_property
-    def id(self) -> str:
-        """The id that the caller has given it, else a new one."""
-        return request_ids.checked(self.metadata.get(request_ids.HEADER))
+    def __post_init__(self) -> None:
+        self.id = request_ids.checked(self.metadata.get(request_ids.HEADER))
+        """The one that the caller has given it, else a new one."""
 
     def named(self, model: str) -> str:
         """The model that it is for: ``model``, as the request names it, unless a router in front chose another."""

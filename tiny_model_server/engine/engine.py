@@ -5,7 +5,6 @@ called from any thread, and wait for the loop if they have to.
 """
 
 import asyncio
-import itertools
 import logging
 import queue
 import time
@@ -321,10 +320,8 @@ class Engine:
             call.trailing["endpoint-load-metrics-bin"] = run.report
             if run.error:
                 raise run.error
-            steps = (
-                (("queue", item.enqueued, item.begun), ("compute", item.begun, time.monotonic())) for item in run.items
-            )
-            tracing.spans({"tms.model": run.name, tracing.REQUEST_ID: call.id}, itertools.chain.from_iterable(steps))
+            if tracing.provider():
+                _trace(run)
             return [copy_out(one) if isinstance(one, Encoded) and response is buffers else one for one in run.outcomes]
         finally:
             self._buffers.give_back(buffers)
@@ -468,6 +465,13 @@ def _or_raise(outcome: Outcome) -> Encoded:
     if isinstance(outcome, ServerError):
         raise outcome
     return outcome
+
+
+def _trace(run: Run) -> None:
+    attributes = {"tms.model": run.name, tracing.REQUEST_ID: run.call.id}
+    for item in run.items:
+        steps = ("queue", item.enqueued, item.begun), ("compute", item.begun, time.monotonic())
+        tracing.spans(attributes, steps)
 
 
 def _remaining(deadline: float | None) -> float | None:

@@ -77,9 +77,7 @@ class WorkerConnection:
 
         EOFError or OSError if the other end is closed, UnpicklingError if it sent something else.
         """
-        while True:
-            if (message := self._complete()) is not None:
-                return message
+        while not self._received or (message := self._complete()) is None:
             try:
                 data = self._read()
             except BlockingIOError:
@@ -87,6 +85,7 @@ class WorkerConnection:
             if not data:
                 raise EOFError
             self._received += data
+        return message
 
     def _read(self) -> bytes:
         data, ancillary, flags, _ = self.socket.recvmsg(_READ, _SPACE, _FLAGS)

@@ -98,18 +98,15 @@ class WorkerSlot:
         return [item for item in batch if item.outcome is None]
 
     def _send(self, batch: list[Item]) -> None:
-        fresh: dict[int, SharedBuffers] = {}
+        fresh = {buffers.name: buffers for buffers in self._held if buffers.name not in self._known}
         items: list[Any] = []
         for item in batch:
-            for buffers in item.buffers:
-                if buffers.name not in self._known:
-                    fresh[buffers.name] = buffers
             request, places = item.value.shared or (None, [])
             names = [buffers and buffers.name for buffers in (request, item.response)]
             items.append((item.value.text, places, item.json_only, *names))
         closed = self._known - SharedBuffers.open_names if fresh else set()
         if len(self._known) > self._most_known:
-            closed = self._known - {buffers.name for item in batch for buffers in item.buffers}
+            closed = self._known - {buffers.name for buffers in self._held}
         met = [(buffers.name, buffers.caller_owned) for buffers in fresh.values()]
         fds = [fd for buffers in fresh.values() for fd in (buffers.request, buffers.response)]
         self._connection.send((batch[0].args, items, batch[0].stream is not None, met, closed, _ids(batch)), fds)

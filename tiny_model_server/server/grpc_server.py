@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -138,48 +138,57 @@ class GrpcServer:
 
     def _unary(self, method: schemas.Method, handler: Callable[[Any, Call], Any]) -> Callable[[Any, Any], bytes]:
         def answer(data: Any, context: Any) -> bytes:
-            with self._answering(method, context) as call:
+            call = self._begin(context)
+            try:
                 response = handler(_parsed(method, data, call, self._most_items), call)
                 answered = schemas.serialized(response, self._largest)
-                call.bytes_out = len(answered)
-                return answered
-            raise AssertionError  # _answering lets no error pass
+            except Exception as error:
+                self._fail(method, call, context, error)
+            call.bytes_out = len(answered)
+            self._end(method, call, context)
+            return answered
 
         return answer
 
     def _streaming(self, method: schemas.Method, handler: Callable[[Any, Call], Any]) -> Callable[..., Iterator[bytes]]:
         def answer(data: Any, context: Any) -> Iterator[bytes]:
-            with self._answering(method, context) as call:
+            call = self._begin(context)
+            try:
                 for response in handler(_parsed(method, data, call, self._most_items), call):
                     answered = schemas.serialized(response, self._largest)
                     call.bytes_out += len(answered)
                     yield answered
+            except GeneratorExit:
+                call.log_access(method.path, "CANCELLED")  # by its caller
+                raise
+            except Exception as error:
+                self._fail(method, call, context, error)
+            self._end(method, call, context)
 
         return answer
 
-    @contextmanager
-    def _answering(self, method: schemas.Method, context: Any) -> Iterator[Call]:
-        """Answers an error raised inside with its gRPC status, and names the replica that answered."""
+    def _begin(self, context: Any) -> Call:
+        """What a protocol needs to know of the call; its answer names it, and the replica that answers."""
         call = _call(context)
         call.trailing |= {"tms-replica": self.replica, request_ids.HEADER: call.id}
         tracing.name_span(call.id)
         attempts = call.metadata.get("grpc-previous-rpc-attempts", "")
         if isinstance(attempts, str) and attempts.isdecimal() and attempts.isascii():  # a caller may send anything
             call.trailing["tms-retries"] = attempts
-        status = "CANCELLED"  # by its caller
-        try:
-            yield call
-            status = "OK"
-        except ServerError as error:
-            status = error.status
-            abort(context, error, call.trailing)
-        except Exception as error:
-            status = ServerError.status
-            log.exception("%s failed", method.path, extra={"fields": {"request_id": call.id}})
-            abort(context, ServerError(f"a fault in the server: {message_of(error, named=True)}"), call.trailing)
-        finally:
-            call.log_access(method.path, status)
+        return call
+
+    def _end(self, method: schemas.Method, call: Call, context: Any) -> None:
         context.set_trailing_metadata(tuple(call.trailing.items()))
+        call.log_access(method.path, "OK")
+
+    def _fail(self, method: schemas.Method, call: Call, context: Any, error: Exception) -> NoReturn:
+        """Answers an error with its gRPC status."""
+        if not isinstance(error, ServerError):
+            fields = {"request_id": call.id}
+            log.error("%s failed", method.path, exc_info=error, extra={"fields": fields})
+            error = ServerError(f"a fault in the server: {message_of(error, named=True)}")
+        call.log_access(method.path, error.status)
+        abort(context, error, call.trailing)
 
     def _update_health(self) -> None:
         engine = self._engine
