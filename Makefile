@@ -11,6 +11,7 @@ LOCUST ?=
 PORT ?= 50000
 AT_ONCE ?= 3
 HTTP_PORT ?= 8080
+SEED ?=
 PIP_FLAGS = --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 UV_FLAGS = --quiet --compile-bytecode
 BIN = $(VENV)/bin
@@ -18,7 +19,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test pythons fuzz check bench bench-peers faults fleet locust ray test_ray test_k8s soak proto docker run_docker_server run_tests clean
+.PHONY: help run serve test pythons fuzz check bench bench-peers faults fleet locust ray test_ray test_k8s soak chaos proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -72,8 +73,11 @@ ray: $(VENV)/run.done ## serve the models on Ray: a new cluster, or the one that
 test_k8s: $(VENV)/test.done ## test the manifests on a real node, as root; CLUSTER: the scripts that build and start it
 	$(BIN)/python tests/k8s_cluster.py $(CLUSTER)
 
-soak: $(VENV)/test.done ## ten minutes of mixed load; print the memory each minute
-	$(BIN)/python tests/bench.py soak
+soak: $(VENV)/test.done ## ten minutes of checked load by each transport; fail if memory or descriptors grow
+	$(BIN)/python tests/soak.py
+
+chaos: $(VENV)/test.done ## kill, freeze and restart at random under checked load; SEED=... repeats a run
+	$(BIN)/python tests/chaos.py 300 $(SEED)
 
 proto: $(VENV)/test.done ## compile the .proto files to the committed descriptor sets
 	$(MAKE) -B $(DESCRIPTORS)

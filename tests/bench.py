@@ -1,4 +1,4 @@
-"""Measures the server: against a bare grpcio echo, its batching, its recovery (``make bench``), a soak (``make soak``).
+"""Measures the server: against a bare grpcio echo, its batching, its recovery (``make bench``).
 
 Prints Markdown tables for BENCHMARKS.md. Machines are noisy: trust the ratios.
 """
@@ -33,7 +33,6 @@ from tiny_model_server.settings import Settings  # noqa: E402
 SECONDS = float(os.environ.get("BENCH_SECONDS", "2"))
 UNLIMITED = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
 SHAPES = [(224, 224, 3), (480, 640, 3), (1080, 1920, 3)]
-SOAK_S = 600
 LENGTH = """
 from model_interface import ModelInterface
 class Model(ModelInterface):
@@ -341,34 +340,6 @@ def recovery(server: Server) -> None:
         print(f"| {name} |", " | ".join(f"{np.percentile(times, percent):.2f}" for times in phases.values()), "|")
 
 
-def soak() -> None:
-    """Mixed load for ten minutes; prints the memory of front and workers each minute."""
-    server = Server(models=models())
-    front = psutil.Process(server.process.pid)
-    client, batches = server.client("length"), server.client("light")
-    images = [np.zeros(shape, np.uint8) for shape in SHAPES]
-    end = time.monotonic() + SOAK_S
-    calls = [0] * 8
-    print("| minute | calls | front MiB | workers MiB |\n| --- | --- | --- | --- |")
-
-    def caller(index: int) -> None:
-        while time.monotonic() < end:
-            client.run_image(images[calls[index] % 3])
-            batches.run_text_batch(["x"] * 10)
-            calls[index] += 2
-
-    threads = [threading.Thread(target=caller, args=(index,)) for index in range(8)]
-    for thread in threads:
-        thread.start()
-    for minute in range(SOAK_S // 60 + 1):
-        memory = [process.memory_info().rss >> 20 for process in (front, *front.children())]
-        print(f"| {minute} | {sum(calls)} | {memory[0]} | {sum(memory[1:])} |", flush=True)
-        time.sleep(60 if minute < SOAK_S // 60 else 0)
-    for thread in threads:
-        thread.join()
-    assert server.stop() == 0
-
-
 def callers(address: str, model: str, count: str, cost: str) -> None:
     """Prints rate, p50 and p99 of this many callers in this process, and the p50 of sleeping for the model's cost."""
     with ModelClient(model, addresses=[address]) as client:
@@ -404,4 +375,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["callers"]:
         callers(*sys.argv[2:])
     else:
-        {"bare": bare_echo, "soak": soak}.get("".join(sys.argv[1:]), main)()
+        {"bare": bare_echo}.get("".join(sys.argv[1:]), main)()
