@@ -256,6 +256,7 @@ def litserve(servers: Servers) -> None:
 def bentoml(servers: Servers) -> None:
     (port,) = ports(1)
     command = [python("bentoml"), "-m", "bentoml", "serve", "bentoml_length:Length", "--port", port]
+    command += ["--timeout-keep-alive", 60]
     (cwd := folder("bentoml")).joinpath("config.yaml").write_text(
         "services: {Length: {logging: {access: {enabled: false}}}}"
     )
@@ -277,9 +278,11 @@ def triton(servers: Servers) -> None:
 
 def mlserver(servers: Servers) -> None:
     http_port, grpc_port, metrics_port = ports(3)
-    limits = {"grpc_max_message_length": 1 << 28, "parallel_workers": 2, "metrics_port": metrics_port}
+    settings = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port, "parallel_workers": 2}
+    settings |= {"grpc_max_message_length": 1 << 28}
+    quiet = {"version": 1, "disable_existing_loggers": False, "loggers": {"mlserver": {"level": "WARNING"}}}
     cwd, model = folder("mlserver"), {"name": "length", "implementation": "mlserver_length.Length"}
-    (cwd / "settings.json").write_text(json.dumps({"http_port": http_port, "grpc_port": grpc_port} | limits))
+    (cwd / "settings.json").write_text(json.dumps(settings | {"logging_settings": quiet}))
     (cwd / "model-settings.json").write_text(json.dumps(model))
     servers.start("MLServer", [python("mlserver").parent / "mlserver", "start", "."], cwd)
     open_inference(servers, "MLServer", f"127.0.0.1:{grpc_port}")

@@ -6,7 +6,8 @@ and this server by all of these and by ModelClient. "grpcio alone" has no worker
 KServe's gRPC runs the model in the server's process, too. Every other server has two workers.
 
 Every caller has a connection of its own; ``ModelClient`` is shared by callers. All servers run at the same time. Those
-that use CPU without calls are stopped while others are measured. Each figure is the median of turns.
+that use CPU without calls are stopped while others are measured. Logs of calls are off. Each figure is the median of
+turns.
 
 ``BENCH_SECONDS`` (1) is how long one measurement takes, ``BENCH_TURNS`` (3) how often it is repeated. Arguments are the
 peers to measure; without, all.

@@ -24,4 +24,4 @@ class Length(litserve.LitAPI):
 
 if __name__ == "__main__":
     server = litserve.LitServer(Length(api_path="/inference"), accelerator="cpu", workers_per_device=2)
-    server.run(port=int(sys.argv[2]), generate_client_file=False, log_level="warning")
+    server.run(port=int(sys.argv[2]), generate_client_file=False, log_level="warning", timeout_keep_alive=60)

@@ -21,6 +21,7 @@ if __name__ == "__main__":
     serve.start(
         http_options=HTTPOptions(port=http_port),
         grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=["grpc_length.add_length"]),
+        logging_config={"enable_access_log": False},
     )
     serve.run(Length.bind(), name="length")
     threading.Event().wait()
