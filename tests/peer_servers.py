@@ -117,7 +117,7 @@ class Processes:
             process.resume()
 
     @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         if self.spins:
             self.go_on()
         yield
@@ -168,7 +168,7 @@ class Way:
 
     def measure(self, payload: str, at_once: int, seconds: float) -> Figures:
         """Calls the server from so many threads for so long."""
-        with self.processes.awake():
+        with self.processes.running():
             self.send(f"{payload}\t{at_once}\t{seconds}")
             self.read()
             before = self.processes.cpu_s()
