@@ -246,6 +246,7 @@ BAD_IMAGES = [
     (b"no image at all", "15 bytes are not an image file"),
     (b"", "(no|not an) image file"),
     (b"\x89PNG\r\n\x1a\n" + b"\x00" * 50, "(no|not an) image file"),
+    (b"\x89PNG\r\n\x1a\n\x7f\xff\xff\xffIHDR" + bytes(17), "33 bytes .* this PNG announces at least 2147483667"),
 ]
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import model_client
 from model_client import AsyncModelClient, ModelClient
 from tests.conftest import ROOT, Server, wait_for
 from tests.test_faults import write_model
+from tiny_model_server import schemas
 
 IMAGE = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
 
@@ -217,16 +219,22 @@ def test_an_async_call_can_be_cancelled(start_server: Callable[..., Server], tmp
 
 
 class Flaky:
-    """A server of the contract that answers UNAVAILABLE while it is set to, and counts the attempts."""
+    """A server of the contract that answers UNAVAILABLE while it is set to, and counts the attempts.
+
+    It sends any bytes as its answers, and any trailing metadata.
+    """
 
     def __init__(self) -> None:
         self.attempts = 0
         self.down = False
         self.pushback = ""
         self.metadata: dict[str, Any] = {}
+        self.answer = b'\x0a\x04"ok"'  # Response.data = '"ok"'
+        self.trailing: tuple[tuple[str, str], ...] = ()
         self._server = grpc.server(ThreadPoolExecutor(8))
         handler = grpc.unary_unary_rpc_method_handler(self._answer)
-        table = {"RunText": handler}
+        stream = grpc.unary_stream_rpc_method_handler(lambda request, context: iter([self.answer]))
+        table = {"RunText": handler, "RunStream": stream}
         self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("server.Server", table)])
         self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
         self._server.start()
@@ -238,7 +246,8 @@ class Flaky:
             if self.pushback:
                 context.set_trailing_metadata((("grpc-retry-pushback-ms", self.pushback),))
             context.abort(grpc.StatusCode.UNAVAILABLE, "down")
-        return b'\x0a\x04"ok"'  # Response.data = '"ok"'
+        context.set_trailing_metadata(self.trailing)
+        return self.answer
 
     def stop(self) -> None:
         self._server.stop(0)
@@ -249,6 +258,34 @@ def flaky() -> Iterator[Flaky]:
     server = Flaky()
     yield server
     server.stop()
+
+
+@pytest.mark.parametrize("data", ["", "{", '{"$array": 0}', '{"$float": "x"}', "9" * 5000], ids=range(5))
+def test_an_answer_that_cannot_be_read(flaky: Flaky, data: str) -> None:
+    flaky.answer = schemas.message("server", "server.Response")(data=data).SerializeToString()
+    unreadable = partial(pytest.raises, model_client.ModelFailed, match="server's answer cannot be read")
+
+    async def asynchronously() -> None:
+        async with AsyncModelClient("x", addresses=[flaky.address]) as client:
+            with unreadable():
+                await client.run_text("a")
+            with unreadable():
+                _ = [one async for one in client.run_stream("a")]
+
+    with ModelClient("x", addresses=[flaky.address]) as client:
+        with unreadable() as caught:
+            client.run_text("a")
+        assert caught.value.request_id
+        with unreadable():
+            list(client.run_stream("a"))
+    asyncio.run(asynchronously())
+
+
+def test_a_count_that_is_none_fails_no_call(flaky: Flaky) -> None:
+    flaky.trailing = (("tms-retries", "many"),)
+    with ModelClient("x", addresses=[flaky.address]) as client:
+        assert client.run_text("a") == "ok"
+        assert client.stats()["retries"] == 0
 
 
 def test_what_is_not_safe_to_repeat_is_not_repeated(flaky: Flaky) -> None:

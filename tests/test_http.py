@@ -511,6 +511,7 @@ def test_uvicorn_logs_nothing_of_callers(start_server: StartServer) -> None:
     server = start_server()
     post(server, "/models/echo/run", b"x")
     talk(server, b"nonsense\x1b\r\n\r\n")
+    talk(server, b"POST /models/echo/run HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nno length\r\n")
     talk(server, b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n")
     server.stop()
     assert not [line for line in server.log if "uvicorn" in line or "Traceback" in line]

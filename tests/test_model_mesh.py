@@ -101,7 +101,8 @@ def test_the_way_of_a_model(server: Server, sidecar: Sidecar, upper: Path) -> No
 
 
 def test_what_cannot_be_loaded(sidecar: Sidecar, tmp_path: Path) -> None:
-    for fields in ({}, {"modelId": "a"}, {"modelId": "a", "modelPath": str(tmp_path / "nothing")}):
+    paths = str(tmp_path / "nothing"), "/" + "x" * 5000, "\0"
+    for fields in ({}, {"modelId": "a"}, *({"modelId": "a", "modelPath": path} for path in paths)):
         assert sidecar.refusal("loadModel", **fields) is Code.INVALID_ARGUMENT  # no load was tried
     broken = write_model(
         tmp_path, "broken", "    def __init__(self):\n        raise ValueError('no weights')\n    run = print"

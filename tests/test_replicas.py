@@ -26,6 +26,7 @@ from tests.conftest import MODELS, ROOT, Server, only, wait_for
 from tests.test_cli import run as run_command
 from tests.test_security import Certificates, tls
 from tiny_model_server.client import siblings
+from tiny_model_server.server.siblings import labelled
 
 StartServer = Callable[..., Server]
 
@@ -189,6 +190,12 @@ def test_what_else_listens_beside_a_forwarded_port_is_not_called(three: Server, 
 )
 def test_nonsense_of_a_server_is_not_followed(name: str, ports: str) -> None:
     assert siblings.replica([("tms-replica", name), ("tms-ports", ports)]) is None
+
+
+def test_metrics_of_a_stranger_are_shown_as_far_as_they_are_text() -> None:
+    """Another process may have taken the port of a replica that died."""
+    shown = labelled({1: b"# HELP a b\na{} 1\n", 2: b"\xeb{} 1\n"})
+    assert shown.decode() == '# HELP a b\na{replica="1",} 1\n'
 
 
 def test_ports_that_are_mapped_in_order() -> None:

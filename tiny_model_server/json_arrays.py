@@ -39,7 +39,7 @@ def _array(dtype: Any = None, data: Any = None, shape: Any = None) -> codec.Arra
             _refuse()
         with np.errstate(all="ignore"):
             array = np.asarray(data, dtype)
-        if found.size and not np.array_equal(array.astype(found.dtype), found) and array.dtype.kind != "f":
+        if array.dtype.kind != "f" and found.size and not np.array_equal(array.astype(found.dtype), found):
             raise InvalidInput(f'a "$array" in the JSON has numbers that {dtype} cannot hold')
         return codec.portable(array if shape is None else array.reshape(shape))
     except (TypeError, ValueError, OverflowError) as error:

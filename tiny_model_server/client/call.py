@@ -114,10 +114,10 @@ class LocalCall:
             elsewhere = status in _ELSEWHERE and len(call.transport.locals) > 1
             if (status in channel.RETRIED or elsewhere) and call.retry and not answer.code & FINAL:
                 return NOT_ANSWERED
-            if answer.code:
-                raise call.failed(self._trailing, status, answer.body.decode())
+            if status != "OK":
+                raise call.failed(self._trailing, status, answer.body.decode(errors="replace"))
             call.ended(self._trailing)
-            return call.request.decode(call.request.method.response.FromString(answer.body), connection.response)
+            return call.request.decode(answer.body, connection.response)
         except TimeoutError:
             raise call.failed(self._trailing, "DEADLINE_EXCEEDED", _NO_ANSWER) from None
         except OSError as error:

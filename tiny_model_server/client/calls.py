@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from tiny_model_server import codec, conversions, local_transport, request_ids, schemas
 from tiny_model_server.client import arguments, errors
@@ -53,7 +54,7 @@ class Request:
     message: Any
     parts: Sequence[tuple[Any, Array]]
     """(the part of the message that describes an array, the array)."""
-    decode: Callable[[Any, Source], Any]
+    decoder: Callable[[Any, Source], Any]
     id: str
 
     @property
@@ -90,6 +91,15 @@ class Request:
         if self.method.name in ("Run", "RunStream"):
             return self.arrays[-1].nbytes > schemas.LARGE
         return self.method.name in ("RunImage", "RunImageToImage")
+
+    def decode(self, answer: Any, source: Source) -> Any:
+        """What came of the call, from a message or its bytes; ModelFailed if that is not an answer to this request."""
+        try:
+            message = self.method.response.FromString(answer) if isinstance(answer, bytes) else answer
+            return self.decoder(message, source)
+        except (DecodeError, InvalidInput, ValueError, RecursionError) as error:
+            why = f"the server's answer cannot be read: {error}"
+            raise errors.from_status("INTERNAL", why, getattr(self.message, "model", ""), request_id=self.id) from error
 
     def placed(self, offsets: Sequence[int]) -> bytes:
         """Serializes the message with the places of the arrays in shared memory."""
@@ -159,7 +169,7 @@ def method_for(item: Any) -> str:
 
 
 def _batch(request: Request, model: str, return_exceptions: bool) -> Request:
-    request.decode = partial(_outcomes, model=model, request_id=request.id, return_exceptions=return_exceptions)
+    request.decoder = partial(_outcomes, model=model, request_id=request.id, return_exceptions=return_exceptions)
     return request
 
 

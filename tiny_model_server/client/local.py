@@ -65,7 +65,7 @@ class LocalConnection:
             if len(header) < HELLO.size or len(fds) != 2:
                 raise ConnectionError("the server takes no more callers")
             self.request, self.response = segments
-            self.server = local_transport.receive(self._socket, *HELLO.unpack(header)).decode()
+            self.server = local_transport.receive(self._socket, *HELLO.unpack(header)).decode(errors="replace")
             self._socket.settimeout(None)  # with a timeout, Python would poll before each operation
             undo.pop_all()
         self._poll = select.poll()

@@ -1,6 +1,7 @@
 """Counts a client's calls, failures, retries and latencies, by the replica that answered."""
 
 import logging
+import re
 import statistics
 import threading
 from collections import Counter, defaultdict, deque
@@ -9,6 +10,7 @@ from typing import Any
 log = logging.getLogger("tiny_model_server.client")
 
 _LATENCIES = 1000
+_COUNT = re.compile("[0-9]{1,9}")  # a proxy on the way may send anything
 NOBODY = "(none)"
 """Stands for the replica where none answered."""
 
@@ -24,15 +26,15 @@ class Stats:
     def add(self, method: str, seconds: float, trailing: Any, status: str) -> str:
         """Counts a call that has ended with this trailing metadata; returns the replica that answered."""
         found = {key: value for key, value in trailing or ()}  # noqa: C416 - dict() of old grpcio's metadata fails
-        replica, retries = str(found.get("tms-replica", NOBODY)), int(found.get("tms-retries", 0))
+        replica, retries = str(found.get("tms-replica", NOBODY)), str(found.get("tms-retries", ""))
         with self._lock:
             counts = self._counts[replica]
             counts["calls"] += 1
             counts["failed"] += status != "OK"
-            counts["retries"] += retries
+            counts["retries"] += int(retries) if _COUNT.fullmatch(retries) else 0
             self._latencies[replica].append(seconds)
         if log.isEnabledFor(logging.DEBUG):
-            log.debug("%s by %s: %s in %.1f ms, %d retries", method, replica, status, seconds * 1000, retries)
+            log.debug("%s by %s: %s in %.1f ms, retries: %s", method, replica, status, seconds * 1000, retries or "0")
         return replica
 
     def snapshot(self) -> dict[str, Any]:

@@ -254,6 +254,8 @@ class Transport:
 
     def explained(self, call: Call, failed: Any) -> errors.ModelClientError:
         """This client's error for gRPC's. If no server answered in time, blocks for a moment to find out why."""
+        if isinstance(failed, errors.ModelClientError):  # of an answer that cannot be read
+            return failed
         error = call.failed(failed.trailing_metadata(), failed.code().name, failed.details() or "no details")
         unanswered = isinstance(error, errors.DeadlineExceeded) and not error.replica
         if unanswered and (why := self._why_unanswered()):

@@ -284,7 +284,11 @@ class Engine:
 
     async def adopt(self, name: str, path: Path) -> ServedModel:
         """Knows the folder ``path``, wherever it is, as a model of this name; it is to be loaded then."""
-        if not (path / "__init__.py").is_file():
+        try:
+            found = (path / "__init__.py").is_file()
+        except OSError as error:  # such as a name that is too long
+            raise InvalidInput(f"{str(path)[:80]!r} cannot be a model folder: {error.strerror}") from None
+        if not found:
             raise InvalidInput(f"{str(path)!r} is not a model folder: there is no __init__.py in it")
         return self._repository.add(name, path.resolve())
 

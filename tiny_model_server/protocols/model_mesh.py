@@ -50,7 +50,11 @@ class _ModelMesh:
             raise SettingsError(f"TMS_MESH_CAPACITY_MB is {self._capacity // _MIB}; {why}")
 
     def loadModel(self, request: Any, call: Call) -> dict[str, Any]:
-        self._authorize(call, path := Path(request.modelPath).resolve())
+        try:
+            path = Path(request.modelPath).resolve()
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, or a NUL
+            raise InvalidInput(f"modelPath {request.modelPath[:80]!r} is not a path: {error}") from None
+        self._authorize(call, path)
         if not request.modelId or not request.modelPath:
             raise InvalidInput("send modelId, and modelPath: a folder with an __init__.py that holds class Model")
         with self._lock(request.modelId):

@@ -182,6 +182,9 @@ class _Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         with suppress(h11.LocalProtocolError):  # an answer is under way already
             super().send_400_response(msg)
+        if self.cycle:  # the application is not to send another answer
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         self.transport.close()
 
 

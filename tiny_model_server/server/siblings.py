@@ -65,7 +65,7 @@ def labelled(texts: Mapping[int, bytes | None]) -> bytes:
     families: dict[str, list[str]] = {}  # by the line with which they begin; a family's series stand together
     for number, text in sorted(texts.items()):
         lines: list[str] = []
-        for line in (text or b"").decode().splitlines():
+        for line in (text or b"").decode(errors="replace").splitlines():
             if line.startswith("# HELP"):
                 lines = families.setdefault(line, [])
             elif not line.startswith("#"):
