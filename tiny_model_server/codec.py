@@ -60,6 +60,7 @@ _IMAGE_FILE = re.compile(
     re.DOTALL | re.VERBOSE,
 )
 """How files of these kinds begin; each has bytes that a text does not."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 _PLAIN: dict[type, Callable[[Any], Any]] = {str: str.__str__, int: int.__int__, float: float.__float__}
 """How to get the plain value of a subclass, such as an enum: its own str(), int() or float() may return another."""
 _INSTEAD_OF_ARRAY = {
@@ -331,6 +332,16 @@ def check_image(array: Any) -> Any:
     if array.dtype.kind not in "biuf" or len(array.shape) not in (2, 3) or 0 in array.shape:
         raise InvalidInput(f"an image is an array of numbers, HxW or HxWxC, not {array.dtype} of shape {array.shape}")
     return array
+
+
+def whole_file(file: bytes) -> bytes:
+    """The image file. InvalidInput for a PNG that is cut off: OpenCV makes room for all bytes that it announces."""
+    at = len(_PNG)
+    while file.startswith(_PNG) and at < len(file) and file[at + 4 : at + 8] != b"IEND":
+        at += 12 + int.from_bytes(file[at : at + 4], "big")
+    if at > len(file) > len(_PNG):
+        raise InvalidInput(f"{len(file)} bytes are not an image file: this PNG announces at least {at}")
+    return file
 
 
 def lists(array: Array) -> Any:

@@ -224,6 +224,7 @@ class _Transport:
     options = {"timeout": 5.0}
     model = "echo"
     metadata = ()
+    locals = ()
 
     def __init__(self) -> None:
         self.stats = Stats()
