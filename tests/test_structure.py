@@ -55,7 +55,7 @@ LAYERS = [
     ["server"],
 ]
 """Each file may import what stands in a line before its own."""
-MOST_LINES = 10585
+MOST_LINES = 10580
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_THE_WAY = 2190
 WAY_OF_A_REQUEST = [

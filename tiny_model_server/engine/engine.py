@@ -6,6 +6,7 @@ called from any thread, and wait for the loop if they have to.
 
 import asyncio
 import logging
+import os
 import queue
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -284,11 +285,7 @@ class Engine:
 
     async def adopt(self, name: str, path: Path) -> ServedModel:
         """Knows the folder ``path``, wherever it is, as a model of this name; it is to be loaded then."""
-        try:
-            found = (path / "__init__.py").is_file()
-        except OSError as error:  # such as a name that is too long
-            raise InvalidInput(f"{str(path)[:80]!r} cannot be a model folder: {error.strerror}") from None
-        if not found:
+        if not os.path.isfile(path / "__init__.py"):  # that of Path raises an error if the name is too long
             raise InvalidInput(f"{str(path)!r} is not a model folder: there is no __init__.py in it")
         return self._repository.add(name, path.resolve())
 
