@@ -321,10 +321,10 @@ def _zip(body: bytes, rng: Random, leaf: Leaf) -> bytes:
 
 
 def targets() -> Iterator[Target]:
-    """A target for each kind of body, all through the same door."""
-    door = ("server/http_app.py", "server/http_server.py", "server/http_access_log.py", "server/sites.py")
+    """A target for each kind of body, all through the same application."""
+    application = ("server/http_app.py", "server/http_server.py", "server/http_access_log.py", "server/sites.py")
     bodies = ("server/forms.py", "server/bodies.py", "server/npy.py", "server/answers.py", "json_arrays.py")
-    yield Target("http", run, _general(), (*door, "server/answers.py", "server/events.py"), mutate)
+    yield Target("http", run, _general(), (*application, "server/answers.py", "server/events.py"), mutate)
     yield Target("http_bodies", run, _bodies(), (*bodies, "server/view.py", "engine/annotations.py"), mutate)
     yield Target("open_inference_rest", run, _open_inference(), ("protocols/open_inference_rest.py",), mutate)
     yield Target("openai", run, _openai(), ("protocols/openai_rest.py",), mutate)

@@ -188,7 +188,7 @@ def _request_changed(piece: bytes, rng: Random, leaf: Leaf) -> bytes:
 
 
 class _OneServer:
-    """A server in a thread that accepts one client after the other, and sends what it is told."""
+    """A server in a thread that accepts one client after the other, and sends what it is given."""
 
     def __init__(self, port: int) -> None:
         self.port = port

@@ -24,7 +24,7 @@ MODELS_FAULTS = (
     "a chat model must return or yield",
     "an embedding model must return a vector",
 )
-"""Errors that tell a caller of the model's fault, where the model answers what it was sent."""
+"""Errors of the model, where it answers what it was sent."""
 
 
 class Finding(AssertionError):
