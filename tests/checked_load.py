@@ -50,9 +50,9 @@ MODELS = ROOT / "tests" / "models_checked"
 SHAPES = [(224, 224, 3), (480, 640, 3), (1080, 1920, 3)]
 TIMEOUT_S = 30.0
 """Of every call, unless it is meant to be late."""
-_PAUSE_S = 3.0
+_PAUSE_S = 1.0
 _LATE_S = 0.1
-_BEYOND_S = 0.4  # what a call takes that is late or cancelled
+_BEYOND_S = 1.0  # what a call takes that is late or cancelled
 _NUMBERS = itertools.count(1)
 
 
@@ -88,7 +88,7 @@ class Result:
     """Those answered as they should be, by kind."""
     failures: list[Failure] = field(default_factory=list)
     paused: int = 0
-    """Further failures, of calls under way while this process stood still: it was stopped, or got no CPU."""
+    """Further failures, of calls under way while this process stood still for a second: stopped, or without CPU."""
     wrong: list[str] = field(default_factory=list)
     """Answers that are not those to their requests."""
     worst_s: float = 0
@@ -210,7 +210,7 @@ class Http:
 
     async def map(self, items: Any, **options: Any) -> AsyncIterator[Any]:
         for item in items:
-            yield await self.run_text(item)
+            yield await self.run_image(item)
 
     async def cancelled(self, data: Any, after_s: float) -> None:
         """Disconnects after a while."""
@@ -331,8 +331,8 @@ async def value(on: Clients, new: Content) -> None:
 
 
 async def mapped(on: Clients, new: Content) -> None:
-    sent = [new.text() for _ in range(16)]
-    answers = [answer async for answer in on.digest.map(sent, in_flight=4)]
+    sent = [new.image().copy() for _ in range(8)]
+    answers = [answer async for answer in on.digest.map(sent, in_flight=3)]
     require_equal(answers, [digest_of(one) for one in sent])
 
 
@@ -396,11 +396,12 @@ async def invalid(on: Clients, new: Content) -> None:
 
 
 async def late(on: Clients, new: Content) -> None:
+    """An answer after the deadline is no wrong one; a client that stands still may get it."""
     try:
-        answer = await on.numbers.run(new.numbers(count=1, pause=_BEYOND_S), timeout=_LATE_S)
+        await on.numbers.run(new.numbers(count=1, pause=_BEYOND_S), timeout=_LATE_S)
     except DeadlineExceeded:
         return
-    raise Wrong(f"a late call was answered: {answer}")
+    raise TimeoutError("a late call was answered")
 
 
 async def cancelled(on: Clients, new: Content) -> None:
@@ -455,7 +456,7 @@ class Load:
         while closed.is_alive():
             before = time.monotonic()
             closed.join(0.5)
-            if time.monotonic() > before + _PAUSE_S:
+            if time.monotonic() > before + 0.5 + _PAUSE_S:
                 self._pauses.append((before, time.monotonic()))
             print(json.dumps(self.result.calls.copy()), flush=True)
         self.end.set()

@@ -103,11 +103,15 @@ class Server:
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
-        found = self.wait_for_log(r"listening: gRPC on \S+:(\d+)(?:, HTTP on \S+:(\d+))?")
-        self.port, self.http_port = int(found[1]), int(found[2] or 0)
-        self.address = f"127.0.0.1:{self.port}"
-        if ready:
-            self.wait_for_log(r"serving \d+ models", timeout=60)
+        try:
+            found = self.wait_for_log(r"listening: gRPC on \S+:(\d+)(?:, HTTP on \S+:(\d+))?")
+            self.port, self.http_port = int(found[1]), int(found[2] or 0)
+            self.address = f"127.0.0.1:{self.port}"
+            if ready:
+                self.wait_for_log(r"serving \d+ models", timeout=60)
+        except BaseException:  # pytest-timeout's too
+            self.kill()
+            raise
 
     def _read(self) -> None:
         assert self.process.stderr

@@ -46,15 +46,18 @@ class Held:
     @classmethod
     def by(cls, front: psutil.Process, client: psutil.Process) -> "Held":
         """Now, by the front with its workers and by the process with all clients."""
-        workers = front.children(recursive=True)
+        workers = [(0, 0)]
+        for one in front.children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # it was replaced
+                workers.append((one.memory_info().rss, one.num_fds()))
         files = _shared_files(front.pid)
         return cls(
             front.memory_info().rss / (1 << 20),
-            sum(one.memory_info().rss for one in workers) / (1 << 20),
+            sum(rss for rss, _ in workers) / (1 << 20),
             sum(files) / (1 << 20),
             front.num_fds(),
             len(files),
-            sum(one.num_fds() for one in workers),
+            sum(count for _, count in workers),
             front.num_threads(),
             client.memory_info().rss / (1 << 20),
             client.num_fds(),
