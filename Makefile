@@ -10,6 +10,7 @@ HOST ?= localhost:50000
 LOCUST ?=
 PORT ?= 50000
 AT_ONCE ?= 3
+GPU ?=
 MINUTES ?= 1
 TARGETS ?=
 HTTP_PORT ?= 8080
@@ -21,7 +22,7 @@ MODEL_REQUIREMENTS = $(wildcard models/*/requirements.txt)
 SCHEMAS = server.proto $(wildcard tiny_model_server/protocols/*.proto)
 DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basename $(SCHEMAS))))
 
-.PHONY: help run serve test pythons fuzz fuzz-parsers check bench bench-peers faults fleet locust ray test_ray test_k8s soak chaos proto docker run_docker_server run_tests clean
+.PHONY: help run serve test pythons fuzz fuzz-parsers check bench bench-peers bench-gpu bench-replicas faults fleet locust ray test_ray test_k8s soak chaos proto docker run_docker_server run_tests clean
 .DEFAULT_GOAL = help
 
 help: ## list the targets
@@ -61,6 +62,12 @@ bench: $(VENV)/test.done ## measure, and print the tables of BENCHMARKS.md
 
 bench-peers: $(VENV)/test.done ## measure other servers beside this one (installed in build/peers), and plot the image sizes
 	$(BIN)/python tests/peers.py
+
+bench-gpu: $(VENV)/test.done ## measure and check what only a GPU shows: placement, memory, copies, a network; GPU: more flags
+	$(BIN)/python tests/bench_gpu.py $(GPU)
+
+bench-replicas: $(VENV)/test.done ## measure calls/s and CPU a call against TMS_REPLICAS
+	$(BIN)/python tests/bench_replicas.py
 
 faults: $(VENV)/test.done ## fail, freeze and restart replicas under a steady load, and print what one client sees
 	$(BIN)/python tests/balance.py

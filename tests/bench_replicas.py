@@ -1,0 +1,95 @@
+"""Measures calls a second and CPU a call against ``TMS_REPLICAS``, with a model that does nothing.
+
+``python tests/bench_replicas.py [--replicas 1,2,4] [--seconds 2] [--out FILE]`` (``make bench-replicas``) prints a
+Markdown table for BENCHMARKS.md. Without ``--replicas``: 1, 2, 4 and 8, as far as there are cores.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from tests import load  # noqa: E402
+
+MODEL = """
+from model_interface import ModelInterface
+class Model(ModelInterface):
+    def run(self, data, args):
+        return len(data)
+"""
+PAYLOADS = {"20 B text": "text", "480x640x3": "480x640x3"}
+WAYS = {"gRPC": "0", "same host": "1"}
+THREADS = 4  # of a caller
+CALLERS = (1, 2)  # processes for each replica; the faster one counts
+HEAD = (
+    "| replicas | payload | way | callers | calls/s | of one replica | p50 ms | p99 ms "
+    "| CPU ms: callers | fronts | workers | cores of fronts |\n|" + " --- |" * 12
+)
+
+
+def models() -> Path:
+    """A folder with the model."""
+    folder = ROOT / "build" / "replicas-models"
+    (folder / "length").mkdir(parents=True, exist_ok=True)
+    (folder / "length" / "__init__.py").write_text(MODEL)
+    return folder
+
+
+def best(
+    address: str, payload: str, way: str, replicas: int, watched: list[list[int]], seconds: float
+) -> tuple[int, load.Found]:
+    """(callers, what they found) of as many callers as get most."""
+    tries = []
+    for each in CALLERS:
+        commands = load.callers(each * replicas, address, "length", payload, "single", THREADS)
+        with load.parts(commands, {**os.environ, "TMS_LOCAL_TRANSPORT": way}) as parts:
+            tries.append((len(parts), load.measured(parts, seconds, [[part.pid for part in parts], *watched])))
+    return max(tries, key=lambda one: one[1].rate)
+
+
+def rows(replicas: int, seconds: float) -> Iterator[tuple[tuple[str, str], tuple[int, load.Found]]]:
+    """What each payload gets by each way from so many replicas."""
+    with load.serving(models(), replicas, TMS_MODEL_LENGTH_WORKERS=replicas, TMS_DRAIN_DELAY_S=0) as server:
+        with server.client("length") as client:
+            client.run_text("x")
+            load.wait_for(lambda: len(load.workers(client)) == replicas, "a worker of each replica")
+            watched = [load.fronts(server), load.workers(client)]
+        for name, payload in PAYLOADS.items():
+            for how, way in WAYS.items():
+                yield (name, how), best(server.address, payload, way, replicas, watched, seconds)
+
+
+def table(counts: list[int], seconds: float) -> Iterator[str]:
+    """The lines of the Markdown table, as they are measured."""
+    yield HEAD
+    first: dict[tuple[str, str], float] = {}
+    for count in counts:
+        for payload, (callers, found) in rows(count, seconds):
+            ratio = found.rate / first.setdefault(payload, found.rate)
+            cpu = [f"{1000 * cores / found.rate:.3f}" for cores in found.cores]
+            rate = [f"{found.rate:.0f}", f"{ratio:.2f}", f"{found.p50:.2f}", f"{found.p99:.2f}"]
+            cells = [count, *payload, f"{callers} x {THREADS}", *rate, *cpu, f"{found.cores[1]:.2f}"]
+            yield f"| {' | '.join(map(str, cells))} |"
+
+
+def main() -> None:
+    """Prints the table."""
+    cores = len(os.sched_getaffinity(0))
+    most = ",".join(str(count) for count in (1, 2, 4, 8) if count <= cores)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--replicas", default=most)
+    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    with load.tee(given.out) as write:
+        write(f"{cores} cores.\n\n")
+        for line in table([int(count) for count in given.replicas.split(",")], given.seconds):
+            write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
