@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from model_client import ModelClient, ModelClientError  # noqa: E402
 from tests import load, load_part  # noqa: E402
 
 MODELS = ROOT / "tests" / "gpu_models"
-LONGEST_S = {"placement": 60, "memory": 60, "copies": 60, "network": 200}
+LONGEST_S = {"placement": 60, "memory": 60, "copies": 60, "network": 190}
 GOAL = 0.95  # of the model alone
 LOAD_S = 90
 NO_GPU = "skipped: no NVIDIA GPU"
@@ -87,6 +87,7 @@ def smi(*arguments: str) -> list[str]:
     return ran.stdout.splitlines()
 
 
+@cache
 def uuids() -> list[str]:
     """The GPUs of this machine."""
     return [line.strip() for line in smi("--query-gpu=uuid", "--format=csv,noheader") if line.startswith("GPU-")]
@@ -206,7 +207,7 @@ def memory(sizes: Sizes) -> None:
     mib, huge = sizes.mib, 8 * sizes.mib
     room = 4 * mib + mib // 2
     print(f"A batch of items that take {mib} MiB each, where {room} MiB are left. A huge one takes {huge} MiB.\n")
-    head("items", "sizes of the batches that were tried", "answered", "failed", "MiB kept afterwards", "worker")
+    head("items", "sizes of the batches that were tried", "answered", "failed", "bytes kept afterwards", "worker")
     with serving(TMS_MODEL_MEMORY_ARGS=json.dumps({"room_mib": room})) as server, server.client("memory") as client:
         client.load_model(timeout=LOAD_S)
         pids = load.workers(client)
@@ -263,25 +264,34 @@ def copies(sizes: Sizes) -> None:
 # ---- a network, alone and in the server
 
 
-def usage(seconds: float) -> str:
-    """Waits so long; returns the GPU's mean utilization in %, its power and its clock meanwhile."""
-    command = ["nvidia-smi", "--query-gpu=utilization.gpu,power.draw,clocks.sm", "--format=csv,noheader,nounits"]
+@cache
+def sampler() -> Callable[[], list[float]]:
+    """A function that returns the first GPU's utilization in %, its power in watts, and its clock in MHz."""
     try:
-        process = subprocess.Popen([*command, "-lms", "200"], stdout=subprocess.PIPE, text=True)
-    except OSError:
-        time.sleep(seconds)
-        return NO_GPU
-    time.sleep(seconds)
-    process.kill()
-    samples = []
-    for line in process.communicate()[0].splitlines():
-        with contextlib.suppress(ValueError):  # the last line may be cut, and a figure may be "[N/A]"
-            utilization, watts, clock = map(float, line.split(","))
-            samples.append((utilization, watts, clock))
-    if not samples:
-        return "skipped: nvidia-smi gives no samples"
-    utilization, watts, clock = np.mean(samples, axis=0)
-    return f"{utilization:.0f} %, {watts:.0f} W, {clock:.0f} MHz"
+        import pynvml
+    except ImportError:
+        query = ("--query-gpu=utilization.gpu,power.draw,clocks.sm", "--format=csv,noheader,nounits")
+        return lambda: [float(figure) for figure in smi(*query)[0].split(",")]
+    pynvml.nvmlInit()
+    gpu = pynvml.nvmlDeviceGetHandleByIndex(0)
+    return lambda: [
+        pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+        pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+        pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+    ]
+
+
+def usage(seconds: float) -> str:
+    """Takes so long; returns the means of what the sampler gave meanwhile, or why there are none."""
+    end = time.monotonic() + seconds
+    samples, problem = [], "" if uuids() else NO_GPU
+    while (left := end - time.monotonic()) > 0:
+        try:
+            samples += [] if problem else [sampler()()]
+        except Exception as error:
+            problem = f"skipped: {type(error).__name__}: {error}"
+        time.sleep(min(0.1, left))
+    return problem or "{:.0f} %, {:.0f} W, {:.0f} MHz".format(*np.mean(samples, axis=0))
 
 
 def alone(options: str, *batches: str) -> None:

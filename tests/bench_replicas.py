@@ -1,6 +1,6 @@
 """Measures calls a second and CPU a call against ``TMS_REPLICAS``, with a model that does nothing.
 
-``python tests/bench_replicas.py [--replicas 1,2,4] [--seconds 2] [--out FILE]`` (``make bench-replicas``) prints a
+``python tests/bench_replicas.py [--replicas 1,2,4] [--seconds 1.5] [--out FILE]`` (``make bench-replicas``) prints a
 Markdown table for BENCHMARKS.md. Without ``--replicas``: 1, 2, 4 and 8, as far as there are cores.
 """
 
@@ -24,10 +24,11 @@ class Model(ModelInterface):
 PAYLOADS = {"20 B text": "text", "480x640x3": "480x640x3"}
 WAYS = {"gRPC": "0", "same host": "1"}
 THREADS = 4  # of a caller
+LEAD_S = 2.0  # in which callers find all replicas
 CALLERS = (1, 2)  # processes for each replica; the faster one counts
 HEAD = (
     "| replicas | payload | way | callers | calls/s | of one replica | p50 ms | p99 ms "
-    "| CPU ms: callers | fronts | workers | cores of fronts |\n|" + " --- |" * 12
+    "| CPU ms: callers | fronts | workers | cores of a front |\n|" + " --- |" * 12
 )
 
 
@@ -47,7 +48,9 @@ def best(
     for each in CALLERS:
         commands = load.callers(each * replicas, address, "length", payload, "single", THREADS)
         with load.parts(commands, {**os.environ, "TMS_LOCAL_TRANSPORT": way}) as parts:
-            tries.append((len(parts), load.measured(parts, seconds, [[part.pid for part in parts], *watched])))
+            tries.append(
+                (len(parts), load.measured(parts, seconds, [[part.pid for part in parts], *watched], lead_s=LEAD_S))
+            )
     return max(tries, key=lambda one: one[1].rate)
 
 
@@ -57,7 +60,7 @@ def rows(replicas: int, seconds: float) -> Iterator[tuple[tuple[str, str], tuple
         with server.client("length") as client:
             client.run_text("x")
             load.wait_for(lambda: len(load.workers(client)) == replicas, "a worker of each replica")
-            watched = [load.fronts(server), load.workers(client)]
+            watched = [load.workers(client), *([pid] for pid in load.fronts(server))]
         for name, payload in PAYLOADS.items():
             for how, way in WAYS.items():
                 yield (name, how), best(server.address, payload, way, replicas, watched, seconds)
@@ -70,9 +73,10 @@ def table(counts: list[int], seconds: float) -> Iterator[str]:
     for count in counts:
         for payload, (callers, found) in rows(count, seconds):
             ratio = found.rate / first.setdefault(payload, found.rate)
-            cpu = [f"{1000 * cores / found.rate:.3f}" for cores in found.cores]
+            callers_cores, workers_cores, *fronts = found.cores
+            cpu = [f"{1000 * cores / found.rate:.3f}" for cores in (callers_cores, sum(fronts), workers_cores)]
             rate = [f"{found.rate:.0f}", f"{ratio:.2f}", f"{found.p50:.2f}", f"{found.p99:.2f}"]
-            cells = [count, *payload, f"{callers} x {THREADS}", *rate, *cpu, f"{found.cores[1]:.2f}"]
+            cells = [count, *payload, f"{callers} x {THREADS}", *rate, *cpu, f"{min(fronts):.2f} to {max(fronts):.2f}"]
             yield f"| {' | '.join(map(str, cells))} |"
 
 
@@ -82,7 +86,7 @@ def main() -> None:
     most = ",".join(str(count) for count in (1, 2, 4, 8) if count <= cores)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--replicas", default=most)
-    parser.add_argument("--seconds", type=float, default=2)
+    parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     with load.tee(given.out) as write:

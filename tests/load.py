@@ -20,8 +20,6 @@ sys.path.insert(0, str(ROOT))
 from model_client import ModelClient  # noqa: E402
 from tests.conftest import Server, wait_for  # noqa: E402
 
-LEAD_S = 1.0  # from the command to the first second that counts
-
 
 @dataclass
 class Found:
@@ -68,14 +66,15 @@ def measured(
     seconds: float,
     watched: Sequence[Sequence[int]] = (),
     during: Callable[[float], Any] = time.sleep,
+    lead_s: float = 1.0,
 ) -> Found:
-    """Lets the parts work for so many seconds, while ``during`` runs. ``watched`` are pids."""
-    begin = time.time() + LEAD_S
+    """Lets the parts work for so many seconds, after ``lead_s``, while ``during`` runs. ``watched`` are pids."""
+    begin = time.time() + lead_s
     for part in running:
         assert part.stdin
         part.stdin.write(f"{begin} {seconds}\n")
         part.stdin.flush()
-    time.sleep(LEAD_S)
+    time.sleep(lead_s)
     before = [_cpu_s(pids) for pids in watched]
     begun = time.perf_counter()
     extra = during(seconds)

@@ -3,6 +3,7 @@
 import mmap
 import statistics
 import time
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ class Registered:
 
     def __enter__(self) -> None:
         if error := int(torch.cuda.cudart().cudaHostRegister(self.begin, self.size, 0)):
+            with suppress(RuntimeError):  # CUDA reports the error once more to what comes next
+                torch.zeros(1, device=DEVICE)
             raise RuntimeError(f"cudaHostRegister returned {error}")
 
     def __exit__(self, *exception: object) -> None:
