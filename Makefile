@@ -70,7 +70,7 @@ bench-replicas: $(VENV)/test.done ## measure calls/s and CPU a call against TMS_
 	$(BIN)/python tests/bench_replicas.py
 
 faults: $(VENV)/test.done ## fail, freeze and restart replicas under a steady load, and print what one client sees
-	$(BIN)/python tests/balance.py
+	$(BIN)/python tests/faults.py
 
 fleet: $(VENV)/test.done ## measure thousands of connections, and dozens of stub replicas; nothing else may run
 	$(BIN)/python tests/fleet.py

@@ -1,29 +1,24 @@
 """Scenes of balancing: real replicas, a steady load of large requests by one client, and something that goes wrong.
 
-``make faults`` prints their table; ``test_balancing.py`` holds each to its limit.
+``faults.py`` prints their table; ``test_balancing.py`` holds each to its limit.
 """
 
 import json
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from dnslib import QTYPE, RR, A, DNSRecord
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from model_client import ModelClient  # noqa: E402
-from tests.conftest import Server, free_port  # noqa: E402
+from model_client import ModelClient
+from tests.conftest import ROOT, Server, free_port
 
 MODELS = ROOT / "tests" / "models_steady"
 IMAGE = np.zeros((408, 408, 3), np.uint8)  # 499,392 bytes
@@ -275,36 +270,3 @@ def names_gone(seconds: float = 16) -> Outcome:
 
 def assert_equal(found: object, expected: object) -> None:
     assert found == expected, (found, expected)
-
-
-SCENES: dict[str, Scene] = {
-    "kill -9 of one of three": kill_one,
-    "SIGTERM of one of three": terminate_one,
-    "rolling restart of all three": rolling_restart,
-    "one of three frozen for 8 s": lambda: freeze_one(RATE)[0],
-    "one of three frozen for 8 s, 5 calls/s": lambda: freeze_one(5)[0],
-    "one of three fails every call": one_fails_fast,
-    "one of three fails every call, round robin": lambda: one_fails_fast("round_robin"),
-    "one of three is 4x slower": one_is_slow,
-    "one of three is 4x slower, round robin": lambda: one_is_slow("round_robin"),
-    "one of three is 4x slower, 12 callers": one_is_slow_closed_loop,
-    "one of three is 4x slower, 12 callers, round robin": lambda: one_is_slow_closed_loop("round_robin"),
-    "one of three has a full queue": one_is_full,
-    "DNS gone for 12 s": names_gone,
-}
-
-
-def main() -> None:
-    """Prints the table."""
-    print(f"{RATE:g} requests/s of {IMAGE.nbytes} bytes, three replicas, one client.\n")
-    print("| what happens | calls | failed | retries | p50 ms | p99 ms | worst ms |\n|" + " --- |" * 7)
-    for name, scene in SCENES.items():
-        if len(sys.argv) < 2 or sys.argv[1] in name:
-            outcome = scene()
-            print(outcome.row(name), flush=True)
-            for failure in set(map(str, outcome.failures)):
-                print(f"  {failure}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    main()

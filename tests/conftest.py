@@ -34,8 +34,8 @@ settings.register_profile("fuzz", max_examples=5000, deadline=None, suppress_hea
 settings.load_profile("suite")
 
 
-LONGEST = """docker workers faults chaos soak local_transport page balancing docs limits http package cli everywhere
-clients admin locust openai large_messages monitoring manifests""".split()
+LONGEST = """docker workers faults chaos soak local_transport page balancing odd_replicas docs limits http package cli
+everywhere clients admin locust openai large_messages monitoring manifests""".split()
 """The files that take longest. They begin first, so that no process is left with one of them in the end."""
 
 

@@ -157,12 +157,12 @@ def callers(count: str, address: str, seconds: str, ca: str = "") -> None:
     os._exit(0)
 
 
-def client(addresses: str, rate: str) -> None:
+def client(addresses: str, rate: str, name: str = "stub") -> None:
     """Calls at a rate through ModelClient until standard input is closed; prints times and failures."""
     times, failures = [], []
     over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
-    with ModelClient("stub", addresses=addresses) as model:
+    with ModelClient(name, addresses=addresses) as model:
         model.run_text("x")
         say("ready", 1)
         while not over.wait(1 / float(rate)):
@@ -172,7 +172,8 @@ def client(addresses: str, rate: str) -> None:
             except ModelClientError as error:
                 failures.append(str(error))
             times.append(round(time.monotonic() - begun, 6))
-    say(json.dumps({"times": times, "failures": failures}))
+        retries = model.stats()["retries"]
+    say(json.dumps({"times": times, "failures": failures, "retries": retries}))
 
 
 if __name__ == "__main__":

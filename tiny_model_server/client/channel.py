@@ -25,7 +25,7 @@ _RETRY_BUFFER = 1 << 28
 _IDLE_S = 10.0
 """A channel without calls for so long closes its connections; the next call opens others."""
 _ROUND_ROBIN: dict[str, Any] = {"round_robin": {}}
-_EJECTION = {"threshold": 80, "enforcementPercentage": 100, "minimumHosts": 2, "requestVolume": 5}
+_EJECTION = {"threshold": 80, "enforcementPercentage": 100, "minimumHosts": 2, "requestVolume": 3}
 _BY_LOAD: dict[str, Any] = {
     # A replica that fails nearly all its calls is left alone for a while, at most half of them at a time.
     "outlier_detection_experimental": {
@@ -181,8 +181,9 @@ def _options(key: ChannelKey, retry: bool) -> list[tuple[str, Any]]:
         "loadBalancingConfig": POLICIES[key.balancing],
         "healthCheckConfig": {"serviceName": key.service},
         "methodConfig": [method, {"name": [{"service": _HEALTH}], "waitForReady": False}],
-        # Retries stop when half of these tokens are used up by failures; a success gives back a tenth.
-        "retryThrottling": {"maxTokens": 1000, "tokenRatio": 0.1},
+        # Retries stop when half of these tokens are used up by failures. A success gives one back, so that they go on
+        # where one replica of two fails all its calls. gRPC takes 1 for 0, and 1.0 for what it is.
+        "retryThrottling": {"maxTokens": 1000, "tokenRatio": 1.0},
     }
     return [
         ("grpc.service_config", json.dumps(service_config)),
