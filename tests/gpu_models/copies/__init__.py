@@ -3,7 +3,7 @@
 import mmap
 import statistics
 import time
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
@@ -27,26 +27,29 @@ def timed(copy, seconds: float) -> float:
     return statistics.median(times[len(times) // 4 :])
 
 
-class Registered:
-    """The pages of some arrays, page-locked for the GPU while the block runs."""
+def pages(arrays: list[np.ndarray]) -> list[tuple[int, int]]:
+    """(address, bytes) of the pages that hold the arrays; neighbours that share a page are one."""
+    found: list[tuple[int, int]] = []
+    for one in sorted(arrays, key=lambda one: one.ctypes.data):
+        begin = one.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        end = -(-(one.ctypes.data + one.nbytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        if found and begin <= sum(found[-1]):
+            begin = found.pop()[0]
+        found.append((begin, end - begin))
+    return found
 
-    def __init__(self, arrays: list[np.ndarray]) -> None:
-        first = min(one.ctypes.data for one in arrays)
-        last = max(one.ctypes.data + one.nbytes for one in arrays)
-        self.begin = first // mmap.PAGESIZE * mmap.PAGESIZE
-        self.size = -(-(last - self.begin) // mmap.PAGESIZE) * mmap.PAGESIZE
-        if self.size > 2 * sum(one.nbytes for one in arrays) + 2 * mmap.PAGESIZE:
-            raise RuntimeError("the items do not lie together")
 
-    def __enter__(self) -> None:
-        if error := int(torch.cuda.cudart().cudaHostRegister(self.begin, self.size, 0)):
-            with suppress(RuntimeError):  # CUDA reports the error once more to what comes next
-                torch.zeros(1, device=DEVICE)
-            raise RuntimeError(f"cudaHostRegister returned {error}")
-
-    def __exit__(self, *exception: object) -> None:
-        if error := int(torch.cuda.cudart().cudaHostUnregister(self.begin)):
-            raise RuntimeError(f"cudaHostUnregister returned {error}")
+@contextmanager
+def registered(arrays: list[np.ndarray]):
+    """The pages of some arrays are page-locked for the GPU while the block runs."""
+    with ExitStack() as stack:
+        for address, size in pages(arrays):
+            if error := int(torch.cuda.cudart().cudaHostRegister(address, size, 0)):
+                with suppress(RuntimeError):  # CUDA reports the error once more to what comes next
+                    torch.zeros(1, device=DEVICE)
+                raise RuntimeError(f"cudaHostRegister returned {error}")
+            stack.callback(torch.cuda.cudart().cudaHostUnregister, address)
+        yield
 
 
 class Model(ModelInterface):
@@ -78,7 +81,7 @@ def measure(items: list[np.ndarray], seconds: float) -> dict[str, object]:
         target.copy_(staging, non_blocking=True)
 
     def again() -> None:
-        with Registered(items):
+        with registered(items):
             pass
 
     found: dict[str, object] = {"items": len(items)}
@@ -97,7 +100,7 @@ def measure(items: list[np.ndarray], seconds: float) -> dict[str, object]:
     try:
         if not CUDA:
             raise RuntimeError("skipped: no CUDA")
-        with Registered(items):
+        with registered(items):
             rate("registered", each)
         found["register ms"] = timed(again, seconds) * 1000
     except RuntimeError as error:
