@@ -24,8 +24,8 @@ from tiny_model_server.server.http_app import Web
 from tiny_model_server.server.http_server import HttpServer, _Connection
 
 PIXELS, PNG = grpc_targets.PIXELS, grpc_targets.PNG
-_TURNS = 100
-"""Turns of the loop in which a request that waits for nothing is answered."""
+_TURNS = 10_000
+"""Turns of the loop in which a request that waits for nothing is answered; each value of a stream takes some."""
 _HEAD = re.compile(rb"HTTP/1\.[01] (\d{3}) [^\r]*\r\n(.*?)\r\n\r\n", re.DOTALL)
 
 
