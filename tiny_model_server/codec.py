@@ -336,9 +336,10 @@ def check_image(array: Any) -> Any:
 
 def whole_file(file: bytes) -> bytes:
     """The image file. InvalidInput for a PNG that is cut off: OpenCV makes room for all bytes that it announces."""
-    at = len(_PNG)
-    while file.startswith(_PNG) and at < len(file) and file[at + 4 : at + 8] != b"IEND":
-        at += 12 + int.from_bytes(file[at : at + 4], "big")
+    at, kind = len(_PNG), b""
+    while file.startswith(_PNG) and at < len(file) and kind != b"IEND":
+        size, kind = int.from_bytes(file[at : at + 4], "big"), file[at + 4 : at + 8]
+        at += 12 + size
     if at > len(file) > len(_PNG):
         raise InvalidInput(f"{len(file)} bytes are not an image file: this PNG announces at least {at}")
     return file

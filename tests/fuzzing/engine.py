@@ -91,6 +91,11 @@ class _Yields(ModelInterface):
         yield from data if isinstance(data, list) else [data]
 
 
+class _Pictures(ModelInterface):
+    def run(self, data, args):  # type: ignore[no-untyped-def]
+        return {"image": data, "mask": np.zeros((2, 2), bool), "score": 0.5}
+
+
 class _Files(_Echo):
     metadata = {
         "inputs": [{"name": "image", "media_types": ["image/png"]}, {"name": "job.json", "media_types": ["text/json"]}],
@@ -107,6 +112,7 @@ MODELS: dict[str, type[ModelInterface]] = {
     "chatty": _Chatty,
     "yields": _Yields,
     "files": _Files,
+    "pictures": _Pictures,
 }
 
 

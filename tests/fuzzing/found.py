@@ -1,13 +1,17 @@
 """The smallest input of each fault that fuzzing has found, by target: none of them may be one again."""
 
 _NAME = b"\x0f\0\0\x00127.0.0.1:50000"  # a server's greeting
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1\0\0\0\1\x08\2\0\0\0\x90wS\xde"
 
 INPUTS: dict[str, list[bytes]] = {
     "model_mesh": [
         b"\0\0\x0a\1m\x1a\x88\x27" + b"x" * 5000,  # a path that is too long for the system
         b"\0\0\x0a\1m\x1a\1\0",  # NUL as a path
     ],
-    "images": [b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1\0\0\0\1\x08\2\0\0\0\x90wS\xde\xff\0\0\0IDAT"],  # 2 GB
+    "images": [  # OpenCV would make room for 4 GB
+        _PNG + b"\xff\0\0\0IDAT",
+        _PNG + b"\0\0\0\0IDAT\0\0\0\0\xff\xff\xff\xffIEND",
+    ],
     "http": [  # an answer to a request after that to the malformed chunk behind it
         b"POST /models/echo/run HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno length\r\n",
     ],

@@ -114,12 +114,17 @@ def call(
     return []
 
 
+_FEW = 20
 _METADATA: list[dict[str, str | bytes]] = [{}, {"mm-model-id": "rows"}, {"tms-retry": "no"}, {"mm-model-id": "echo"}]
 
 
 def _run(protocol: str, data: bytes, **settings: Any) -> None:
-    """The first byte is the method's number, the second one says which metadata comes along, the rest is a message."""
+    """The first byte is the method's number, the second one says which metadata comes along, the rest is a message.
+
+    If its highest bit is set, few items are allowed, so that short messages are counted before they are parsed.
+    """
     if len(data) >= 2:
+        settings |= {"max_items": _FEW} if data[1] & 0x80 else {}
         call(protocol, data[0], data[2:], _METADATA[data[1] % len(_METADATA)], **settings)
 
 
@@ -131,16 +136,20 @@ def _mutated(protocol: str, data: bytes, rng: Random, leaf: Leaf) -> bytes:
     return data[:2] + mutators.message(kind, data[2:], rng, leaf)
 
 
-def _seeds(protocol: str, *requests: tuple[str, bytes], flag: int = 0) -> list[bytes]:
+def _seeds(protocol: str, *requests: tuple[str, bytes]) -> list[bytes]:
     names = [method.name for method, _ in _behaviours(protocol)]
     every = [bytes([number, 0]) for number in range(len(names))]
-    return every + [bytes([names.index(name), flag]) + request for name, request in requests]
+    return every + [bytes([names.index(name), flag]) + request for name, request in requests for flag in (0, 0x80)]
 
 
 def native_requests() -> Iterator[tuple[str, bytes]]:
     """(method, message) of the native protocol, as the client makes them."""
     made = [calls.text("RunText", model, "hello", {"top": 3, "$f": float("nan")}) for model in engines.MODELS]
     made += [calls.image(name, "echo", image, None) for name in ("RunImage", "RunImageToImage") for image in IMAGES]
+    made += [
+        calls.image("RunImageToImage", "pictures", IMAGES[0], {}),
+        calls.text_batch("echo", ["x"] * 30, None, True),
+    ]
     for name in ("Run", "RunStream"):
         made += [calls.value(name, model, value, {"a": 1}) for value in VALUES for model in ("echo", "yields", "typed")]
     made += [calls.value_batch("echo", VALUES, None, True), calls.image_batch("echo", IMAGES[:2], None, True)]

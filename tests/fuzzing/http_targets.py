@@ -171,6 +171,9 @@ def _general() -> list[bytes]:
     return seeds + [request("/models/echo/run?view", b'{"a": [1]}', Accept=accept) for accept in accepts]
 
 
+_ANSWER = ("echo", "pictures")
+
+
 def _bodies() -> list[bytes]:
     run, multipart = "/models/echo/run", "multipart/form-data; boundary=XX"
     array = b'{"$array": {"dtype": "float32", "data": [1, 2.5], "shape": [2, 1]}}'
@@ -181,6 +184,10 @@ def _bodies() -> list[bytes]:
     seeds += [request(run, one, "application/x-npy", Accept="application/x-npy") for one in npys]
     npzs = [_npz(a=PIXELS, b=np.float32(1)), _npz(compress=True, a=PIXELS)]
     seeds += [request(run, one, "application/x-npz", Accept="application/x-npz") for one in npzs]
+    shown = [np.zeros((64, 64), np.uint8), np.linspace(0, 1, 5000), np.full((9, 9, 3), np.nan, np.float32)]
+    seeds += [request(f"{run}?view", _npy(one), "application/x-npy", Accept_Encoding="gzip") for one in shown]
+    for accept in ("image/png", "image/jpeg", "application/x-npz", "text/plain;q=0.1, image/*", "application/zip"):
+        seeds += [request(f"/models/{name}/run", npys[0], "application/x-npy", Accept=accept) for name in _ANSWER]
     forms = [
         form(image=('; filename="a.png"\r\nContent-Type: image/png', PNG), args=("", b'{"top": 1}')),
         form(data=("", array), text=("", b"hi")),
