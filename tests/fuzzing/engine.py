@@ -91,7 +91,7 @@ class _Yields(ModelInterface):
         yield from data if isinstance(data, list) else [data]
 
 
-class _Pictures(ModelInterface):
+class _Masks(ModelInterface):
     def run(self, data, args):  # type: ignore[no-untyped-def]
         return {"image": data, "mask": np.zeros((2, 2), bool), "score": 0.5}
 
@@ -112,7 +112,7 @@ MODELS: dict[str, type[ModelInterface]] = {
     "chatty": _Chatty,
     "yields": _Yields,
     "files": _Files,
-    "pictures": _Pictures,
+    "masks": _Masks,
 }
 
 

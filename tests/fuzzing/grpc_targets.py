@@ -147,7 +147,7 @@ def native_requests() -> Iterator[tuple[str, bytes]]:
     made = [calls.text("RunText", model, "hello", {"top": 3, "$f": float("nan")}) for model in engines.MODELS]
     made += [calls.image(name, "echo", image, None) for name in ("RunImage", "RunImageToImage") for image in IMAGES]
     made += [
-        calls.image("RunImageToImage", "pictures", IMAGES[0], {}),
+        calls.image("RunImageToImage", "masks", IMAGES[0], {}),
         calls.text_batch("echo", ["x"] * 30, None, True),
     ]
     for name in ("Run", "RunStream"):

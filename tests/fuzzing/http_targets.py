@@ -171,7 +171,7 @@ def _general() -> list[bytes]:
     return seeds + [request("/models/echo/run?view", b'{"a": [1]}', Accept=accept) for accept in accepts]
 
 
-_ANSWER = ("echo", "pictures")
+_ANSWER = ("echo", "masks")
 
 
 def _bodies() -> list[bytes]:

@@ -127,7 +127,7 @@ def _placed() -> Iterator[tuple[str, bytes]]:
     values = [grpc_targets.VALUES[1], [np.zeros(16, np.float32)], image]
     made = [calls.value("Run", "echo", value, None) for value in values]
     made += [calls.image(name, "echo", one, None) for name in ("RunImage", "RunImageToImage") for one in (image,)]
-    made += [calls.image("RunImageToImage", "pictures", image, None)]
+    made += [calls.image("RunImageToImage", "masks", image, None)]
     made += [calls.image_batch("echo", [image, image], None, True), calls.value_batch("echo", values, None, True)]
     for one in made:
         yield one.method.name, one.placed([128 * index for index in range(len(one.parts))])
