@@ -164,13 +164,13 @@ def main(length: str = "600", row: str = "60", most_mib: str = "8", most_count: 
         )
         print("|" + " --- |" * (3 + len(NAMES)))
         rows = round(length_s / row_s)
-        begun = time.monotonic()
         for number in range(rows * _SAMPLES_A_ROW + 1):
-            time.sleep(max(0.0, begun + number * row_s / _SAMPLES_A_ROW - time.monotonic()))
+            begun = time.monotonic()
             for soak in soaks:
                 soak.sample()
                 if number % _SAMPLES_A_ROW == 0:
                     print(soak.row(number // _SAMPLES_A_ROW * row_s / 60), flush=True)
+            time.sleep(max(0.0, begun + row_s / _SAMPLES_A_ROW - time.monotonic()))
         print()
         found = [fault for soak in soaks for fault in soak.finish(float(most_mib), float(most_count))]
     print("\n".join(found) or "Nothing grew, no call failed, and every answer was right.")
