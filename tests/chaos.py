@@ -318,4 +318,5 @@ def main(seconds: str = "300", seed: str = "", *names: str) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # ends the servers
     sys.exit(main(*sys.argv[1:]))

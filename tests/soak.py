@@ -6,6 +6,7 @@ make it fail.
 """
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -178,4 +179,5 @@ def main(length: str = "600", row: str = "60", most_mib: str = "8", most_count: 
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # ends the servers
     sys.exit(main(*sys.argv[1:]))

@@ -181,18 +181,20 @@ class Transport:
     def redirect(self, call: Call, error: errors.ModelClientError) -> None:
         """Raises the call's error, unless other replicas may answer it, which the next attempt will use. Blocks.
 
-        They are those that serve the model, if the error is that one does not; and all, if none serves it any more.
+        They are those that serve the model, if the error is that one does not; and all, if none serves it any more, or
+        if a server died in the middle of a large answer, after which gRPC does not retry.
         """
-        used = call.channel.key.service
+        used, cut_off = call.channel.key.service, False
         with self._probing:
             if isinstance(error, errors.ServerUnavailable):
+                cut_off = not error.replica and time.monotonic() < call.begun + call.timeout
                 if used != LIVE_SERVICE:
                     self._service = LIVE_SERVICE
             elif self.follows and self.model and time.monotonic() - self._searched > _PROBE_S:
                 if not self.why_silent(self.model, timeout=_PROBE_S):
                     self._service = self.model
                 self._searched = time.monotonic()
-        if call.final or used == self._service == LIVE_SERVICE:
+        if call.final or (used == self._service == LIVE_SERVICE and not cut_off):
             raise error
         call.final = True
 
