@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,8 @@ SAME_HOST, SHARED = f"{OURS}: ModelClient, same host", f"{OURS}: ModelClient, sh
 GRPC, GRPC_MALLOC = f"{OURS}: ModelClient, gRPC", f"{OURS}: ModelClient, gRPC, malloc set"
 OIP, OIP_MALLOC = f"{OURS}: tritonclient", f"{OURS}: tritonclient, malloc set"
 HTTP = f"{OURS}: HTTP"
+BY_LOCAL, BY_GRPC = {"TMS_LOCAL_TRANSPORT": "1"}, {"TMS_LOCAL_TRANSPORT": "0"}
+WAYS = [SAME_HOST, SHARED, GRPC, GRPC_MALLOC, OIP, OIP_MALLOC, HTTP]
 
 
 class Figures(NamedTuple):
@@ -140,12 +142,17 @@ class Processes:
 class Way:
     """A way to call a server: a process of ``peer_calls.py``."""
 
-    def __init__(self, processes: Processes, way: str, *arguments: object, program: Any = sys.executable, **env: str):
-        """Starts the process, which waits for the server. The environment's packages are those of ``program``."""
+    def __init__(self, processes: Processes, way: str, *arguments: object, needs: str = "", **env: str) -> None:
+        """Starts the process, which waits for the server. It has the packages of ``needs``, if given."""
         self.processes, self.up = processes, False
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [str(program), str(ROOT / "tests" / "peer_calls.py"), way, *map(str, arguments)],
+            [
+                str(python(needs) if needs else sys.executable),
+                str(ROOT / "tests" / "peer_calls.py"),
+                way,
+                *map(str, arguments),
+            ],
             env=os.environ | {"PYTHONPATH": str(ROOT)} | env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -278,13 +285,14 @@ def triton(servers: Servers) -> None:
 
 def mlserver(servers: Servers) -> None:
     http_port, grpc_port, metrics_port = ports(3)
+    program = python("mlserver")
     settings = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port, "parallel_workers": 2}
     settings |= {"grpc_max_message_length": 1 << 28}
     quiet = {"version": 1, "disable_existing_loggers": False, "loggers": {"mlserver": {"level": "WARNING"}}}
     cwd, model = folder("mlserver"), {"name": "length", "implementation": "mlserver_length.Length"}
     (cwd / "settings.json").write_text(json.dumps(settings | {"logging_settings": quiet}))
     (cwd / "model-settings.json").write_text(json.dumps(model))
-    servers.start("MLServer", [python("mlserver").parent / "mlserver", "start", "."], cwd)
+    servers.start("MLServer", [program, program.parent / "mlserver", "start", "."], cwd)
     open_inference(servers, "MLServer", f"127.0.0.1:{grpc_port}")
 
 
@@ -296,7 +304,7 @@ def kserve(servers: Servers) -> None:
 
 
 def open_inference(servers: Servers, name: str, address: str) -> None:
-    servers.way(name, name, "open_inference", address, "length", "n", program=python("tritonclient"))
+    servers.way(name, name, "open_inference", address, "length", "n", needs="tritonclient")
 
 
 def ray(servers: Servers) -> None:
@@ -334,23 +342,32 @@ def models() -> Path:
     return made
 
 
-def this_server(servers: Servers, tritonclient: bool = True, **settings: str) -> None:
-    """This server, called in several ways; by tritonclient only if that may be installed."""
+def this_server(servers: Servers, names: Sequence[str] = WAYS, **settings: str) -> Server:
+    """Starts this server, and adds these ways to call it."""
     server = Server(models=models(), **settings)
     servers.stack.callback(server.kill)
     servers.processes[OURS] = Processes(server.process.pid)
-    address, page = server.address, f"127.0.0.1:{server.http_port}"
-    by_local, by_grpc = {"TMS_LOCAL_TRANSPORT": "1"}, {"TMS_LOCAL_TRANSPORT": "0"}
-    client, light = ("model_client", address, "length"), ("model_client", address, "light")
-    servers.way(SAME_HOST, OURS, *client, **by_local)
-    servers.way(SHARED, OURS, *client, "shared_array", **by_local)
-    servers.way(GRPC, OURS, *client, **by_grpc)
-    servers.way(GRPC_MALLOC, OURS, *client, **by_grpc, **MALLOC)
-    if tritonclient:
-        by_triton = ("open_inference", address, "tensor", "output")
-        servers.way(OIP, OURS, *by_triton, program=python("tritonclient"))
-        servers.way(OIP_MALLOC, OURS, *by_triton, program=python("tritonclient"), **MALLOC)
-    servers.way(HTTP, OURS, "http", page, "/models/length/run")
-    servers.way(SAME_HOST, OURS, *light, ways=servers.light, **by_local)
-    servers.way(GRPC, OURS, *light, ways=servers.light, **by_grpc)
-    servers.way(HTTP, OURS, "http", page, "/models/light/run", ways=servers.light)
+    client, oip = ("model_client", server.address, "length"), ("open_inference", server.address, "tensor", "output")
+    http = ("http", f"127.0.0.1:{server.http_port}", "/models/length/run")
+    triton = {"needs": "tritonclient"}
+    ways: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
+        SAME_HOST: (client, BY_LOCAL),
+        SHARED: ((*client, "shared_array"), BY_LOCAL),
+        GRPC: (client, BY_GRPC),
+        GRPC_MALLOC: (client, BY_GRPC | MALLOC),
+        OIP: (oip, triton),
+        OIP_MALLOC: (oip, triton | MALLOC),
+        HTTP: (http, {}),
+    }
+    for name in names:
+        arguments, env = ways[name]
+        servers.way(name, OURS, *arguments, **env)
+    return server
+
+
+def to_light(servers: Servers, server: Server) -> None:
+    """Adds the ways to the batching model of this server."""
+    client, http = ("model_client", server.address, "light"), ("http", f"127.0.0.1:{server.http_port}")
+    servers.way(SAME_HOST, OURS, *client, ways=servers.light, **BY_LOCAL)
+    servers.way(GRPC, OURS, *client, ways=servers.light, **BY_GRPC)
+    servers.way(HTTP, OURS, *http, "/models/light/run", ways=servers.light)

@@ -44,6 +44,7 @@ from tests.peer_servers import (  # noqa: E402
     Way,
     python,
     this_server,
+    to_light,
 )
 from tiny_model_server.server.grpc_server import PROTOCOLS  # noqa: E402
 
@@ -198,15 +199,16 @@ def protocols() -> None:
     """Prints what enabling the other protocols costs a call: one protocol and all of them, in turns."""
     with contextlib.ExitStack() as stack:
 
-        def started(protocols: str) -> dict[str, Way]:
+        def started(protocols: str, names: list[str]) -> dict[str, Way]:
             servers = stack.enter_context(Servers())
-            this_server(servers, TMS_PROTOCOLS=protocols)
+            this_server(servers, names, TMS_PROTOCOLS=protocols)
             servers.wait()
             return servers.ways
 
-        every = started(",".join(PROTOCOLS))
-        for protocol, way in {"native": GRPC_MALLOC, "open_inference": OIP_MALLOC}.items():
-            ways = {f"{protocol} alone": started(protocol)[way], f"{protocol} with all others": every[way]}
+        of = {"native": GRPC_MALLOC, "open_inference": OIP_MALLOC}
+        every = started(",".join(PROTOCOLS), list(of.values()))
+        for protocol, way in of.items():
+            ways = {f"{protocol} alone": started(protocol, [way])[way], f"{protocol} with all others": every[way]}
             table("p50 in ms", in_turns(ways, 1, PAYLOADS, SECONDS), "{p50_ms:.3f}")
 
 
@@ -233,7 +235,7 @@ def main(names: list[str]) -> None:
         for name in names or PEERS:
             PEERS[name](servers)
             servers.wait()
-        this_server(servers)
+        to_light(servers, this_server(servers))
         servers.wait()
         idle(servers)
         alone = in_turns(servers.ways, 1, PAYLOADS, SECONDS)

@@ -10,14 +10,14 @@ import pytest
 
 from tests import peers
 from tests.conftest import wait_for
-from tests.peer_servers import PEERS, Processes, Servers, this_server
+from tests.peer_servers import PEERS, SHARED, Processes, Servers, this_server, to_light
 
 
 @pytest.fixture(scope="module")
 def servers() -> Iterator[Servers]:
     with Servers() as started:
         PEERS["grpcio"](started)
-        this_server(started, tritonclient=False)
+        to_light(started, this_server(started, [peers.SAME_HOST, SHARED, peers.GRPC, peers.HTTP]))
         started.wait()
         yield started
 
