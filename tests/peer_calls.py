@@ -72,6 +72,7 @@ def open_inference(address: str, model: str, output: str) -> Connect:
             return int(client.infer(model, [tensor]).as_numpy(output)[0])
 
         with triton.InferenceServerClient(address) as client:
+            assert client.is_model_ready(model)  # MLServer never answers a call that comes before
             yield call
 
     return connect

@@ -226,10 +226,16 @@ def measured_from() -> None:
     print(", ".join(needs.split()[0] for needs in NEEDS.values()))
 
 
+def terminated(*_: object) -> None:
+    """Ends the servers, too. A second signal does not stop that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit("terminated")
+
+
 def main(names: list[str]) -> None:
     """Measures every server in turns, prints the tables and writes the plot."""
     begun = time.monotonic()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the servers end, too
+    signal.signal(signal.SIGTERM, terminated)
     measured_from()
     with Servers() as servers:
         for name in names or PEERS:
