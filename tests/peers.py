@@ -61,15 +61,15 @@ IDEAL = 32 / (2 + 0.1 * 32) * 1000
 """Calls a second of the batching model, if full batches follow each other at once."""
 BY_HTTP, BY_OIP = ["mosec", "LitServe", "BentoML"], ["Triton", "MLServer", "KServe"]
 BARE = "grpcio alone"
-BESIDE = {
-    SAME_HOST: [*BY_HTTP, *BY_OIP, "Ray Serve"],
-    GRPC: [*BY_OIP, "Ray Serve"],
-    OIP: BY_OIP,
-    HTTP: BY_HTTP,
-    f"{SAME_HOST} ": [BARE],
-    f"{GRPC} ": [BARE],
-}
-"""With whom each way is compared: with the fastest of these. (A way may stand twice.)"""
+BESIDE = [
+    (SAME_HOST, [*BY_HTTP, *BY_OIP, "Ray Serve"]),
+    (GRPC, [*BY_OIP, "Ray Serve"]),
+    (OIP, BY_OIP),
+    (HTTP, BY_HTTP),
+    (SAME_HOST, [BARE]),
+    (GRPC, [BARE]),
+]
+"""Each way, and with whom it is compared: with the best of these."""
 PLOT = """
 import json, sys
 import matplotlib
@@ -77,9 +77,12 @@ matplotlib.use("agg")
 from matplotlib import pyplot
 figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
 lines = json.load(sys.stdin)
+colors = {True: iter(pyplot.cm.tab10.colors), False: iter(pyplot.cm.Dark2.colors)}
 for name, points in sorted(lines.items(), key=lambda line: -line[1][-1][1]):
-    style = "o-" if name.startswith("this server") else "s--"
-    axes.plot([side for side, _ in points], [ms for _, ms in points], style, label=name, markersize=4)
+    ours = name.startswith("this server")
+    style = dict(linestyle="-", marker="o", linewidth=2.5) if ours else dict(linestyle="--", marker="s", linewidth=1)
+    style |= dict(color=next(colors[ours]), markersize=4, label=name)
+    axes.plot([side for side, _ in points], [ms for _, ms in points], **style)
 sides = [side for side, _ in points]
 axes.set(xscale="log", xlabel="side of the square image, pixels (3 bytes each)")
 axes.set(yscale="log", ylabel="p50 of one caller, ms")
@@ -127,16 +130,17 @@ def ratios(title: str, rows: Rows, figure: str, most: bool) -> None:
     """Prints how many times better each of our ways is than the best other: the median of the turns' ratios."""
     sign = 1 if most else -1
     head(title, *PAYLOADS)
-    for name, others in BESIDE.items():
-        ours, others = rows.get(name.strip()), [other for other in others if other in rows]
-        if ours and others:
-            cells = []
-            for payload in PAYLOADS:
-                best = max(others, key=lambda other: sign * getattr(medians(rows[other][payload]), figure))
-                pairs = zip(ours[payload], rows[best][payload], strict=True)
-                ratio = np.median([(getattr(one, figure) / getattr(other, figure)) ** sign for one, other in pairs])
-                cells.append(f"{ratio:.2f} ({best})")
-            row(f"{name.strip()} / {'a bare echo' if others == [BARE] else 'best other'}", *cells)
+    for name, all_others in BESIDE:
+        others = [other for other in all_others if other in rows]
+        if not others or name not in rows:
+            continue
+        cells = []
+        for payload in PAYLOADS:
+            best = max(others, key=lambda other: sign * getattr(medians(rows[other][payload]), figure))
+            pairs = zip(rows[name][payload], rows[best][payload], strict=True)
+            ratio = np.median([(getattr(one, figure) / getattr(other, figure)) ** sign for one, other in pairs])
+            cells.append(f"{ratio:.2f}" + (f" ({best})" if len(all_others) > 1 else ""))
+        row(f"{name}, beside {'the best other' if len(all_others) > 1 else others[0]}", *cells)
 
 
 def idle(servers: Servers) -> None:
@@ -192,11 +196,12 @@ def fits(lines: dict[str, list[tuple[int, float]]]) -> None:
         sizes, times = [3 * side * side for side, _ in points], [ms for _, ms in points]
         slope, _ = np.polyfit(sizes, times, 1)
         fit = np.corrcoef(sizes, times)[0, 1] ** 2
-        row(name, f"{1 / slope / 1e6:.1f}" if fit > 0.5 else "no slope", f"{fit:.3f}")
+        row(name, f"{1 / slope / 1e6:.2g}" if fit > 0.5 else "no slope", f"{fit:.3f}")
 
 
 def protocols() -> None:
     """Prints what enabling the other protocols costs a call: one protocol and all of them, in turns."""
+    rows: Rows = {}
     with contextlib.ExitStack() as stack:
 
         def started(protocols: str, names: list[str]) -> dict[str, Way]:
@@ -209,7 +214,8 @@ def protocols() -> None:
         every = started(",".join(PROTOCOLS), list(of.values()))
         for protocol, way in of.items():
             ways = {f"{protocol} alone": started(protocol, [way])[way], f"{protocol} with all others": every[way]}
-            table("p50 in ms", in_turns(ways, 1, PAYLOADS, SECONDS), "{p50_ms:.3f}")
+            rows |= in_turns(ways, 1, PAYLOADS, SECONDS)
+    table("p50 in ms of one caller", rows, "{p50_ms:.3f}")
 
 
 def draw(lines: dict[str, list[tuple[int, float]]]) -> None:
@@ -251,8 +257,8 @@ def main(names: list[str]) -> None:
         table("CPU ms a call of one caller: server + caller", alone, "{server_ms:.2f} + {caller_ms:.2f}")
         table("CPU ms a call of eight: server + caller", eight, "{server_ms:.2f} + {caller_ms:.2f}")
         ratios("one caller: times as fast", alone, "p50_ms", most=False)
-        ratios("eight: times the calls a second", eight, "rate", most=True)
-        ratios("eight: times less CPU of the server", eight, "server_ms", most=False)
+        ratios("eight: times as many calls a second", eight, "rate", most=True)
+        ratios("eight: CPU a call of the other server / of this one", eight, "server_ms", most=False)
         batching(servers.light)
         lines = slopes({name: way for name, way in servers.ways.items() if "malloc" not in name})
         fits(lines)

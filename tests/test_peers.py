@@ -46,10 +46,10 @@ def test_every_way_is_measured_and_compared(servers: Servers, capsys: pytest.Cap
     peers.ratios("times the calls", measured, "rate", most=True)
     ratios = rows_of(capsys.readouterr().out)
     ours, bare = (peers.medians(measured[name]["20 B text"]).rate for name in (peers.GRPC, peers.BARE))
-    assert ratios[f"{peers.GRPC} / a bare echo"][0] == pytest.approx(ours / bare, abs=0.01)
+    assert ratios[f"{peers.GRPC}, beside grpcio alone"][0] == pytest.approx(ours / bare, abs=0.01)
     assert set(ratios) - {"times as fast", "times the calls", "---"} == {
-        f"{peers.SAME_HOST} / a bare echo",
-        f"{peers.GRPC} / a bare echo",
+        f"{peers.SAME_HOST}, beside grpcio alone",
+        f"{peers.GRPC}, beside grpcio alone",
     }
 
 

@@ -1,5 +1,6 @@
 """The length of a tensor on KServe's Python server: ``GRPC_PORT HTTP_PORT``."""
 
+import logging
 import sys
 from typing import Any
 
@@ -21,4 +22,6 @@ class Length(Model):
 
 if __name__ == "__main__":
     grpc_port, http_port = map(int, sys.argv[1:])
-    ModelServer(grpc_port=grpc_port, http_port=http_port, enable_latency_logging=False).start([Length()])
+    server = ModelServer(grpc_port=grpc_port, http_port=http_port, enable_latency_logging=False)
+    logging.getLogger("kserve").setLevel(logging.WARNING)
+    server.start([Length()])

@@ -8,8 +8,10 @@ from google.protobuf.wrappers_pb2 import BytesValue, Int64Value
 from ray import serve
 from ray.serve.config import HTTPOptions, gRPCOptions
 
+QUIET = {"enable_access_log": False}
 
-@serve.deployment(num_replicas=2, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0.5})
+
+@serve.deployment(num_replicas=2, max_ongoing_requests=100, ray_actor_options={"num_cpus": 0.5}, logging_config=QUIET)
 class Length:
     def Length(self, request: BytesValue) -> Int64Value:
         return Int64Value(value=len(request.value))
@@ -21,7 +23,7 @@ if __name__ == "__main__":
     serve.start(
         http_options=HTTPOptions(port=http_port),
         grpc_options=gRPCOptions(port=grpc_port, grpc_servicer_functions=["grpc_length.add_length"]),
-        logging_config={"enable_access_log": False},
+        logging_config=QUIET,
     )
     serve.run(Length.bind(), name="length")
     threading.Event().wait()
