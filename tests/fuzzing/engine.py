@@ -74,7 +74,7 @@ class _Letters(ModelInterface):
     metadata = {"task": "embeddings"}
 
     def run(self, data, args):  # type: ignore[no-untyped-def]
-        return {"embedding": [float(len(data)), 1.0], "usage": {"prompt_tokens": 1}}
+        return {"embedding": [float(len(str(data))), 1.0], "usage": {"prompt_tokens": 1}}
 
 
 class _Chatty(ModelInterface):
@@ -142,13 +142,13 @@ class InlineEngine(Engine):
 
     def _outcome(self, item: Item, name: str) -> Outcome:
         """As ``Slot`` in the worker and ``WorkerSlot`` in the front make it."""
-        with _received(item) as value:
+        with _Mapped(item) as value:
             [result] = self._runners[name].run([value], item.args)
         return _sent(item, *runner.encode_outcome(result, item.json_only))
 
     def _streamed(self, item: Item, name: str) -> Outcome:
         last: Outcome = Encoded("null", [])
-        with _received(item) as value:
+        with _Mapped(item) as value:
             for result in self._runners[name].stream(value, item.args):
                 last = _sent(item, *runner.encode_outcome(result, item.json_only))
                 assert item.stream
@@ -188,7 +188,7 @@ class InlineEngine(Engine):
         pass
 
 
-class _received:
+class _Mapped:
     """The value of an item as a worker maps it; the mapping ends with the block."""
 
     def __init__(self, item: Item) -> None:

@@ -15,6 +15,7 @@ INPUTS: dict[str, list[bytes]] = {
     "http": [  # an answer to a request after that to the malformed chunk behind it
         b"POST /models/echo/run HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nno length\r\n",
     ],
+    "open_inference": [b"\5\0\n\4echo*\x11\n\1x\x12\4FP16\x1a\1\1*\3B\1a"],  # bytes as the contents of FP16
     "texts": [b'{"$array": {"dtype": "float16", "data": 70000}}'],  # a warning in the log
     "local_client": [
         b"\0\2" + _NAME + b"\7\0\0\0\x03\0wrong \xc3",  # an error that is not UTF-8

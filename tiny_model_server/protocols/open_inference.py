@@ -27,7 +27,8 @@ _FIELDS = {
     **dict.fromkeys(("INT8", "INT16", "INT32"), "int_contents"),
     **{kind: f"{kind.lower()}_contents" for kind in ("BOOL", "UINT64", "INT64", "FP32", "FP64", "BYTES")},
 }
-"""The fields for typed contents; datatypes without one are sent raw."""
+"""The fields for typed contents."""
+_ONLY_RAW = tensors.DTYPES.keys() - _FIELDS.keys()
 _TRITON_TYPES = {kind: f"TYPE_{kind}" for kind in DATATYPES.values()} | {"BYTES": "TYPE_STRING"}
 _STATES = dict.fromkeys((State.FAILED, State.UNLOADED), "UNAVAILABLE")
 """What the protocol calls a state, where it has another name for it."""
@@ -146,6 +147,8 @@ def _inputs(request: Any) -> Iterator[Tensor]:
     for tensor, data in zip_longest(request.inputs, raw):
         if data is not None and tensor.HasField("contents"):
             raise InvalidInput(f"input {tensor.name[:40]!r} has contents and raw_input_contents; send one of both")
+        if data is None and tensor.datatype in _ONLY_RAW:
+            raise InvalidInput(f"input {tensor.name[:40]!r}: {tensor.datatype} is sent as raw_input_contents only")
         if data is None:
             data = getattr(tensor.contents, _FIELDS.get(tensor.datatype, "bytes_contents"))
         kind = _parameter(tensor.parameters["content_type"]) if "content_type" in tensor.parameters else ""
