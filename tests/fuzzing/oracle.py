@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from tests.fuzzing.mutators import Mutate
 from tiny_model_server.shared_memory import SharedBuffers
 
 MOST_CPU_S = 1.0
+_ENDLESS_S = 20.0
+"""Of CPU: after so much, an input is given up."""
 MOST_MEMORY = 64 << 20
 """Bytes beyond a multiple of the input: what the libraries keep for themselves."""
 MEMORY_A_BYTE = 100
@@ -63,6 +66,7 @@ _faults = _Faults()
 
 def listen() -> None:
     """Takes all records of all loggers; nothing is written to standard error."""
+    signal.signal(signal.SIGPROF, _give_up)
     root = logging.getLogger()
     root.handlers = [_faults]
     logging.getLogger("tiny_model_server").handlers = []
@@ -72,12 +76,20 @@ def listen() -> None:
     warnings.filterwarnings("ignore", module="numpy.lib.*format", message="Reading")  # of files that Python 2 wrote
 
 
+def _give_up(number: int, frame: Any) -> None:
+    raise Finding(f"{_ENDLESS_S} s of CPU, and no end")
+
+
 def check(target: Target, data: bytes) -> None:
     """Gives a target one input. Raises whatever must not come of it."""
     _faults.found.clear()
     used, most = time.thread_time(), _peak_memory()
     open_files, buffers = _open_files(), len(SharedBuffers.open_names)
-    target.run(data)
+    signal.setitimer(signal.ITIMER_PROF, _ENDLESS_S)
+    try:
+        target.run(data)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
     for record in _faults.found:
         if record.name not in target.expected:
             assert record.exc_info
