@@ -66,7 +66,11 @@ def test_typed_contents_are_answered_typed(server: Server) -> None:
             {"raw_input_contents": [b"1234"]},
             "send one of both",
         ),
-        ([tensor(np.zeros(1), "FP16", fp32_contents=[1])], {}, "input 'x': FP16 is sent as raw_input_contents only"),
+        (
+            [tensor(np.zeros(1), "FP16", fp32_contents=[1])],
+            {},
+            "input 'input': FP16 is sent as raw_input_contents only",
+        ),
         ([tensor(np.zeros(1), "FP16", bytes_contents=[b"a"])], {}, "FP16 is sent as raw_input_contents only"),
         ([tensor(np.zeros(1), "BYTES")], {"raw_input_contents": [struct.pack("<I", 9) + b"x"]}, "cut off"),
         ([tensor(np.zeros(2), "UINT8", uint_contents=[1, 300])], {}, "300"),
