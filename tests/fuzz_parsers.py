@@ -91,7 +91,7 @@ def fuzz(name: str, seconds: int) -> None:
 
     words = BUILD / name / "words"
     words.write_text("".join(f'"{_escaped(word)}"\n' for word in _words()))
-    options = [f"-max_total_time={seconds}", f"-max_len={LONGEST_INPUT}", "-timeout=0", "-rss_limit_mb=4000"]
+    options = [f"-max_total_time={seconds}", f"-max_len={LONGEST_INPUT}", "-timeout=1000000", "-rss_limit_mb=4000"]
     options += ["-print_final_stats=1", f"-dict={words}", f"-artifact_prefix={BUILD / name}/", "-len_control=0"]
     more: dict[str, Any] = {"custom_mutator": mutate} if target.mutate else {}
     atheris.Setup([sys.argv[0], *options, str(corpus)], once, **more)
