@@ -1,12 +1,14 @@
 """What a client sees of replicas that are slow, lack a model, have a wrong health, are far away or at a wrong time."""
 
 import asyncio
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -81,6 +83,34 @@ def test_a_model_that_no_replica_has_is_reported_at_once_and_found_again(one_lac
         # It is looked for once a second. Before it is found, some calls go there by turns.
         wait_for(lambda: all(answers(client) for _ in range(9)), "answers of the only replica that has the model")
         assert [client.run_text("x") for _ in range(20)] == [1] * 20
+
+
+def test_what_a_model_cannot_do_is_not_tried_elsewhere(one_lacks: list[Server]) -> None:
+    with ModelClient("steady", addresses=addresses(one_lacks)) as client:
+        with pytest.raises(ModelUnavailable, match="not an image"):
+            client.run_image_to_image(np.zeros((9, 9), np.uint8))
+        assert client.stats()["calls"] == 1
+
+
+def test_a_client_that_is_closed_while_replicas_are_looked_for_stays_closed() -> None:
+    stub = odd_replicas.Stub(status=grpc.StatusCode.NOT_FOUND)
+    answer = stub.check(b"", None)
+    with odd_replicas.stubs(stub) as known, ModelClient("stub", addresses=known) as client:
+        client.list_models()
+        looked_for = threading.Event()
+
+        def check(*_: object) -> bytes:
+            looked_for.set()
+            time.sleep(0.3)
+            return answer
+
+        stub.check = check  # type: ignore[method-assign]
+        future = client.submit_text("x")
+        assert looked_for.wait(5)
+        client.close()
+        with pytest.raises(ModelNotFound):
+            future.result(5)
+        assert stub.counts["RunText"] == 1
 
 
 def answers(client: ModelClient) -> bool:

@@ -37,6 +37,12 @@ class ModelUnavailable(ServerError):
     status = "FAILED_PRECONDITION"
 
 
+class CannotDo(ModelUnavailable):
+    """The model cannot do what was asked, whichever replica is asked."""
+
+    retry_after_ms = -1
+
+
 class ModelError(ServerError):
     """The model itself failed: it raised, answered nonsense, or its process died."""
 

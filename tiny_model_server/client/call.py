@@ -33,6 +33,8 @@ class Call:
         """The future that the application has, if it has one."""
         self.final = not retry
         """Whether the answer that comes now is the application's, be it an error."""
+        self.refused = False
+        """Whether a server has said that no other will answer it."""
         self.handle: Any = None
         """What cancels the call. A blocking call by gRPC has none: it ends when its channel closes."""
         self.channel: channel.SharedChannel
@@ -69,6 +71,7 @@ class Call:
     def failed(self, trailing: Any, status: str, details: str) -> errors.ModelClientError:
         """Counts the call, which has failed; returns the exception for the application."""
         replica = self.ended(trailing, status)
+        self.refused = ("grpc-retry-pushback-ms", "-1") in tuple(trailing or ())
         if details == _NO_ANSWER:
             details = f"no answer within timeout={self.timeout:g} s"
         replica = "" if replica == NOBODY else replica

@@ -23,6 +23,8 @@ _SERVING = 1
 _FOLLOW_S = 0.5  # that a first call waits until the other replicas are found
 _FOLLOW_AGAIN_S = 10.0  # between looks for those that were not found
 _PROBE_S = 1.0  # how long a server is asked why a call was not answered
+_CUT_OFF = ("Stream removed", "Socket closed", "ping timeout", "keepalive", "recvmsg", "sendmsg")
+"""How gRPC's words begin, by its version, if a connection ended."""
 
 
 class Transport:
@@ -184,17 +186,16 @@ class Transport:
         They are those that serve the model, if the error is that one does not; and all, if none serves it any more, or
         if a server died in the middle of a large answer, after which gRPC does not retry.
         """
-        used, cut_off = call.channel.key.service, False
+        used, cut_off = call.channel.key.service, error.details().startswith(_CUT_OFF)
         with self._probing:
             if isinstance(error, errors.ServerUnavailable):
-                cut_off = not error.replica and time.monotonic() < call.begun + call.timeout
                 if used != LIVE_SERVICE:
                     self._service = LIVE_SERVICE
-            elif self.follows and self.model and time.monotonic() - self._searched > _PROBE_S:
-                if not self.why_silent(self.model, timeout=_PROBE_S):
-                    self._service = self.model
+            elif not call.refused and self.follows and self.model and time.monotonic() - self._searched > _PROBE_S:
+                self._service = LIVE_SERVICE if self.why_silent(self.model, timeout=_PROBE_S) else self.model
                 self._searched = time.monotonic()
-        if call.final or (used == self._service == LIVE_SERVICE and not cut_off):
+        # A client that was closed meanwhile has no channel, and is not to open it again.
+        if call.final or call.refused or not self._channel or (used == self._service == LIVE_SERVICE and not cut_off):
             raise error
         call.final = True
 

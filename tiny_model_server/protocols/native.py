@@ -14,7 +14,7 @@ from tiny_model_server.engine.batcher import Outcome
 from tiny_model_server.engine.call import Call, answers
 from tiny_model_server.engine.engine import Engine
 from tiny_model_server.engine.repository import ServedModel
-from tiny_model_server.errors import CODES, InvalidInput, ModelUnavailable, Overloaded, ServerError
+from tiny_model_server.errors import CODES, CannotDo, InvalidInput, Overloaded, ServerError
 from tiny_model_server.shared_memory import Place, SharedBuffers, check_place, read_arrays, write_arrays
 
 SCHEMA = "server"
@@ -224,7 +224,7 @@ def _image_answer(outcome: Encoded, request: Any, call: Call) -> Any:
         codec.check_image(image)
     except (InvalidInput, AttributeError):
         kind = f"{image.dtype} of shape {image.shape}" if hasattr(image, "dtype") else type(image).__name__
-        raise ModelUnavailable(f"model {request.model!r} answers with {kind}, not an image; use RunImage") from None
+        raise CannotDo(f"model {request.model!r} answers with {kind}, not an image; use RunImage") from None
     height, width, channels = (*image.shape, 1)[:3]
     fields = {"height": height, "width": width, "channels": channels, "dtype": codec.dtype_name(image.dtype)}
     answer = _ImageResponse(data=codec.json_only(rest or None), image=fields)

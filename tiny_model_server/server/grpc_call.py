@@ -13,7 +13,7 @@ import grpc
 from grpc import _server
 from grpc._cython import cygrpc  # type: ignore[attr-defined]
 
-from tiny_model_server.errors import Overloaded, ServerError, message_of
+from tiny_model_server.errors import ServerError, message_of
 
 log = logging.getLogger("tiny_model_server.grpc")
 
@@ -86,8 +86,8 @@ class GrpcCall:
 def set_status(context: Any, error: ServerError, trailing: Mapping[str, str | bytes] = MappingProxyType({})) -> str:
     """Gives the call the status of an error, with when to call again; returns the message, which fits in a header."""
     message, sent = message_of(error), dict(trailing)
-    if isinstance(error, Overloaded) and error.retry_after_ms is not None:
-        sent["grpc-retry-pushback-ms"] = str(error.retry_after_ms)
+    if (wait_ms := getattr(error, "retry_after_ms", None)) is not None:  # below 0: never
+        sent["grpc-retry-pushback-ms"] = str(wait_ms)
     context.set_trailing_metadata(tuple(sent.items()))
     context.set_code(grpc.StatusCode[error.status])
     context.set_details(message)
