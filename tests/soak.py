@@ -112,7 +112,7 @@ def result_faults(way: str, result: Result) -> list[str]:
     return found
 
 
-_DESCRIPTORS_OF_GRPC = 10  # its pollers, which stay when all channels are closed
+_DESCRIPTORS_OF_GRPC = 10 + (os.cpu_count() or 1)  # its pollers, which stay when all channels are closed
 
 
 class Soak:
