@@ -26,7 +26,7 @@ DESCRIPTORS = $(patsubst %,tiny_model_server/protocols/%.binpb,$(notdir $(basena
 .DEFAULT_GOAL = help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z_-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9_-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 run: $(VENV)/run.done ## install, start the server, send real images through ModelClient, print the answers
 	$(BIN)/python examples/demo.py
