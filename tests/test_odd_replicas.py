@@ -113,6 +113,19 @@ def test_a_client_that_is_closed_while_replicas_are_looked_for_stays_closed() ->
         assert stub.counts["RunText"] == 1
 
 
+def test_the_search_for_other_replicas_keeps_the_deadline() -> None:
+    stub = odd_replicas.Stub(status=grpc.StatusCode.NOT_FOUND)
+    over = threading.Event()
+    with odd_replicas.stubs(stub) as known, ModelClient("stub", addresses=known) as client:
+        client.list_models()
+        stub.check = lambda *_: over.wait(10) and b""  # type: ignore[method-assign]
+        begun = time.monotonic()
+        with pytest.raises(ModelNotFound):
+            client.run_text("x", timeout=0.2)
+        assert time.monotonic() - begun < 0.7  # the search alone would take 1 s
+        over.set()
+
+
 def answers(client: ModelClient) -> bool:
     try:
         return client.run_text("x") == 1

@@ -192,7 +192,8 @@ class Transport:
                 if used != LIVE_SERVICE:
                     self._service = LIVE_SERVICE
             elif not call.refused and self.follows and self.model and time.monotonic() - self._searched > _PROBE_S:
-                self._service = LIVE_SERVICE if self.why_silent(self.model, timeout=_PROBE_S) else self.model
+                silent = self.why_silent(self.model, timeout=min(_PROBE_S, call.remaining()))
+                self._service = LIVE_SERVICE if silent else self.model
                 self._searched = time.monotonic()
         # A client that was closed meanwhile has no channel, and is not to open it again.
         if call.final or call.refused or not self._channel or (used == self._service == LIVE_SERVICE and not cut_off):

@@ -184,8 +184,7 @@ class GrpcServer:
     def _fail(self, method: schemas.Method, call: Call, context: Any, error: Exception) -> NoReturn:
         """Answers an error with its gRPC status."""
         if not isinstance(error, ServerError):
-            fields = {"request_id": call.id}
-            log.error("%s failed", method.path, exc_info=error, extra={"fields": fields})
+            log.error("%s failed", method.path, exc_info=error, extra={"fields": {"request_id": call.id}})
             error = ServerError(f"a fault in the server: {message_of(error, named=True)}")
         call.log_access(method.path, error.status)
         abort(context, error, call.trailing)
