@@ -36,7 +36,7 @@ def one_lacks() -> Iterator[list[Server]]:
 def test_small_calls_beside_a_replica_that_is_slow_for_large_ones() -> None:
     for outcome in odd_replicas.slow_for_large(seconds=4):
         assert outcome.failures == []
-        assert outcome.percentile(75) < 0.1  # a third of the calls would wait longer if replicas took turns
+        assert outcome.percentile(75) < 0.2  # if replicas took turns, a third of the large calls would take as long
 
 
 def test_a_replica_goes_on_with_the_models_that_have_not_failed(one_lacks: list[Server]) -> None:
