@@ -97,17 +97,18 @@ def test_a_client_that_is_closed_while_replicas_are_looked_for_stays_closed() ->
     answer = stub.check(b"", None)
     with odd_replicas.stubs(stub) as known, ModelClient("stub", addresses=known) as client:
         client.list_models()
-        looked_for = threading.Event()
+        looked_for, closed = threading.Event(), threading.Event()
 
         def check(*_: object) -> bytes:
             looked_for.set()
-            time.sleep(0.3)
+            closed.wait(5)
             return answer
 
         stub.check = check  # type: ignore[method-assign]
         future = client.submit_text("x")
         assert looked_for.wait(5)
         client.close()
+        closed.set()
         with pytest.raises(ModelNotFound):
             future.result(5)
         assert stub.counts["RunText"] == 1
